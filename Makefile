@@ -1,0 +1,36 @@
+# Everything happens in .venv; PYTHON picks the interpreter that makes it (3.11 or later).
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= test
+BIN := $(VENV)/bin
+# Two workers: the suite is compile-bound, and CI has two to four cores.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test lint types unit env clean
+
+demo: env
+	$(BIN)/python -m experiments.quickstart
+
+test: lint types unit
+
+env: $(VENV)/.installed-$(EXTRAS)
+
+$(VENV)/.installed-$(EXTRAS): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, found " + sys.version.split()[0] + "; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@touch $@
+
+lint: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: env
+	$(BIN)/basedpyright --pythonpath $(BIN)/python --warnings
+
+unit: env
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .cache build dist results

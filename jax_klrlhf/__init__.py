@@ -1,0 +1,1 @@
+"""KL-regularized preference learning: pure functions on arrays, for bandits and language models."""

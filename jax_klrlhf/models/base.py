@@ -1,0 +1,57 @@
+"""What the rest of the library asks of a language model: six pure functions.
+
+A model is a :class:`LanguageModel`: functions of ``(params, arrays)`` and nothing else. Scoring,
+sampling and training are written on these six, so a Flax module, an Equinox module or a plain
+pytree serve alike. Parameters are any pytree.
+
+The layout is *a prompt once and K responses to it*: ``prefill`` reads each prompt a single time
+and returns a :class:`Prefix`; ``extend`` (teacher forcing) and ``decode`` (one token at a time)
+let K responses attend to it. Positions count from the true start of the prompt: the response's
+first token stands at position ``prompts.lengths``, whatever the padding.
+
+Axes: ``B`` prompts, ``K`` responses to a prompt, ``P`` prompt positions, ``C`` response
+positions, ``D`` hidden size, ``V`` vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from jax_klrlhf.core.sequence import Ragged
+
+
+class Prefix(NamedTuple):
+    """A prompt, read once: what all K responses to it share."""
+
+    hidden: Float[Array, "B D"]
+    """Final hidden state at each prompt's last true token: it predicts the first response token."""
+    cache: Any
+    """The model's own pytree (keys and values of the prompt, per layer)."""
+    lengths: Int[Array, " B"]
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """A causal language model as pure functions. Static under jit: equal functions, one trace."""
+
+    vocab_size: int
+    max_length: int
+    """Longest prompt plus response, in tokens."""
+    init: Callable[[Array], Any]
+    """``init(key) -> params``"""
+    prefill: Callable[[Any, Ragged], Prefix]
+    """``prefill(params, prompts [B, P]) -> Prefix``"""
+    extend: Callable[[Any, Prefix, Array], Array]
+    """``extend(params, prefix, ids [B, K, C]) -> hidden [B, K, C, D]``: the hidden state *after*
+    reading each response token. Right padding is harmless: attention is causal."""
+    start: Callable[[Any, Prefix, int, int], Any]
+    """``start(params, prefix, samples K, max_new_tokens C) -> cache``: empty cache of K responses."""
+    decode: Callable[[Any, Prefix, Any, Array, Array], tuple[Array, Any]]
+    """``decode(params, prefix, cache, ids [B, K], step []) -> (hidden [B, K, D], cache)``: reads
+    response token number ``step`` of every row."""
+    unembed: Callable[[Any, Array], Array]
+    """``unembed(params, hidden [..., D]) -> logits [..., V]``, float32."""

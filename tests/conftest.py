@@ -1,0 +1,51 @@
+"""Session settings: every run of the suite is strict, in float32, on eight fake CPU devices."""
+
+import os
+
+# Before jax is imported anywhere: the device count is read once.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from pathlib import Path  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# A first call compiles, so a per-example deadline would time the compiler.
+settings.register_profile("klrlhf", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("klrlhf")
+
+# Real data lies beside a checkout, never in it; see tests/README.md.
+DATA = Path(os.environ.get("KLRLHF_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture
+def x64():
+    """Run a test in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data, or a skip that says what is missing."""
+    if not DATA.is_dir():
+        pytest.skip(f"real data absent: no folder {DATA} (set KLRLHF_DATA to it)")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def stories_model(data_dir: Path) -> Path:
+    """The real pretrained model tinystories656k, or a skip."""
+    folder = data_dir / "models" / "tinystories656k"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"real model absent: {folder}")
+    return folder
