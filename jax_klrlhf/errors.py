@@ -1,4 +1,4 @@
-"""The one error a user of the programs is meant to see: what was wrong with the input, and the remedy."""
+"""The one error that a user of the programs is meant to see."""
 
 
 class InputError(ValueError):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import ArrayLike
+from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.table import Table
 
@@ -128,7 +128,7 @@ def print_table(
     console: Console | None = None,
     caption: str | None = None,
 ) -> None:
-    """Print ``rows[method][metric]`` as a table, columns in the order in which they first appear."""
+    """Print ``rows[method][metric]`` as a table, columns in order of first appearance."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     table.add_column("method")

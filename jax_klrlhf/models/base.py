@@ -49,7 +49,7 @@ class LanguageModel:
     """``extend(params, prefix, ids [B, K, C]) -> hidden [B, K, C, D]``: the hidden state *after*
     reading each response token. Right padding is harmless: attention is causal."""
     start: Callable[[Any, Prefix, int, int], Any]
-    """``start(params, prefix, samples K, max_new_tokens C) -> cache``: empty cache of K responses."""
+    """``start(params, prefix, K, C) -> cache``: empty, for K responses of at most C tokens."""
     decode: Callable[[Any, Prefix, Any, Array, Array], tuple[Array, Any]]
     """``decode(params, prefix, cache, ids [B, K], step []) -> (hidden [B, K, D], cache)``: reads
     response token number ``step`` of every row."""
