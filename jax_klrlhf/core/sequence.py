@@ -9,7 +9,8 @@ Axes: ``batch`` (free leading axes), ``length`` (token positions).
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Ragged(NamedTuple):
@@ -25,3 +26,43 @@ class Ragged(NamedTuple):
     def mask(self) -> Bool[Array, "*batch length"]:
         """True at the true tokens of each row."""
         return jnp.arange(self.ids.shape[-1]) < self.lengths[..., None]
+
+
+def token_log_prob(
+    logits: Float[Array, "*batch length vocab"], tokens: Int[Array, "*batch length"]
+) -> Float[Array, "*batch length"]:
+    r"""Log-probability of each token under the logits at its position, in float32 at least, nats.
+
+    .. math:: \log p(t_l) = z_{l, t_l} - \log \sum_v e^{z_{l, v}}
+
+    ``logits[..., l, :]`` must be the prediction *of* ``tokens[..., l]``: the shift by one is the
+    caller's. Logits in bfloat16 are widened before the sum over the vocabulary. No array of the
+    size of ``logits`` is kept besides ``logits``. Entries at padding are whatever the ids there
+    say: mask them when summing.
+
+    >>> logits = jnp.log(jnp.array([[1.0, 3.0], [1.0, 1.0]]))
+    >>> jnp.exp(token_log_prob(logits, jnp.array([1, 0]))).tolist()
+    [0.75, 0.5]
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    largest = lax.stop_gradient(jnp.max(logits, axis=-1))
+    log_z = jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    # The shift comes off first: at logits of 1e4 adding it to log_z would cost three digits.
+    return (chosen - largest) - log_z
+
+
+def sum_log_prob(
+    token_log_prob: Float[Array, "*batch length"], *, where: Bool[Array, "*batch length"]
+) -> Float[Array, "*batch"]:
+    r"""Log-probability of a response: the sum over its true tokens, in float32 at least, nats.
+
+    ``where`` is :attr:`Ragged.mask`; what stands at a masked position (NaN included) has no effect
+    on value or gradient. A response without tokens has log-probability 0. Sums are never taken in
+    bfloat16, where 2048 of them lose more than half of the total.
+
+    >>> float(sum_log_prob(jnp.array([-1.0, -2.0, -9.0]), where=jnp.array([True, True, False])))
+    -3.0
+    """
+    wide = token_log_prob.astype(jnp.promote_types(token_log_prob.dtype, jnp.float32))
+    return jnp.sum(jnp.where(where, wide, 0), axis=-1)

@@ -1,0 +1,104 @@
+r"""Small numerical tools, each there for one trap.
+
+Axes: ``batch`` (free leading axes), ``actions`` (what is chosen among, always last).
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+Scalar = Array | float | int
+"""A hyper-parameter: a number, or a scalar array (traced, swept by ``vmap``)."""
+
+EXP_LIMIT = 30.0
+"""Where :func:`linear_exp` leaves the exponential: e^30 = 1e13, whose square is a float32."""
+
+
+def safe_sqrt(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    r"""Square root with gradient 0 where ``x <= 0``.
+
+    The norm of the difference of two identical responses is 0, and the gradient of ``sqrt`` there
+    is infinite: times the 0 of the chain rule, NaN. A quadratic form that rounding made slightly
+    negative counts as 0.
+
+    >>> safe_sqrt(jnp.array([4.0, 0.0, -1e-9])).tolist()
+    [2.0, 0.0, 0.0]
+    """
+    positive = x > 0
+    # Two `where`: the first keeps the infinite slope out of the chain rule, the second the value.
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+def linear_exp(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    r"""``exp`` up to :data:`EXP_LIMIT`, its tangent line beyond: never infinite, still increasing.
+
+    A probability ratio between two policies overflows float32 from 89 nats on. Clipping it would
+    give the worst examples no gradient at all; the tangent keeps value and slope finite.
+
+    >>> linear_exp(jnp.array([0.0, 1e4])).tolist()  # e^30 (1 + 1e4 - 30)
+    [1.0, 1.06...e+17]
+    """
+    return jnp.exp(jnp.minimum(x, EXP_LIMIT)) * (1 + jnp.maximum(x - EXP_LIMIT, 0))
+
+
+def support(
+    log_prob: Float[Array, "*batch actions"], where: Bool[Array, "*batch actions"] | None
+) -> Bool[Array, "*batch actions"]:
+    """True at the actions that are kept by ``where`` and have positive probability.
+
+    >>> support(jnp.log(jnp.array([0.5, 0.5, 0.0])), jnp.array([True, False, True])).tolist()
+    [True, False, False]
+    """
+    positive = log_prob > -jnp.inf
+    return positive if where is None else positive & where
+
+
+def masked_logsumexp(
+    x: Float[Array, "*batch actions"], where: Bool[Array, "*batch actions"]
+) -> Float[Array, "*batch"]:
+    """``log sum exp`` over the kept entries of the last axis; -inf, with gradient 0, if none is.
+
+    What stands at a masked entry (NaN and infinities included) has no effect on value or gradient.
+
+    >>> float(masked_logsumexp(jnp.log(jnp.array([3.0, 5.0, 7.0])), jnp.array([True, True, False])))
+    2.079...
+    """
+    kept = jnp.where(where, x, 0)
+    shift = masked_max(kept, where)[..., None]
+    total = jnp.sum(jnp.where(where, jnp.exp(kept - shift), 0), axis=-1)
+    some = jnp.any(where, axis=-1)
+    return jnp.where(some, jnp.log(jnp.where(some, total, 1)) + shift[..., 0], -jnp.inf)
+
+
+def masked_max(
+    x: Float[Array, "*batch actions"], where: Bool[Array, "*batch actions"]
+) -> Float[Array, "*batch"]:
+    """Largest kept entry of the last axis, 0 if none is kept; a constant to the gradient.
+
+    The shift that keeps an exponential in range. It cancels in exact arithmetic, so its gradient
+    is not wanted.
+
+    >>> float(masked_max(jnp.array([1.0, 9.0]), jnp.array([True, False])))
+    1.0
+    """
+    largest = jnp.max(jnp.where(where, x, -jnp.inf), axis=-1)
+    return lax.stop_gradient(jnp.where(jnp.any(where, axis=-1), largest, 0))
+
+
+def expectation(
+    log_prob: Float[Array, "*batch actions"],
+    value: Float[Array, "*batch actions"],
+    *,
+    where: Bool[Array, "*batch actions"] | None = None,
+) -> Float[Array, "*batch"]:
+    r"""``sum_a p(a) value(a)`` over the kept actions of positive probability.
+
+    0 times infinity counts as 0: a value that is infinite or NaN where ``p = 0`` (or at a masked
+    entry) has no effect on value or gradient. No kept action gives 0.
+
+    >>> float(expectation(jnp.log(jnp.array([0.25, 0.75, 0.0])), jnp.array([4.0, 8.0, jnp.nan])))
+    7.0
+    """
+    keep = support(log_prob, where)
+    prob = jnp.exp(jnp.where(keep, log_prob, 0))
+    return jnp.sum(jnp.where(keep, prob * jnp.where(keep, value, 0), 0), axis=-1)
