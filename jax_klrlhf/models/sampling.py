@@ -1,0 +1,265 @@
+"""Responses drawn from a language model: each prompt read once for its K samples.
+
+:func:`generate` is the edge: it checks lengths, rounds shapes up to a few sizes and calls one
+compiled program. :func:`sample` is that program, a pure function.
+
+**Reproducible by key, whatever the batch.** The random numbers of a token depend on its prompt's
+key, the index of the sample and the index of the token, and on nothing else. One key is split over
+the prompts by their row; hand in one key per prompt and a prompt's samples are the same in any
+batch, in any order, beside any neighbours (up to the rounding of matrix products of other shapes).
+
+Axes: ``B`` prompts, ``K`` samples of a prompt, ``P`` prompt and ``C`` response positions, ``V``
+vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.models import logits as laws
+from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.models.logits import Warp
+
+
+class Samples(NamedTuple):
+    """K responses to each prompt. A stop token is the last of its response and is counted."""
+
+    responses: Ragged
+    """``ids [B, K, C]`` and ``lengths [B, K]``."""
+    token_log_prob: Float[Array, "B K C"]
+    """Under the model (temperature 1, nothing left out), as scoring gives it; 0 at padding."""
+    sampling_token_log_prob: Float[Array, "B K C"]
+    """Under the law that was drawn from; 0 at padding, and everywhere if decoding was greedy."""
+    finished: Bool[Array, "B K"]
+    """A stop token was drawn; otherwise the response was cut at ``max_new_tokens``."""
+
+    @property
+    def log_prob(self) -> Float[Array, "B K"]:
+        """Log-probability of each response under the model."""
+        return self.token_log_prob.sum(-1)
+
+    @property
+    def sampling_log_prob(self) -> Float[Array, "B K"]:
+        """Log-probability of each response under the law it was drawn from."""
+        return self.sampling_token_log_prob.sum(-1)
+
+
+def generate(
+    key: Key[Array, "*prompts"],
+    model: LanguageModel,
+    params: Any,
+    prompts: Ragged,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    temperature: ArrayLike = 1.0,
+    top_k: int | None = None,
+    top_p: ArrayLike | None = None,
+    min_p: ArrayLike | None = None,
+    stop: tuple[int, ...] = (),
+    pad_id: int = 0,
+) -> Samples:
+    """Draw `samples` responses to each prompt.
+
+    Compiles once per model, shape bucket and combination of warps; the values of temperature,
+    `top_k`, `top_p` and `min_p` are not compiled in.
+
+    Args:
+        key: one key, or one per prompt ``[B]`` (then samples do not depend on the batch).
+        model: the six functions of a language model.
+        params: its parameters.
+        prompts: ids ``[B, P]``, each of at least one token.
+        samples: responses to each prompt, K.
+        max_new_tokens: longest response, the stop token included: C.
+        temperature: logits are divided by it; 0 is greedy decoding.
+        top_k: draw from the `top_k` likeliest tokens.
+        top_p: draw from the fewest likeliest tokens that hold `top_p` of the probability.
+        min_p: draw from tokens at least `min_p` times as likely as the likeliest.
+        stop: ids that end a response.
+        pad_id: id written after the end.
+
+    Raises:
+        ValueError: an empty prompt; a prompt that with `max_new_tokens` exceeds the model's
+            context; a warp out of range, or one that greedy decoding would ignore.
+    """
+    by, greedy = _warp(temperature, top_k, top_p, min_p)
+    if samples < 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"samples and max_new_tokens must be at least 1, got {samples} and {max_new_tokens}"
+        )
+    _check_context(model, prompts, max_new_tokens)
+    rows = prompts.ids.shape[0]
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    if keys.shape != (rows,):
+        raise ValueError(f"{rows} prompts need one key or {rows}, got shape {keys.shape}")
+    return _compiled(
+        keys,
+        model,
+        params,
+        prompts,
+        by,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        greedy=greedy,
+        stop=tuple(stop),
+        pad_id=pad_id,
+    )
+
+
+def sample(
+    keys: Key[Array, " B"],
+    model: LanguageModel,
+    params: Any,
+    prompts: Ragged,
+    by: Warp,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    greedy: bool = False,
+    stop: tuple[int, ...] = (),
+    pad_id: int = 0,
+) -> Samples:
+    """The program behind :func:`generate`: pure, for use inside another compiled one.
+
+    The loop ends when every response has.
+    """
+    rows = prompts.ids.shape[0]
+    uniform = _uniform(keys, samples, max_new_tokens)
+    prefix = model.prefill(params, prompts)
+    enders = jnp.asarray(stop, jnp.int32)
+
+    def draw(logits, step):
+        if greedy:
+            token = laws.argmax(logits)
+            normalizer = jax.nn.logsumexp(logits, -1)
+            return token, _at(logits, token) - normalizer, jnp.zeros(token.shape, jnp.float32)
+        if by == Warp():
+            token, normalizer = laws.draw(uniform[step], logits)
+            log_prob = _at(logits, token) - normalizer
+            return token, log_prob, log_prob
+        warped = laws.warp(logits, by)
+        token, normalizer = laws.draw(uniform[step], warped)
+        model_log_prob = _at(logits, token) - jax.nn.logsumexp(logits, -1)
+        return token, model_log_prob, _at(warped, token) - normalizer
+
+    def record(drawn: _Drawn, logits, step) -> _Drawn:
+        """Draw token number `step` of every row that goes on."""
+        token, log_prob, sampling_log_prob = draw(logits, step)
+        live = ~drawn.finished
+        token = jnp.where(live, token, pad_id)
+        ended = (token[..., None] == enders[None, None]).any(-1)
+        return _Drawn(
+            ids=drawn.ids.at[step].set(token),
+            log_prob=drawn.log_prob.at[step].set(jnp.where(live, log_prob, 0)),
+            sampling=drawn.sampling.at[step].set(jnp.where(live, sampling_log_prob, 0)),
+            lengths=drawn.lengths + live.astype(jnp.int32),
+            finished=drawn.finished | (live & ended),
+        )
+
+    def body(carry):
+        step, cache, drawn = carry
+        hidden, cache = model.decode(params, prefix, cache, drawn.ids[step - 1], step - 1)
+        return step + 1, cache, record(drawn, model.unembed(params, hidden), step)
+
+    def unfinished(carry):
+        step, _, drawn = carry
+        return (step < max_new_tokens) & ~jnp.all(drawn.finished)
+
+    buffer = (max_new_tokens, rows, samples)
+    drawn = _Drawn(
+        ids=jnp.full(buffer, pad_id, jnp.int32),
+        log_prob=jnp.zeros(buffer, jnp.float32),
+        sampling=jnp.zeros(buffer, jnp.float32),
+        lengths=jnp.zeros((rows, samples), jnp.int32),
+        finished=jnp.zeros((rows, samples), bool),
+    )
+    # All samples of a prompt draw their first token from one law.
+    logits = model.unembed(params, prefix.hidden)
+    logits = jnp.broadcast_to(logits[:, None], (rows, samples, logits.shape[-1]))
+    drawn = record(drawn, logits, jnp.int32(0))
+    cache = model.start(params, prefix, samples, max_new_tokens)
+    _, _, drawn = jax.lax.while_loop(unfinished, body, (jnp.int32(1), cache, drawn))
+    return Samples(
+        responses=Ragged(jnp.moveaxis(drawn.ids, 0, -1), drawn.lengths),
+        token_log_prob=jnp.moveaxis(drawn.log_prob, 0, -1),
+        sampling_token_log_prob=jnp.moveaxis(drawn.sampling, 0, -1),
+        finished=drawn.finished,
+    )
+
+
+class _Drawn(NamedTuple):
+    """What has been drawn. The step is the first axis: a step writes one contiguous piece."""
+
+    ids: Int[Array, "C B K"]
+    log_prob: Float[Array, "C B K"]
+    sampling: Float[Array, "C B K"]
+    lengths: Int[Array, "B K"]
+    finished: Bool[Array, "B K"]
+
+
+_compiled = jax.jit(
+    sample, static_argnames=("samples", "max_new_tokens", "greedy", "stop", "pad_id")
+)
+
+
+def _uniform(keys: Key[Array, " B"], samples: int, steps: int) -> Float[Array, "C B K 2"]:
+    """Two numbers in [0, 1) for each token; a longer run repeats a shorter one's."""
+
+    def row(key, index):
+        key = jax.random.fold_in(key, index)
+        return jax.vmap(lambda step: jax.random.uniform(jax.random.fold_in(key, step), (2,)))(
+            jnp.arange(steps)
+        )
+
+    per_prompt = jax.vmap(row, (None, 0), 1)
+    return jax.vmap(per_prompt, (0, None), 1)(keys, jnp.arange(samples))
+
+
+def _at(logits: Float[Array, "*batch V"], token: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+    return jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+
+
+def _warp(temperature, top_k, top_p, min_p) -> tuple[Warp, bool]:
+    """Check the ranges of what the host can see, and drop the warps that change nothing."""
+
+    def check(name, value, low, high):
+        if not isinstance(value, Tracer) and not low <= float(value) <= high:
+            raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+
+    check("temperature", temperature, 0.0, np.inf)
+    limits = {"top_k": (top_k, 1, np.inf), "top_p": (top_p, 0.0, 1.0), "min_p": (min_p, 0.0, 1.0)}
+    given = {name: limit[0] for name, limit in limits.items() if limit[0] is not None}
+    for name, value in given.items():
+        check(name, value, *limits[name][1:])
+    if isinstance(temperature, Tracer):
+        return Warp(temperature=temperature, **given), False
+    if float(temperature) == 0.0:
+        if given:
+            raise ValueError(f"temperature 0 is greedy and would ignore {', '.join(given)}")
+        return Warp(), True
+    return Warp(temperature=None if float(temperature) == 1.0 else temperature, **given), False
+
+
+def _check_context(model: LanguageModel, prompts: Ragged, max_new_tokens: int) -> None:
+    """Refuse prompts that are empty or leave no room for the response."""
+    width = prompts.ids.shape[-1]
+    if isinstance(prompts.lengths, Tracer):
+        lengths = np.asarray([width])
+    else:
+        lengths = np.asarray(prompts.lengths)
+    if lengths.min() < 1:
+        raise ValueError(f"prompt {lengths.argmin()} is empty: a prompt has at least one token")
+    longest = int(lengths.max())
+    if longest + max_new_tokens > model.max_length:
+        raise ValueError(
+            f"prompt {lengths.argmax()} has {longest} tokens, with max_new_tokens="
+            f"{max_new_tokens} {longest + max_new_tokens} in all, but the model's context is "
+            f"{model.max_length}: cut the prompt or ask for at most "
+            f"{max(0, model.max_length - longest)} new tokens"
+        )
