@@ -1,0 +1,113 @@
+"""One mesh, one way to lay a training state on it.
+
+Axes of the mesh:
+
+- ``data``: copies of the model, each with its own rows of the batch;
+- ``fsdp``: rows of the batch *and* shards of every parameter, gathered layer by layer;
+- ``tensor``: one layer's matrices split over devices.
+
+A batch is split over ``data`` and ``fsdp`` together. Axes are ``Auto``: the compiler places what
+no constraint pins down, and the functions of the core (a Gram matrix, a gather) work unchanged on
+sharded arrays. ``jax.make_mesh`` would make them ``Explicit``, on which those raise.
+
+Optimizer state and gradients are sharded as the parameters are, by :func:`state_shardings`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jax_klrlhf.training.state import TrainState, path_name
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+"""Rows of a batch over ``data`` and ``fsdp``."""
+
+
+def make(
+    *, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Mesh of axes (data, fsdp, tensor) over ``devices`` (all there are, by default).
+
+    One size may be -1: it takes the devices that the others leave.
+
+    Raises:
+        ValueError: where the sizes do not multiply to the number of devices.
+    """
+    count = len(jax.devices() if devices is None else devices)
+    sizes = [data, fsdp, tensor]
+    named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"mesh {named}: sizes are positive, and one of them may be -1.")
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if int(np.prod(sizes)) != count:
+        raise ValueError(
+            f"mesh {named}: the sizes must multiply to the {count} devices there are; "
+            "set one of them to -1 to let it take the rest."
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over ``data`` and ``fsdp``; every other axis whole."""
+    return NamedSharding(mesh, BATCH)
+
+
+def rows(mesh: Mesh) -> int:
+    """Number of parts that a batch is split into: its rows must be a multiple of this."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def state_shardings(mesh: Mesh, state: Any, specs: Any) -> Any:
+    """Shardings of a :class:`TrainState` from the parameters' partition specs.
+
+    ``state`` holds arrays or shapes (``jax.eval_shape`` of :func:`state.init`); ``specs`` is the
+    tree of ``PartitionSpec`` of the whole parameters. A leaf of the optimizer state whose path
+    ends with a parameter's path, and whose shape is that parameter's, is laid out like it; other
+    leaves (counters, Adafactor's row and column means) are replicated.
+    """
+    by_path = {
+        path_name(path): spec
+        for path, spec in jax.tree_util.tree_leaves_with_path(
+            specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+        )
+    }
+    whole: TrainState = state
+    shapes = {
+        path_name(path): leaf.shape
+        for tree in (whole.params, whole.frozen)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    missing = sorted(set(shapes) - set(by_path))
+    if missing:
+        raise ValueError(f"state_shardings: no partition spec for the parameter {missing[0]}.")
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        for start in range(len(path)):
+            name = path_name(path[start:])
+            if name in shapes and shapes[name] == leaf.shape:
+                return NamedSharding(mesh, by_path[name])
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(spec, state)
+
+
+def put_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """Lay host arrays on the mesh, each process giving its own rows.
+
+    With one process these are all the rows; with several, process p gives the rows of its own
+    devices and the result is the global batch. Without a mesh the arrays go to the one device.
+    """
+    if mesh is None:
+        return jax.device_put(batch)
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
+    )

@@ -1,0 +1,165 @@
+"""What training carries from step to step.
+
+Parameters are split once into the part that is trained and the part that is frozen, each the
+whole tree with ``None`` where the other has an array. The optimizer sees the trained part alone:
+a frozen base (LoRA) has no moments and no gradient.
+
+The state carries the fingerprint of pi0, the policy that the KL of the objective is taken to.
+Caches of reference log-probabilities and checkpoints are checked against it.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int, Key, PRNGKeyArray, UInt32
+
+
+class TrainState(NamedTuple):
+    """Carried by the train step, donated to it, and saved in checkpoints."""
+
+    step: Int[Array, ""]
+    params: Any
+    """The trained part; ``None`` where a parameter is frozen."""
+    frozen: Any
+    """The frozen part; ``None`` where a parameter is trained. Not saved in checkpoints."""
+    opt_state: Any
+    ref_params: Any
+    """Parameters of pi0 for the live reference, or ``None``. Not saved in checkpoints."""
+    key: Key[Array, ""]
+    """Root key: step t uses ``jax.random.fold_in(key, t)``."""
+    fingerprint: UInt32[Array, "8"]
+    """Of pi0's parameters: :func:`fingerprint`."""
+
+    @property
+    def policy(self) -> Any:
+        """The whole parameters of the policy."""
+        return merge(self.params, self.frozen)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A parameter's path as text, ``layers/attention/query``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def split(params: Any, trainable: Callable[[str], bool]) -> tuple[Any, Any]:
+    """Split into (trained, frozen) by ``trainable(path)``; :func:`merge` undoes it.
+
+    Raises:
+        ValueError: when no parameter would be trained.
+    """
+    chosen = jax.tree_util.tree_map_with_path(lambda path, _: trainable(path_name(path)), params)
+    if not any(jax.tree.leaves(chosen)):
+        names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        raise ValueError(f"split: no parameter is trainable among {', '.join(names[:8])}, ...")
+    trained = jax.tree.map(lambda leaf, keep: leaf if keep else None, params, chosen)
+    frozen = jax.tree.map(lambda leaf, keep: None if keep else leaf, params, chosen)
+    return trained, frozen
+
+
+def merge(trained: Any, frozen: Any) -> Any:
+    """The whole parameters from the two parts of :func:`split`."""
+    return jax.tree.map(
+        lambda first, second: second if first is None else first,
+        trained,
+        frozen,
+        is_leaf=lambda leaf: leaf is None,
+    )
+
+
+def init(
+    key: PRNGKeyArray,
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    trainable: Callable[[str], bool] | None = None,
+    ref_params: Any = None,
+    fingerprint: UInt32[Array, "8"] | None = None,
+) -> TrainState:
+    """State at step 0.
+
+    The trained part is copied, since a step uses its state up: ``params`` stays usable (delete
+    it where memory is short). The frozen part and ``ref_params`` are held, never used up.
+
+    Args:
+        key: typed root key of the run.
+        params: the policy's parameters (float32 masters).
+        optimizer: any Optax transformation; clipping and schedules are part of it.
+        trainable: predicate on a parameter's path (:func:`path_name`); all, by default.
+        ref_params: pi0 for the live reference. Leave it out where the reference is cached in the
+            batches, or is the frozen base.
+        fingerprint: of pi0, where that is neither ``ref_params`` nor ``params`` (a run that
+            continues from a trained policy, with a cached reference).
+    """
+    if ref_params is not None and fingerprint is not None:
+        raise ValueError("init: ref_params has a fingerprint of its own; give one of the two.")
+    pi0 = params if ref_params is None else ref_params
+    trained, frozen = split(params, trainable or (lambda _: True))
+    trained = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), trained)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=trained,
+        frozen=frozen,
+        opt_state=optimizer.init(trained),
+        ref_params=ref_params,
+        key=jnp.copy(key),
+        fingerprint=digest(pi0) if fingerprint is None else jnp.copy(fingerprint),
+    )
+
+
+def fingerprint(params: Any) -> str:
+    """64 hexadecimal digits that name these parameters: paths, shapes, types and every bit.
+
+    Sums modulo 2^32 are exact in any order, so the name does not depend on the mesh. It tells
+    models apart; it is no defence against someone who forges one.
+    """
+    return fingerprint_text(digest(params))
+
+
+def fingerprint_text(digest: UInt32[Array, "8"]) -> str:
+    """The digits of a state's ``fingerprint`` field."""
+    return "".join(f"{word:08x}" for word in np.asarray(digest).tolist())
+
+
+@jax.jit
+def digest(params: Any) -> UInt32[Array, "8"]:
+    """:func:`fingerprint` as an array. Sharded parameters are hashed where they lie."""
+    total = jnp.zeros((8,), jnp.uint32)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        text = f"{path_name(path)} {leaf.shape} {leaf.dtype}"
+        seeds = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
+        total = total + jax.lax.map(lambda seed, leaf=leaf: _leaf_hash(leaf, seed), seeds)
+    return total
+
+
+def _leaf_hash(leaf: Array, seed: UInt32[Array, ""]) -> UInt32[Array, ""]:
+    """Sum over entries of a hash of (seed, position, bits)."""
+    position = jnp.full(leaf.shape, seed)
+    stride = 1
+    for axis in reversed(range(leaf.ndim)):
+        step = jnp.uint32(stride % 2**32)
+        position = position + step * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        stride *= leaf.shape[axis]
+    return jnp.sum(_mix(_mix(position) ^ _bits(leaf)), dtype=jnp.uint32)
+
+
+def _bits(leaf: Array) -> Array:
+    """The entries' bits as uint32 (64-bit types: their halves mixed)."""
+    if leaf.dtype == jnp.bool_:
+        return leaf.astype(jnp.uint32)
+    width = leaf.dtype.itemsize * 8
+    if width < 32:
+        return jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+    words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+    return words if width == 32 else _mix(words[..., 0]) ^ words[..., 1]
+
+
+def _mix(word: Array) -> Array:
+    """Finalizer of MurmurHash3: every input bit reaches every output bit."""
+    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
+    return word ^ (word >> 16)
