@@ -14,6 +14,15 @@ EXP_LIMIT = 30.0
 """Where :func:`linear_exp` leaves the exponential: e^30 = 1e13, whose square is a float32."""
 
 
+def at_least_float32(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """Widen bfloat16 and float16 to float32; leave float32 and float64 as they are.
+
+    >>> at_least_float32(jnp.ones(2, jnp.bfloat16)).dtype
+    dtype('float32')
+    """
+    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
+
+
 def safe_sqrt(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     r"""Square root with gradient 0 where ``x <= 0``.
 

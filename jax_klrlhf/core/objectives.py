@@ -28,6 +28,7 @@ loss                         implicit reward or difference        source (arXiv)
 Axes: ``batch`` (free axes, one entry per pair), ``responses`` (chosen at 0, rejected at 1).
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -168,7 +169,7 @@ def robust(
 
     Its mean over flips at rate eps is the clean :math:`\ell(m)`. Unbounded below, where the
     conservative ``sigmoid(label_smoothing=eps)`` is biased but bounded. ``flip_rate`` (eps) below
-    1/2. Source: arXiv 2403.00409, eq. 12.
+    1/2. Source: arXiv 2403.00409, section 3.
 
     >>> float(robust(jnp.array(1.0), jnp.array(1.0), kl_coef=0.1, flip_rate=0.2))  # log 2 again
     0.693...
@@ -196,8 +197,9 @@ def rpo(
 
     .. math:: -\log \sigma(m) - \frac{c}{|a^w|} \log \pi(a^w)
 
-    The cross-entropy is per token, as trainers have it; the paper's is a sum (give lengths of 1).
-    Source: arXiv 2405.16436, section 5, with the chosen response as the baseline policy.
+    The cross-entropy is per token, as trainers have it. The paper's is a sum: give lengths of 1,
+    and its eta times beta for c. Source: arXiv 2405.16436, the practical objective, with the
+    chosen responses as the baseline policy.
 
     >>> zero, log_prob, length = jnp.array(0.0), jnp.array(-6.0), jnp.array(3)
     >>> float(rpo(zero, zero, log_prob, length, kl_coef=0.1, sft_coef=0.5))  # log 2 + 6/3 * 0.5
@@ -313,7 +315,7 @@ def jensen_shannon(log_ratio: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     >>> jensen_shannon(jnp.array([0.0, 1e4])).tolist()
     [0.0, 0.693...]
     """
-    return jnp.log(2.0).astype(log_ratio.dtype) + jax.nn.log_sigmoid(log_ratio)
+    return math.log(2) + bradley_terry.log_likelihood(log_ratio)
 
 
 def alpha(order: float) -> Link:
@@ -357,7 +359,7 @@ def chi_po(
     The regularizer is chi-squared plus KL, which is pessimism enough for single-policy coverage.
     ``clip`` is c = 2 R_max, the largest difference of rewards; beyond it the gradient is 0, by
     the paper's intention. ``jnp.inf`` leaves the margin unclipped.
-    Source: arXiv 2407.13399, eq. 8 and algorithm 1.
+    Source: arXiv 2407.13399, algorithm 1.
 
     >>> ratio = jnp.log(jnp.array([2.0, 1.0]))  # (2 + log 2) - 1
     >>> loss = chi_po(ratio[0], ratio[1], kl_coef=1.0, clip=10.0)
@@ -413,9 +415,10 @@ def exploratory(
     For the implicit reward the optimal value is :math:`V(x) = E_{\tilde a}[r] -
     \eta E_{\tilde a}[\log \tfrac{\pi}{\pi_0}(\tilde a)]`, whatever the law of the exploration
     response. With the first term held fixed, a *smaller* log-probability of it means a *larger*
-    value: so ``optimism`` c > 0 is the online bonus (XPO: responses from pi_0, c = alpha; SELM
-    and VPO online: c = alpha times ``kl_coef``), and c < 0 is VPO offline, pessimism.
-    Sources: arXiv 2405.21046, algorithm 1; 2405.19332, eq. 8; 2405.19320, eq. 13.
+    value. So ``optimism`` c > 0 is the online bonus: XPO (arXiv 2405.21046, algorithm 1) with
+    responses from pi_0 and c its alpha; SELM (2405.19332) with responses of the current policy,
+    c its alpha times ``kl_coef``; VPO online (2405.19320), likewise. And c < 0 is VPO offline:
+    pessimism, a cross-entropy on trusted responses as in :func:`rpo`.
 
     >>> zero = jnp.array(0.0)
     >>> float(exploratory(zero, zero, jnp.array(-5.0), kl_coef=0.1, optimism=0.01))  # log 2 - 0.05

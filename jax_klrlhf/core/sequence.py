@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_klrlhf.core.numerics import at_least_float32
+
 
 class Ragged(NamedTuple):
     """Token rows of unequal length, padded on the right.
@@ -25,12 +27,13 @@ class Ragged(NamedTuple):
     @property
     def mask(self) -> Bool[Array, "*batch length"]:
         """True at the true tokens of each row."""
-        return jnp.arange(self.ids.shape[-1]) < self.lengths[..., None]
+        positions = jnp.arange(self.ids.shape[-1], dtype=self.lengths.dtype)
+        return jnp.broadcast_to(positions, self.ids.shape) < self.lengths[..., None]
 
 
 def token_log_prob(
-    logits: Float[Array, "*batch length vocab"], tokens: Int[Array, "*batch length"]
-) -> Float[Array, "*batch length"]:
+    logits: Float[Array, "*batch vocab"], tokens: Int[Array, "*batch"]
+) -> Float[Array, "*batch"]:
     r"""Log-probability of each token under the logits at its position, in float32 at least, nats.
 
     .. math:: \log p(t_l) = z_{l, t_l} - \log \sum_v e^{z_{l, v}}
@@ -44,7 +47,7 @@ def token_log_prob(
     >>> jnp.exp(token_log_prob(logits, jnp.array([1, 0]))).tolist()
     [0.75, 0.5]
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = at_least_float32(logits)
     largest = lax.stop_gradient(jnp.max(logits, axis=-1))
     log_z = jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
@@ -64,5 +67,4 @@ def sum_log_prob(
     >>> float(sum_log_prob(jnp.array([-1.0, -2.0, -9.0]), where=jnp.array([True, True, False])))
     -3.0
     """
-    wide = token_log_prob.astype(jnp.promote_types(token_log_prob.dtype, jnp.float32))
-    return jnp.sum(jnp.where(where, wide, 0), axis=-1)
+    return jnp.sum(jnp.where(where, at_least_float32(token_log_prob), 0), axis=-1)
