@@ -195,11 +195,9 @@ def _bracket(key, reward, decide, where, *, rounds):
     score = jnp.where(keep, reward, 0.0)
     matches = []
     while alive.shape[-1] > 1 and (rounds is None or len(matches) < rounds):
-        half = alive.shape[-1] // 2
-        one, two, bye = alive[..., :half], alive[..., half : 2 * half], alive[..., 2 * half :]
-        if rounds == 1 or not matches:
-            # Neighbours, so that kept ones meet each other.
-            one, two = alive[..., 0 : 2 * half : 2], alive[..., 1 : 2 * half : 2]
+        even = alive.shape[-1] // 2 * 2
+        # Neighbours meet, so that kept responses meet kept ones; an odd one out goes on unbeaten.
+        one, two, bye = alive[..., :even:2], alive[..., 1:even:2], alive[..., even:]
         margin = jnp.take_along_axis(score, one, -1) - jnp.take_along_axis(score, two, -1)
         ok_one = jnp.take_along_axis(keep, one, axis=-1)
         ok_two = jnp.take_along_axis(keep, two, axis=-1)
@@ -234,7 +232,7 @@ def _pick(score, allowed, priority):
 
 
 def _one_hot(index, like):
-    return jnp.arange(like.shape[-1]) == index[..., None]
+    return jax.nn.one_hot(index, like.shape[-1], dtype=jnp.bool_)
 
 
 def _pair(first, second, keep):

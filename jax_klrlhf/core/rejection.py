@@ -95,7 +95,7 @@ def take(accepted: Bool[Array, "*batch actions"], k: int) -> Taken:
     if not 1 <= k <= accepted.shape[-1]:
         raise ValueError(f"k must be in 1..{accepted.shape[-1]}, the number of draws, got {k}")
     order = jnp.argsort(~accepted, axis=-1, stable=True)[..., :k]
-    valid = jnp.arange(k) < jnp.sum(accepted, axis=-1)[..., None]
+    valid = jnp.take_along_axis(accepted, order, axis=-1)
     return Taken(indices=jnp.where(valid, order, 0), valid=valid)
 
 
