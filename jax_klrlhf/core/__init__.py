@@ -6,19 +6,29 @@ under jit, vmap, grad and on a mesh. Only jax is imported.
 """
 
 from jax_klrlhf.core import (
+    bounds,
     bradley_terry,
     divergence,
+    ellipsoid,
+    estimation,
     gibbs,
     numerics,
     objectives,
+    pairs,
+    rejection,
     sequence,
 )
 
 __all__ = [
+    "bounds",
     "bradley_terry",
     "divergence",
+    "ellipsoid",
+    "estimation",
     "gibbs",
     "numerics",
     "objectives",
+    "pairs",
+    "rejection",
     "sequence",
 ]
