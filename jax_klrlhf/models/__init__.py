@@ -1,0 +1,17 @@
+"""Language models as pure functions: loading, scoring, sampling."""
+
+from jax_klrlhf.models.base import LanguageModel, Prefix
+from jax_klrlhf.models.config import ModelConfig, Rope
+from jax_klrlhf.models.pretrained import Loaded, load, save
+from jax_klrlhf.models.transformer import language_model
+
+__all__ = [
+    "LanguageModel",
+    "Loaded",
+    "ModelConfig",
+    "Prefix",
+    "Rope",
+    "language_model",
+    "load",
+    "save",
+]
