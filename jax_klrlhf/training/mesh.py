@@ -18,8 +18,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PRNGKeyArray
 
+from jax_klrlhf.training import state as state_of
 from jax_klrlhf.training.state import TrainState, path_name
 
 AXES = ("data", "fsdp", "tensor")
@@ -63,38 +66,61 @@ def rows(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def state_shardings(mesh: Mesh, state: Any, specs: Any) -> Any:
-    """Shardings of a :class:`TrainState` from the parameters' partition specs.
+def state_shardings(state: Any, shardings: Any) -> Any:
+    """Shardings of a whole :class:`TrainState` from those of the parameters.
 
-    ``state`` holds arrays or shapes (``jax.eval_shape`` of :func:`state.init`); ``specs`` is the
-    tree of ``PartitionSpec`` of the whole parameters. A leaf of the optimizer state whose path
-    ends with a parameter's path, and whose shape is that parameter's, is laid out like it; other
-    leaves (counters, Adafactor's row and column means) are replicated.
+    ``state`` holds arrays or shapes (``jax.eval_shape`` of :func:`state.init`), ``shardings`` a
+    ``NamedSharding`` for every parameter (for the library's models,
+    :func:`models.partition.shardings`). A leaf of the optimizer state whose path ends with a
+    parameter's path, and whose shape is that parameter's, is laid out like it; other leaves
+    (counters, Adafactor's row and column means) are replicated.
     """
     by_path = {
-        path_name(path): spec
-        for path, spec in jax.tree_util.tree_leaves_with_path(
-            specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
-        )
+        path_name(path): sharding
+        for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
     }
-    whole: TrainState = state
     shapes = {
         path_name(path): leaf.shape
-        for tree in (whole.params, whole.frozen)
+        for tree in (state.params, state.frozen)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
     missing = sorted(set(shapes) - set(by_path))
     if missing:
-        raise ValueError(f"state_shardings: no partition spec for the parameter {missing[0]}.")
+        raise ValueError(f"state_shardings: no sharding for the parameter {missing[0]}.")
+    replicated = NamedSharding(next(iter(by_path.values())).mesh, PartitionSpec())
 
-    def spec(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         for start in range(len(path)):
             name = path_name(path[start:])
-            if name in shapes and shapes[name] == leaf.shape:
-                return NamedSharding(mesh, by_path[name])
-        return NamedSharding(mesh, PartitionSpec())
+            if shapes.get(name) == leaf.shape:
+                return by_path[name]
+        return replicated
 
-    return jax.tree_util.tree_map_with_path(spec, state)
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def init(
+    key: PRNGKeyArray,
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    shardings: Any,
+    **options: Any,
+) -> tuple[TrainState, Any]:
+    """:func:`state.init` on a mesh: the state and its shardings, for :func:`.make_train_step`.
+
+    Every part is computed where it belongs, so that no device holds the whole. ``shardings`` are
+    those of the parameters, as in :func:`state_shardings`; ``options`` those of ``state.init``.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    trainable = options.pop("trainable", None)
+
+    def make(key: Any, params: Any, arrays: Any) -> TrainState:
+        return state_of.init(key, params, optimizer, trainable=trainable, **arrays)
+
+    shapes = jax.eval_shape(make, key, params, options)
+    laid = state_shardings(shapes, shardings)
+    return jax.jit(make, out_shardings=laid)(key, params, options), laid
 
 
 def put_batch(batch: Any, mesh: Mesh | None) -> Any:

@@ -1,7 +1,7 @@
 r"""Log-probabilities of the reference policy pi0: where a training step takes them from.
 
-A reference is a function ``(log_prob, state, params, batch) -> [B, K] or None`` handed to the
-step: :func:`cached` reads them from the batch, :func:`live` scores with ``state.ref_params``,
+A reference is a function ``(log_prob, params, ref_params, batch) -> [B, K] or None`` handed to the
+step: :func:`cached` reads them from the batch, :func:`live` scores with the state's ``ref_params``,
 :func:`base` with the policy's own frozen base (LoRA: no second copy), :func:`free` has none
 (SimPO, maximum likelihood). pi0 is the reference by construction: the state holds its
 fingerprint, and a cache on disk that another model made is refused by name.
@@ -16,16 +16,15 @@ from jaxtyping import Array, Float
 
 from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
-from jax_klrlhf.training.state import TrainState
 
 LogProb = Callable[[Any, Any], Float[Array, "B K"]]
 """``log_prob(params, batch)``: scores the batch's responses."""
-Reference = Callable[[LogProb, TrainState, Any, Any], Float[Array, "B K"] | None]
+Reference = Callable[[LogProb, Any, Any, Any], Float[Array, "B K"] | None]
 
 
-def cached(log_prob: LogProb, state: TrainState, params: Any, batch: Any) -> Float[Array, "B K"]:
+def cached(log_prob: LogProb, params: Any, ref_params: Any, batch: Any) -> Float[Array, "B K"]:
     """Computed before (:func:`precompute`) and carried by the batch as ``ref_log_prob``."""
-    del log_prob, state, params
+    del log_prob, params, ref_params
     if batch.ref_log_prob is None:
         raise ValueError(
             "reference.cached: the batch has no ref_log_prob. Compute it once with "
@@ -34,27 +33,27 @@ def cached(log_prob: LogProb, state: TrainState, params: Any, batch: Any) -> Flo
     return batch.ref_log_prob
 
 
-def live(log_prob: LogProb, state: TrainState, params: Any, batch: Any) -> Float[Array, "B K"]:
-    """Scored in the step with ``state.ref_params``, which never change."""
+def live(log_prob: LogProb, params: Any, ref_params: Any, batch: Any) -> Float[Array, "B K"]:
+    """Scored in the step with the state's ``ref_params``, which never change."""
     del params
-    if state.ref_params is None:
+    if ref_params is None:
         raise ValueError("reference.live: the state has no reference; give init(ref_params=...).")
-    return jax.lax.stop_gradient(log_prob(state.ref_params, batch))
+    return jax.lax.stop_gradient(log_prob(ref_params, batch))
 
 
 def base(strip: Callable[[Any], Any]) -> Reference:
     """The policy with its adapters taken away: ``strip(params)`` are the base's parameters."""
 
-    def reference(log_prob: LogProb, state: TrainState, params: Any, batch: Any) -> Any:
-        del state
+    def reference(log_prob: LogProb, params: Any, ref_params: Any, batch: Any) -> Any:
+        del ref_params
         return jax.lax.stop_gradient(log_prob(strip(params), batch))
 
     return reference
 
 
-def free(log_prob: LogProb, state: TrainState, params: Any, batch: Any) -> None:
+def free(log_prob: LogProb, params: Any, ref_params: Any, batch: Any) -> None:
     """No reference: for losses that read log-probabilities alone."""
-    del log_prob, state, params, batch
+    del log_prob, params, ref_params, batch
 
 
 def make_log_prob(model: LanguageModel, *, chunk: int = scoring.CHUNK) -> LogProb:

@@ -4,7 +4,7 @@ A step minimizes the weighted mean of a loss over the rows of a batch,
 
 .. math:: L(\theta) = \frac{\sum_i w_i \, \ell_i(\theta)}{\sum_i w_i},
 
-where ``score(state, params, batch)`` runs the model, ``loss(scores) -> [B]`` is any function of
+where ``score(params, ref_params, batch)`` runs the model, ``loss(scores) -> [B]`` is any function of
 what it returns (an objective of the core on log-ratios, or the user's own), and the weights are
 the batch's. Direct preference optimization, maximum likelihood and Bradley-Terry reward models
 differ in ``score`` and ``loss`` alone.
@@ -77,8 +77,8 @@ class Info(NamedTuple):
     """Token slots computed on: the tokens and their padding."""
 
 
-Score = Callable[[TrainState, Any, Any], Any]
-"""``score(state, params, batch)``: a NamedTuple of arrays ``[B, ...]`` (or None)."""
+Score = Callable[[Any, Any, Any], Any]
+"""``score(params, ref_params, batch)``: a NamedTuple of arrays ``[B, ...]`` (or None)."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def make_step(
     """Compile a step from what is scored and what is minimized.
 
     Args:
-        score: ``score(state, params, batch)`` runs the model with the policy's whole parameters.
+        score: ``score(params, ref_params, batch)`` runs the model with the policy's whole parameters.
         optimizer: any Optax transformation, as given to :func:`state.init`.
         loss: per-row loss ``[B]`` (nats) of the scores.
         report: NamedTuple of ``[B]`` quantities of the scores, averaged into ``info.report``.
@@ -235,10 +235,10 @@ def policy_scores(
     def log_prob(params: Any, batch: Any) -> Float[Array, "B K"]:
         return scoring.log_prob(model, params, batch.prompts, batch.responses, chunk=chunk)
 
-    def score(state: TrainState, params: Any, batch: Any) -> Scores:
+    def score(params: Any, ref_params: Any, batch: Any) -> Scores:
         return Scores(
             log_prob=log_prob(params, batch),
-            ref_log_prob=cast(Array, reference(log_prob, state, params, batch)),
+            ref_log_prob=cast(Array, reference(log_prob, params, ref_params, batch)),
             length=batch.responses.lengths,
         )
 
@@ -303,11 +303,11 @@ def _objective(
     batch: Any,
 ) -> tuple[Array, _Sums]:
     """Weighted sum of the loss over a micro-batch, and the sums to report."""
-    whole = merge(params, state.frozen)
+    whole, ref_params = merge(params, state.frozen), state.ref_params
     if compute_dtype is not None:
         lower = partial(_cast, dtype=compute_dtype)
-        whole, state = lower(whole), state._replace(ref_params=lower(state.ref_params))
-    scores = score(state, whole, batch)
+        whole, ref_params = lower(whole), lower(ref_params)
+    scores = score(whole, ref_params, batch)
     weights = batch.weights
     if weight is not None:
         weights = weights * jax.lax.stop_gradient(weight(scores))
