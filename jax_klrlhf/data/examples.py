@@ -1,0 +1,251 @@
+"""One record of a source to one :class:`Example`: a prompt and K responses, best first.
+
+Accepted shapes of a record, by the columns it has:
+
+- ``prompt``, ``chosen``, ``rejected``: a preference pair. Without ``prompt`` the prompt is
+  *implicit*: what chosen and rejected have in common.
+- ``prompt``, ``responses`` and ``scores`` (higher is better) or ``ranks`` (1 is best).
+- ``prompt``, ``response``: one response, for supervised training.
+- ``prompt``: prompts alone, for sampling.
+
+Text, chat messages (a list of ``{"role", "content"}``) and token ids serve everywhere. ``label``
+(probability that the first response is preferred) and ``weight`` are optional.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from jax_klrlhf.errors import InputError
+
+Message: TypeAlias = Mapping[str, Any]
+Content: TypeAlias = str | list[Message] | list[int]
+"""Text, chat messages, or token ids."""
+
+
+class Example(NamedTuple):
+    """A prompt and K responses to it."""
+
+    prompt: Content | None
+    """None: implicit, the common beginning of the responses."""
+    responses: list[Content]
+    """Best first. In a chat each is one assistant message."""
+    scores: list[float]
+    """Higher is better; a pair without scores has 1 and 0, ranks count as their negatives."""
+    label: float = 1.0
+    weight: float = 1.0
+    where: str = "example"
+    """File and line, for messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """What the columns of a source are called."""
+
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    response: str = "response"
+    responses: str = "responses"
+    scores: str = "scores"
+    ranks: str = "ranks"
+    label: str = "label"
+    weight: str = "weight"
+
+
+def parse(record: Mapping[str, Any], *, columns: Columns, where: str) -> Example:
+    """One record to one example.
+
+    Raises :class:`InputError` naming place, column and remedy where the record is not one of the
+    accepted shapes.
+    """
+    has = {name for name, value in record.items() if value is not None}
+    prompt = None
+    if columns.prompt in has:
+        prompt = _content(record[columns.prompt], f"{where}, column {columns.prompt!r}")
+    names, scores = _responses(record, has, columns, where)
+    responses = [_content(value, f"{where}, column {name!r}") for name, value in names]
+    order = sorted(range(len(responses)), key=lambda k: -scores[k])
+    responses, scores = [responses[k] for k in order], [scores[k] for k in order]
+    if prompt is None and len(responses) < 2:
+        raise InputError(
+            f"{where}: no prompt: an implicit prompt is what two responses have in common, and "
+            f"there are {len(responses)}; columns found: {_listed(record)}"
+        )
+    if _is_chat(prompt) or any(_is_chat(response) for response in responses):
+        prompt, responses = _chat(prompt, responses, where)
+    label = _number(record, has, columns.label, 1.0, where)
+    if not 0.0 <= label <= 1.0:
+        raise InputError(
+            f"{where}, column {columns.label!r}: {label} is not a probability: the chance, "
+            "between 0 and 1, that the first response is preferred"
+        )
+    weight = _number(record, has, columns.weight, 1.0, where)
+    if weight < 0.0:
+        raise InputError(f"{where}, column {columns.weight!r}: weight {weight} is negative")
+    return Example(prompt, responses, scores, label, weight, where)
+
+
+def _responses(
+    record: Mapping[str, Any], has: set[str], columns: Columns, where: str
+) -> tuple[list[tuple[str, Any]], list[float]]:
+    """The responses' column names and values, with their scores."""
+    pair = [columns.chosen, columns.rejected]
+    kinds = {columns.responses, columns.response, *pair} & has
+    if columns.responses in has:
+        if kinds != {columns.responses}:
+            raise InputError(
+                f"{where}: both {columns.responses!r} and {sorted(kinds - {columns.responses})}: "
+                "a record has one kind of responses; rename or remove the other"
+            )
+        values = _list(record[columns.responses], f"{where}, column {columns.responses!r}")
+        if not values:
+            raise InputError(f"{where}, column {columns.responses!r}: the list is empty")
+        return [(columns.responses, v) for v in values], _scores(
+            record, has, columns, len(values), where
+        )
+    if columns.response in has and not set(pair) & has:
+        return [(columns.response, record[columns.response])], [0.0]
+    if set(pair) <= has:
+        return [(name, record[name]) for name in pair], [1.0, 0.0]
+    missing = [name for name in pair if name not in has]
+    if len(missing) == 1:
+        empty = "is null" if missing[0] in record else "is missing"
+        raise InputError(
+            f"{where}: column {missing[0]!r} {empty} beside {pair[1 - pair.index(missing[0])]!r}; "
+            f"columns found: {_listed(record)}; name yours with columns="
+        )
+    if columns.prompt in has:
+        return [], []
+    raise InputError(
+        f"{where}: no column {columns.prompt!r}, {columns.chosen!r} or {columns.responses!r}; "
+        f"columns found: {_listed(record)}; name yours with columns="
+    )
+
+
+def _scores(
+    record: Mapping[str, Any], has: set[str], columns: Columns, count: int, where: str
+) -> list[float]:
+    given = [name for name in (columns.scores, columns.ranks) if name in has]
+    if len(given) != 1:
+        raise InputError(
+            f"{where}: {columns.responses!r} needs exactly one of {columns.scores!r} (higher is "
+            f"better) and {columns.ranks!r} (1 is best); found {given or 'neither'}"
+        )
+    values = _list(record[given[0]], f"{where}, column {given[0]!r}")
+    if len(values) != count:
+        raise InputError(
+            f"{where}, column {given[0]!r}: {len(values)} values for {count} responses: one each"
+        )
+    for value in values:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise InputError(
+                f"{where}, column {given[0]!r}: expected finite numbers, found {value!r}"
+            )
+    sign = 1.0 if given[0] == columns.scores else -1.0
+    return [sign * float(value) for value in values]
+
+
+def _content(value: Any, place: str) -> Content:
+    if isinstance(value, str):
+        return value
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+            return list(value)
+        if all(isinstance(item, Mapping) for item in value):
+            for item in value:
+                if not isinstance(item.get("role"), str) or not isinstance(
+                    item.get("content"), str
+                ):
+                    raise InputError(
+                        f"{place}: a chat message needs text under 'role' and 'content', found "
+                        f"keys {sorted(item)}"
+                    )
+            return [dict(item) for item in value]
+    raise InputError(
+        f"{place}: expected text, a list of chat messages or a list of token ids, found "
+        f"{_short(value)}"
+    )
+
+
+def _chat(
+    prompt: Content | None, responses: list[Content], where: str
+) -> tuple[list[Message], list[Content]]:
+    """A conversation as the messages before the reply, and one assistant message per response."""
+    replies: list[list[Message]] = []
+    for response in responses:
+        if isinstance(response, str):
+            replies.append([{"role": "assistant", "content": response}])
+        elif _is_chat(response):
+            replies.append(list(_messages(response)))
+        else:
+            raise InputError(f"{where}: chat messages beside token ids: give one or the other")
+    if isinstance(prompt, str):
+        before: list[Message] = [{"role": "user", "content": prompt}]
+    elif prompt is None:
+        before = []
+        last = min(len(reply) for reply in replies) - 1
+        while len(before) < last and all(
+            reply[len(before)] == replies[0][len(before)] for reply in replies
+        ):
+            before.append(replies[0][len(before)])
+    elif _is_chat(prompt):
+        before = list(_messages(prompt))
+    else:
+        raise InputError(f"{where}: chat messages beside token ids: give one or the other")
+    stripped: list[Content] = []
+    for reply in replies:
+        rest = reply[len(before) :] if reply[: len(before)] == before else reply
+        if len(rest) != 1 or rest[0]["role"] != "assistant":
+            raise InputError(
+                f"{where}: each response must be one assistant message after the "
+                f"{len(before)} message(s) of the prompt; found roles "
+                f"{[message['role'] for message in rest]}"
+            )
+        stripped.append(rest)
+    if not before:
+        raise InputError(f"{where}: the conversation has no message before the reply")
+    return before, stripped
+
+
+def _messages(content: Content) -> list[Message]:
+    return [item for item in content if isinstance(item, Mapping)]
+
+
+def _is_chat(content: Content | None) -> bool:
+    return isinstance(content, list) and bool(content) and isinstance(content[0], Mapping)
+
+
+def _number(
+    record: Mapping[str, Any], has: set[str], name: str, default: float, where: str
+) -> float:
+    if name not in has:
+        return default
+    value = record[name]
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{where}, column {name!r}: expected a finite number, found {value!r}")
+    return float(value)
+
+
+def _list(value: Any, place: str) -> list[Any]:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
+        raise InputError(f"{place}: expected a list, found {_short(value)}")
+    return list(value)
+
+
+def _listed(record: Mapping[str, Any]) -> str:
+    return ", ".join(repr(name) for name in record) or "none"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

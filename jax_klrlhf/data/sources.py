@@ -1,0 +1,286 @@
+"""Where preferences come from: files, folders, hub data sets, TFDS names; all as one stream.
+
+``open_source(name)`` accepts
+
+- a file: ``.jsonl``, ``.json`` (lines or one array), either with ``.gz``; ``.parquet``;
+- a folder of such files, laid out as data sets on the Hugging Face hub are
+  (``data/train-00000-of-00001.parquet``, ``train.jsonl``);
+- a folder that holds a TFDS data set (``features.json``), or ``tfds:name``;
+- a hub id, ``owner/name`` or ``owner/name/subfolder``;
+- a list of records, for data already in memory.
+
+Only data is read: no script that comes with a data set is run.
+"""
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from jax_klrlhf.data.examples import Columns, Example, parse
+from jax_klrlhf.errors import InputError
+
+Record: TypeAlias = tuple[str, Mapping[str, Any]]
+"""Place (file and line) and columns."""
+
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+_SPLITS = {"train": ("train", "training"), "test": ("test", "testing", "eval", "evaluation")}
+_SPLITS["validation"] = ("validation", "valid", "val", "dev")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Records that can be read again and again, and a hash of their content."""
+
+    name: str
+    records: Callable[[], Iterator[Record]]
+    fingerprint: Callable[[], str]
+    """SHA-256 of the content: equal content, equal hash, wherever it lies."""
+
+    def examples(self, *, columns: Columns | None = None) -> Iterator[Example]:
+        """The records, parsed; see :func:`examples.parse`."""
+        named = columns or Columns()
+        for where, record in self.records():
+            yield parse(record, columns=named, where=where)
+
+
+def open_source(
+    source: str | Path | Sequence[Mapping[str, Any]], *, split: str | None = None
+) -> Source:
+    """Find a source by its name; nothing is parsed yet.
+
+    `split` names one split of a folder, hub or TFDS data set; it is refused for a single file, and
+    may be left out where there is one split only, or one called train.
+
+    Raises :class:`InputError` where there is no such source, with what was looked for.
+    """
+    if not isinstance(source, str | Path):
+        if split is not None:
+            raise InputError(f"split {split!r} was asked of a list of records, which has none")
+        return _in_memory(list(source))
+    name = str(source)
+    if name.startswith("tfds:"):
+        return _tfds(name, split)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / "features.json").is_file():
+            return _tfds(name, split)
+        return _files(name, _split_files(path, split))
+    if path.is_file():
+        if split is not None:
+            raise InputError(f"split {split!r} was asked of the single file {name}: leave it out")
+        return _files(name, [path])
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", name) and not name.endswith(_SUFFIXES):
+        return _hub(name, split)
+    raise InputError(
+        f"no data at {name!r}: give a file ({', '.join(_SUFFIXES)}), a folder of them, a hub id "
+        "(owner/name) or tfds:name"
+    )
+
+
+def _in_memory(records: list[Mapping[str, Any]]) -> Source:
+    def read() -> Iterator[Record]:
+        for number, record in enumerate(records):
+            yield f"record {number}", record
+
+    def fingerprint() -> str:
+        text = json.dumps([dict(record) for record in records], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    return Source(name="records in memory", records=read, fingerprint=fingerprint)
+
+
+def _files(name: str, paths: Sequence[Path]) -> Source:
+    for path in paths:
+        if not path.name.endswith(_SUFFIXES):
+            raise InputError(f"{path}: not a format read here; give {', '.join(_SUFFIXES)}")
+
+    def read() -> Iterator[Record]:
+        for path in paths:
+            yield from (_parquet if path.name.endswith(".parquet") else _json)(path)
+
+    return Source(name=name, records=read, fingerprint=partial(hash_files, paths))
+
+
+def hash_files(paths: Sequence[Path]) -> str:
+    """SHA-256 of the content of files, in the given order; their names do not count."""
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def _json(path: Path) -> Iterator[Record]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            if ".json" in path.suffixes and file.read(1) == "[":
+                file.seek(0)
+                try:
+                    items = json.load(file)
+                except json.JSONDecodeError as error:
+                    raise InputError(
+                        f"{path}, line {error.lineno}, column {error.colno}: not JSON "
+                        f"({error.msg}): the file begins as one array of objects"
+                    ) from error
+                for number, item in enumerate(items):
+                    yield _object(item, f"{path}, item {number}")
+                return
+            file.seek(0)
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    item = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError(
+                        f"{path}, line {number}, column {error.colno}: not JSON ({error.msg}): "
+                        "one object a line is expected"
+                    ) from error
+                yield _object(item, f"{path}, line {number}")
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: not readable as UTF-8 JSON ({error}): is it whole?") from error
+
+
+def _object(item: Any, where: str) -> Record:
+    if not isinstance(item, dict):
+        raise InputError(f"{where}: expected an object with columns, found {type(item).__name__}")
+    return where, item
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches(batch_size=1024):
+            for record in batch.to_pylist():
+                yield f"{path}, row {number}", record
+                number += 1
+        file.close()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: not readable as Parquet ({error}): is it whole?") from error
+
+
+def _split_files(folder: Path, split: str | None) -> list[Path]:
+    """The files of one split in a folder laid out as on the hub."""
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.name.endswith(_SUFFIXES)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    groups: dict[str, list[Path]] = {}
+    for path in files:
+        groups.setdefault(_split_of(path.relative_to(folder)) or "train", []).append(path)
+    if not groups:
+        raise InputError(f"{folder}: no data file ({', '.join(_SUFFIXES)}) in this folder")
+    if split is None:
+        split = next(iter(groups)) if len(groups) == 1 else "train"
+    if split not in groups:
+        raise InputError(f"{folder}: no split {split!r}; there are {', '.join(sorted(groups))}")
+    homes = sorted({str(path.parent.relative_to(folder)) for path in groups[split]})
+    if len(homes) > 1:
+        raise InputError(
+            f"{folder}: split {split!r} lies in several subfolders ({', '.join(homes)}): name one "
+            "of them"
+        )
+    return groups[split]
+
+
+def _split_of(path: Path) -> str | None:
+    """Split named by a path, as the hub reads it: a word of the file name, or of a folder."""
+    for part in reversed(path.parts):
+        words = re.split(r"[-_. ]", part.lower())
+        for split, names in _SPLITS.items():
+            if any(name in words for name in names):
+                # train_sft and train_prefs of one data set are different splits
+                stem = re.split(r"\.|-\d{5}-of-", part)[0].lower()
+                return split if stem in names or not stem.startswith(names) else stem
+    return None
+
+
+def _hub(name: str, split: str | None) -> Source:
+    import huggingface_hub
+
+    owner, repository, *rest = name.split("/", 2)
+    inside = rest[0].strip("/") + "/" if rest else ""
+    try:
+        folder = huggingface_hub.snapshot_download(
+            f"{owner}/{repository}",
+            repo_type="dataset",
+            allow_patterns=[f"{inside}*{suffix}" for suffix in _SUFFIXES],
+        )
+    except Exception as error:  # no network, no such repository, not logged in, offline mode
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{name!r} is no file here, and as a hub data set it could not be had ({reason}): "
+            "check the name and the network, or download it and give the folder"
+        ) from error
+    return _files(name, _split_files(Path(folder) / inside, split))
+
+
+def _tfds(name: str, split: str | None) -> Source:
+    import tensorflow_datasets as tfds
+
+    builder: Any  # its methods are decorated beyond what a type checker follows
+    try:
+        if name.startswith("tfds:"):
+            builder = tfds.builder(name.removeprefix("tfds:"))
+        else:
+            builder = tfds.builder_from_directory(name)
+    except Exception as error:  # unknown name, not prepared, import error of the builder's code
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"no TFDS data set {name!r} ({reason})") from error
+    splits = list(builder.info.splits)
+    if split is None and splits:
+        split = splits[0] if len(splits) == 1 else "train"
+    if split not in splits:
+        raise InputError(
+            f"{name}: no split {split!r}; there are {', '.join(splits) or 'none: not prepared'}; "
+            "prepare it with file_format='array_record'"
+        )
+    try:
+        rows = builder.as_data_source(split=split)
+    except Exception as error:  # tfrecord files, which need TensorFlow
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{name}: not readable at random access ({reason}): prepare it with "
+            "file_format='array_record'"
+        ) from error
+    files = [Path(path) for path in builder.info.splits[split].filepaths]
+
+    def read() -> Iterator[Record]:
+        for number in range(len(rows)):
+            yield f"{name}, split {split}, row {number}", _plain(rows[number])
+
+    return Source(name=name, records=read, fingerprint=partial(hash_files, files))
+
+
+def _plain(value: Any) -> Any:
+    """TFDS's bytes as text, its arrays as lists, its dicts of lists as lists of dicts."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, Mapping):
+        plain = {key: _plain(item) for key, item in value.items()}
+        if {"role", "content"} <= set(plain) and isinstance(plain["role"], list):
+            return [dict(zip(plain, row, strict=True)) for row in zip(*plain.values(), strict=True)]
+        return plain
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
