@@ -41,6 +41,13 @@ def _log_weight(
     return jnp.where(keep, ref_log_prob, 0) + scaled, keep, shift
 
 
+def _log_z(
+    weight: Float[Array, "*batch actions"], keep: Bool[Array, "*batch actions"]
+) -> Float[Array, "*batch"]:
+    """Log of the total weight; 0 for an empty row: -inf times a gradient of 0 would be NaN."""
+    return jnp.where(jnp.any(keep, axis=-1), numerics.masked_logsumexp(weight, keep), 0)
+
+
 def _optimum(
     reward: Float[Array, "*batch actions"],
     ref_log_prob: Float[Array, "*batch actions"],
@@ -49,8 +56,7 @@ def _optimum(
 ) -> Float[Array, "*batch actions"]:
     """Body of :func:`log_prob`, whose name other functions use for an argument."""
     weight, keep, _ = _log_weight(reward, ref_log_prob, kl_coef, where)
-    log_z = jnp.where(jnp.any(keep, axis=-1), numerics.masked_logsumexp(weight, keep), 0)
-    return jnp.where(keep, weight - log_z[..., None], -jnp.inf)
+    return jnp.where(keep, weight - _log_z(weight, keep)[..., None], -jnp.inf)
 
 
 def log_prob(
@@ -84,8 +90,8 @@ def implicit_reward(
     .. math:: r(x, a) = \eta \log \frac{\pi(a \mid x)}{\pi_0(a \mid x)}
 
     Defined up to a constant per context, which cancels in any margin. Inverse of
-    :func:`log_prob`. Source: arXiv 2305.18290, eq. 5. 0 where pi_0 is 0: an action that neither
-    policy can take has no reward to speak of.
+    :func:`log_prob`. Source: arXiv 2305.18290, eq. 5. -inf where only pi is 0; 0 where pi_0 is 0:
+    an action that neither policy takes has no reward to speak of.
 
     >>> float(implicit_reward(jnp.log(0.5), jnp.log(0.25), kl_coef=2.0))  # 2 log 2
     1.386...
@@ -112,7 +118,8 @@ def free_energy(
     0.693...
     """
     weight, keep, shift = _log_weight(reward, ref_log_prob, kl_coef, where)
-    return shift + kl_coef * numerics.masked_logsumexp(weight, keep)
+    energy = shift + kl_coef * _log_z(weight, keep)
+    return jnp.where(jnp.any(keep, axis=-1), energy, -jnp.inf)
 
 
 def value(
@@ -125,7 +132,7 @@ def value(
 ) -> Float[Array, "*batch"]:
     r"""The objective :math:`J(\pi|x)` of a policy: expected reward less ``kl_coef`` times the KL.
 
-    -inf, with gradient 0, for a policy that leaves the support of pi_0.
+    -inf for a policy that leaves the support of pi_0; the divergence then has no gradient.
 
     >>> uniform = jnp.log(jnp.array([0.5, 0.5]))
     >>> always_first = jnp.log(jnp.array([1.0, 0.0]))
@@ -133,7 +140,7 @@ def value(
     2.306...
     """
     expected = numerics.expectation(log_prob, reward, where=where)
-    return expected - kl_coef * divergence.categorical(log_prob, ref_log_prob, where=where)
+    return expected - _penalty(log_prob, ref_log_prob, kl_coef, where)
 
 
 def gap(
@@ -153,4 +160,16 @@ def gap(
     0.0
     """
     optimum = _optimum(reward, ref_log_prob, kl_coef, where)
-    return kl_coef * divergence.categorical(log_prob, optimum, where=where)
+    return _penalty(log_prob, optimum, kl_coef, where)
+
+
+def _penalty(
+    log_prob: Float[Array, "*batch actions"],
+    ref_log_prob: Float[Array, "*batch actions"],
+    kl_coef: Scalar,
+    where: Bool[Array, "*batch actions"] | None,
+) -> Float[Array, "*batch"]:
+    """``kl_coef`` times the KL divergence; where that is infinite, without a gradient."""
+    cost = divergence.categorical(log_prob, ref_log_prob, where=where)
+    infinite = jnp.isinf(cost)
+    return jnp.where(infinite, jnp.inf, kl_coef * jnp.where(infinite, 0, cost))
