@@ -1,5 +1,14 @@
 """Preference data: from files, hub and TFDS to token ids to bucketed, resumable batches."""
 
-from jax_klrlhf.data import batch, buckets, examples, rows, sources, tokenize
+from jax_klrlhf.data import (
+    batch,
+    buckets,
+    examples,
+    prepare,
+    rows,
+    sources,
+    statistics,
+    tokenize,
+)
 
-__all__ = ["batch", "buckets", "examples", "rows", "sources", "tokenize"]
+__all__ = ["batch", "buckets", "examples", "prepare", "rows", "sources", "statistics", "tokenize"]

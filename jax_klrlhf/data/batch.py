@@ -39,6 +39,8 @@ class Batch(NamedTuple):
     """Higher is better; a pair without scores has 1 and 0."""
     row: Int[np.ndarray, " B"]
     """Row number in the data set, for caches; a fill row has that of the row it copies."""
+    ref_log_prob: Float[np.ndarray, "B K"] | None = None
+    """Log-probability of the responses under pi0 (nats), once a cache has filled it in."""
 
 
 class Lengths(NamedTuple):

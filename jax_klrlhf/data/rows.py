@@ -23,6 +23,8 @@ class Row(NamedTuple):
     weight: float
     number: int
     """Place in the source, counted from 0, dropped examples counted too."""
+    lost: tuple[int, int] = (0, 0)
+    """Tokens that the cuts took from the prompt, and from all responses together."""
 
 
 class Dropped(NamedTuple):
@@ -64,8 +66,10 @@ def encode(
                 list(islice(continued, len(text.continuing))),
             )
             reason = _reason_to_drop(encoder, prompt, responses, text)
+            uncut = len(prompt), sum(map(len, responses))
             prompt = cut_prompt(prompt, max_prompt_length, begin=encoder.begin)
             responses = [cut_response(response, max_response_length) for response in responses]
+            lost = uncut[0] - len(prompt), uncut[1] - sum(map(len, responses))
             if reason is None and len(responses) > 1 and _all_equal(responses):
                 reason = "identical responses after the cut"
             if reason is None:
@@ -76,6 +80,7 @@ def encode(
                     label=example.label,
                     weight=example.weight,
                     number=number,
+                    lost=lost,
                 )
             else:
                 yield Dropped(reason, example.where)

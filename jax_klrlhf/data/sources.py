@@ -70,6 +70,8 @@ def open_source(
         return _tfds(name, split)
     path = Path(source).expanduser()
     if path.is_dir():
+        if (path / "prepared.json").is_file():
+            raise InputError(f"{name} is already prepared: open it with prepare.load")
         if (path / "features.json").is_file():
             return _tfds(name, split)
         return _files(name, _split_files(path, split))
