@@ -61,10 +61,7 @@ def nll(
     >>> float(nll(jnp.zeros(1), z, y, ridge=0.0))  # 2 log 2
     1.386...
     """
-    data = _prepare(differences, labels, weights)
-    margin = jnp.matmul(data.differences, theta, precision=_HIGHEST)
-    loss = bradley_terry.nll(margin, label=data.labels)
-    return data.weights @ loss + 0.5 * ridge * (theta @ theta)
+    return _value(theta, _prepare(differences, labels, weights), ridge)
 
 
 def hessian(
@@ -132,6 +129,10 @@ def fit(
     if bound is not None:
         bound = jnp.asarray(bound, differences.dtype)
         start = _project(start, bound)
+    if init is not None:
+        # A start worse than 0 may lie where every curvature has underflowed: begin at 0 instead.
+        better = _value(start, data, ridge) <= _value(jnp.zeros_like(start), data, ridge)
+        start = jnp.where(better, start, 0.0)
     # An upper bound of the Hessian's trace, whatever theta is.
     scale = 0.25 * jnp.sum(data.weights[:, None] * data.differences**2) + ridge * dim
     scale = lax.stop_gradient(scale + jnp.finfo(scale.dtype).tiny)
@@ -183,6 +184,12 @@ def _prepare(
     )
 
 
+def _value(theta: Float[Array, " dim"], data: _Data, ridge: Scalar) -> Float[Array, ""]:
+    margin = jnp.matmul(data.differences, theta, precision=_HIGHEST)
+    loss = bradley_terry.nll(margin, label=data.labels)
+    return data.weights @ loss + 0.5 * ridge * (theta @ theta)
+
+
 def _gradient(data: _Data, margin: Float[Array, " n"]) -> Float[Array, " dim"]:
     """Gradient of the summed likelihood."""
     error = data.weights * (jax.nn.sigmoid(margin) - data.labels)
@@ -216,9 +223,6 @@ def _newton(theta, data, ridge, bound, scale, iterations):
     eps = jnp.finfo(dtype).eps
     identity = jnp.eye(theta.shape[0], dtype=dtype)
     total = jnp.sum(data.weights)
-    informative = jnp.any(data.differences != 0, axis=1)
-    hard = (data.labels <= 0) | (data.labels >= 1)
-    sign = 2.0 * data.labels - 1.0
 
     def body(state: _State) -> _State:
         margin = jnp.matmul(data.differences, state.theta, precision=_HIGHEST)
@@ -226,26 +230,25 @@ def _newton(theta, data, ridge, bound, scale, iterations):
         curvature = _gram(data, margin) + ridge * identity
         # Singular data: a jitter of the size of the round-off keeps Cholesky alive. It raises the
         # model, so the step stays a descent step of the same guarantee. The second term matters
-        # where every curvature has underflowed.
-        jitter = eps * jnp.trace(curvature) + eps**2 * scale
+        # where every curvature has underflowed, the last where every row is zero.
+        jitter = eps * jnp.trace(curvature) + eps**2 * scale + jnp.finfo(dtype).tiny
         model = curvature + jitter * identity
         if bound is None:
-            step, multiplier = -_solve(model, gradient), state.multiplier
+            factor = jnp.linalg.cholesky(model)
+            step = -jax.scipy.linalg.cho_solve((factor, True), gradient)
+            multiplier = state.multiplier
+            feasible = _has_optimum(margin, data, ridge, jnp.diagonal(factor) ** 2, jitter)
         else:
             target = jnp.matmul(model, state.theta, precision=_HIGHEST) - gradient
             goal, multiplier = _ball_minimum(model, target, bound, state.multiplier)
-            step = goal - state.theta
+            step, feasible = goal - state.theta, True
         move = jnp.matmul(data.differences, step, precision=_HIGHEST)
         largest = jnp.max(jnp.abs(move), initial=0.0)
         tiny = largest < eps
         damping = jnp.where(tiny, 1.0, jnp.log1p(largest) / jnp.where(tiny, 1.0, largest))
         decrement = step @ jnp.matmul(curvature, step, precision=_HIGHEST)
         still = largest <= jnp.sqrt(eps) * (1.0 + jnp.max(jnp.abs(margin), initial=0.0))
-        converged = still & (decrement <= eps * (1.0 + total))
-        if bound is None:
-            # Theta that ranks every comparison rightly can be scaled up for ever.
-            ranks = (hard & (sign * margin > 0)) | ~informative
-            converged &= (ridge > 0) | ~(jnp.all(ranks) & jnp.any(informative))
+        converged = still & (decrement <= eps * (1.0 + total)) & feasible
         return _State(state.theta + damping * step, multiplier, converged, state.steps + 1)
 
     start = _State(theta, jnp.zeros((), dtype), jnp.array(False), jnp.array(0, jnp.int32))
@@ -253,9 +256,17 @@ def _newton(theta, data, ridge, bound, scale, iterations):
     return final.theta, (final.converged.astype(dtype), final.steps.astype(dtype))
 
 
-def _solve(matrix: Float[Array, "dim dim"], vector: Float[Array, " dim"]) -> Float[Array, " dim"]:
-    factor = jnp.linalg.cholesky(matrix)
-    return jax.scipy.linalg.cho_solve((factor, True), vector)
+def _has_optimum(margin, data, ridge, pivots, jitter):
+    """False where the data are seen to be separated, so that theta can be scaled up for ever."""
+    eps = jnp.finfo(margin.dtype).eps
+    informative = jnp.any(data.differences != 0, axis=1)
+    certain = jnp.where(data.labels >= 1, margin, jnp.where(data.labels <= 0, -margin, 0.0))
+    # Every comparison ranked rightly is a proof. One that is right to the last bit, in a direction
+    # where all curvature is gone, is how separation of some rows only looks in finite precision.
+    proof = jnp.all((certain > 0) | ~informative) & jnp.any(informative)
+    saturated = jnp.any(certain > -jnp.log(eps))
+    flat = jnp.min(pivots) <= 4 * pivots.size * jitter
+    return (ridge > 0) | ~(proof | (saturated & flat))
 
 
 def _ball_minimum(model, target, bound, multiplier):
