@@ -1,0 +1,121 @@
+r"""All comparisons seen so far, in the smaller of two exact forms.
+
+The likelihood of Bradley-Terry depends on the data only through how often each action beat each
+other in each context. So where there are fewer pairs (contexts x actions (actions - 1) / 2) than
+comparisons to come, a **tally** of wins holds everything, memory doesn't grow with rounds, and a
+refit costs the same in the last round as in the first. Otherwise **rows** are kept, one per
+comparison, in a buffer of the run's length. Both give the same :class:`View`, up to its order.
+
+Axes: ``rows`` (pairs of a tally, or comparisons), ``batch`` (new comparisons).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jax_klrlhf.bandit.problem import Comparisons, Setting
+
+
+class View(NamedTuple):
+    """Weighted comparisons: in ``context``, ``first`` won ``wins`` and lost ``losses`` times."""
+
+    context: Int[Array, " rows"]
+    first: Int[Array, " rows"]
+    second: Int[Array, " rows"]
+    wins: Float[Array, " rows"]
+    losses: Float[Array, " rows"]
+
+
+class Tally(NamedTuple):
+    """Wins and losses of every pair of actions in every context."""
+
+    wins: Float[Array, "contexts pairs"]
+    losses: Float[Array, "contexts pairs"]
+
+
+class Rows(NamedTuple):
+    """Comparisons in order of arrival; those from ``used`` on are still empty."""
+
+    view: View
+    used: Int[Array, ""]
+
+
+History = Tally | Rows
+
+
+def init(setting: Setting, *, capacity: int) -> History:
+    """An empty history for at most ``capacity`` comparisons."""
+    contexts, actions, _ = setting.features.shape
+    dtype = setting.features.dtype
+    pairs = actions * (actions - 1) // 2
+    if contexts * pairs <= capacity:
+        return Tally(jnp.zeros((contexts, pairs), dtype), jnp.zeros((contexts, pairs), dtype))
+    index, number = jnp.zeros(capacity, jnp.int32), jnp.zeros(capacity, dtype)
+    return Rows(View(index, index, index, number, number), jnp.zeros((), jnp.int32))
+
+
+def append(history: History, data: Comparisons) -> History:
+    """Add comparisons. A pair of one action with itself says nothing and isn't counted."""
+    informative = data.first != data.second
+    weight = jnp.where(informative, data.weight, 0)
+    wins, losses = weight * data.label, weight * (1 - data.label)
+    if isinstance(history, Tally):
+        actions = _actions(history)
+        low, high = jnp.minimum(data.first, data.second), jnp.maximum(data.first, data.second)
+        # Row-major position of (low, high) above the diagonal; see _pairs.
+        pair = low * actions - low * (low + 1) // 2 + high - low - 1
+        pair = jnp.where(informative, pair, 0)
+        swapped = data.first > data.second
+        at = (data.context, pair)
+        return Tally(
+            history.wins.at[at].add(jnp.where(swapped, losses, wins)),
+            history.losses.at[at].add(jnp.where(swapped, wins, losses)),
+        )
+    new = View(data.context, data.first, data.second, wins, losses)
+    merged = jax.tree.map(
+        lambda old, row: jax.lax.dynamic_update_slice(old, row.astype(old.dtype), (history.used,)),
+        history.view,
+        new,
+    )
+    return Rows(merged, history.used + data.context.shape[0])
+
+
+def view(history: History) -> View:
+    """The comparisons as weighted rows; empty rows have no wins and no losses."""
+    if isinstance(history, Rows):
+        return history.view
+    contexts, pairs = history.wins.shape
+    low, high = _pairs(_actions(history))
+    return View(
+        jnp.asarray(np.repeat(np.arange(contexts, dtype=np.int32), pairs)),
+        jnp.asarray(np.tile(low, contexts)),
+        jnp.asarray(np.tile(high, contexts)),
+        history.wins.reshape(-1),
+        history.losses.reshape(-1),
+    )
+
+
+def differences(setting: Setting, history: History) -> Float[Array, "rows dim"]:
+    """``phi(x, first) - phi(x, second)`` of every row of the view."""
+    if isinstance(history, Rows):
+        rows = history.view
+        return (
+            setting.features[rows.context, rows.first]
+            - (setting.features[rows.context, rows.second])
+        )
+    low, high = _pairs(_actions(history))
+    z = setting.features[:, low] - setting.features[:, high]
+    return z.reshape(-1, z.shape[-1])
+
+
+def _actions(tally: Tally) -> int:
+    """Inverse of ``pairs = actions (actions - 1) / 2``."""
+    return round((1 + (1 + 8 * tally.wins.shape[-1]) ** 0.5) / 2)
+
+
+def _pairs(actions: int) -> tuple[np.ndarray, np.ndarray]:
+    low, high = np.triu_indices(actions, 1)
+    return low.astype(np.int32), high.astype(np.int32)

@@ -1,0 +1,128 @@
+r"""What a learner is: four pure functions over a state of its own.
+
+Writing an algorithm means writing these; everything else (simulation, evaluation, sweeps) is
+then given. The contract, which one conformance suite checks for every learner:
+
+``init(setting, capacity=n) -> state``
+    The state before any data: a pytree of arrays whose shapes depend on the setting's shapes and
+    on ``capacity``, the static number of comparisons that the run can hold.
+``propose(key, setting, state, context) -> Proposal``
+    Two actions for each context ``[batch]``. All randomness comes from ``key``; actions that
+    ``setting.where`` masks are never proposed.
+``update(setting, state, data) -> state``
+    The state after new :class:`~jax_klrlhf.bandit.problem.Comparisons`, of the same structure,
+    shapes and dtypes. Rows of weight 0 change nothing. Offline data enters here too.
+``policy(setting, state) -> log_prob [contexts, actions]``
+    The policy that would be deployed now, the one that the learner's guarantee is about:
+    normalized, -inf on masked actions. Before any data it is pi0, or the learner's own choice.
+
+A learner sees the :class:`~jax_klrlhf.bandit.problem.Setting`, never the reward. Its
+hyper-parameters are closed over, so build it inside the function that is mapped to sweep them::
+
+    jax.vmap(lambda radius: simulate(key, problem, gshf(radius=radius), rounds=50, batch=8))(radii)
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jax_klrlhf.bandit import history, refit
+from jax_klrlhf.bandit.problem import Comparisons, Setting
+from jax_klrlhf.core import ellipsoid, gibbs
+from jax_klrlhf.core.numerics import Scalar
+
+
+class Proposal(NamedTuple):
+    """Actions to compare, one pair per entry of ``batch``."""
+
+    first: Int[Array, " batch"]
+    second: Int[Array, " batch"]
+
+
+class Learner(NamedTuple):
+    """An algorithm: see the contract at the head of this file."""
+
+    init: Callable[..., Any]
+    propose: Callable[[Key[Array, ""], Setting, Any, Int[Array, " batch"]], Proposal]
+    update: Callable[[Setting, Any, Comparisons], Any]
+    policy: Callable[[Setting, Any], Float[Array, "contexts actions"]]
+
+
+class Estimate(NamedTuple):
+    """State of the learners with a linear reward: data, estimate, and confidence ellipsoid.
+
+    The confidence set is ``{theta : ||theta - theta_hat||_Sigma <= radius}`` with
+    ``Sigma = ridge I + sum z z'`` over the feature differences seen.
+    """
+
+    history: history.History
+    theta: Float[Array, " dim"]
+    ellipsoid: Any
+    converged: Bool[Array, ""]  # of the latest refit
+
+
+def linear(
+    propose: Callable[[Key[Array, ""], Setting, Estimate, Int[Array, " batch"]], Proposal],
+    policy: Callable[[Setting, Estimate], Float[Array, "contexts actions"]],
+    *,
+    ridge: Scalar = 1.0,
+) -> Learner:
+    r"""A learner that refits the Bradley-Terry MLE on all its data after every batch.
+
+    .. math:: \hat\theta = \arg\min_\theta \sum -\log \sigma((2 y - 1) \langle\theta, z\rangle)
+              + \tfrac{\text{ridge}}{2} \|\theta\|^2
+
+    What is left to say is how it samples (``propose``) and what it deploys (``policy``), both as
+    functions of the :class:`Estimate`.
+    """
+
+    def init(setting: Setting, *, capacity: int) -> Estimate:
+        dim, dtype = setting.features.shape[-1], setting.features.dtype
+        return Estimate(
+            history.init(setting, capacity=capacity),
+            jnp.zeros(dim, dtype),
+            ellipsoid.init(dim, ridge=ridge, dtype=dtype),
+            jnp.ones((), bool),
+        )
+
+    def update(setting: Setting, state: Estimate, data: Comparisons) -> Estimate:
+        seen = history.append(state.history, data)
+        rows = history.view(seen)
+        fit = refit.newton(
+            history.differences(setting, seen), rows.wins, rows.losses, state.theta, ridge=ridge
+        )
+        z = (
+            setting.features[data.context, data.first]
+            - (setting.features[data.context, data.second])
+        )
+        sigma = ellipsoid.update(state.ellipsoid, z, weights=data.weight)
+        return Estimate(seen, fit.theta, sigma, fit.converged)
+
+    return Learner(init, propose, update, policy)
+
+
+def mle_policy(setting: Setting, state: Estimate) -> Float[Array, "contexts actions"]:
+    """Gibbs policy of the estimated reward, from pi0: no bonus of either sign."""
+    return gibbs.log_prob(
+        setting.reward(state.theta),
+        setting.ref_log_prob,
+        kl_coef=setting.kl_coef,
+        where=setting.where,
+    )
+
+
+def draw(
+    key: Key[Array, ""],
+    first_log_prob: Float[Array, "contexts actions"],
+    second_log_prob: Float[Array, "contexts actions"],
+    context: Int[Array, " batch"],
+) -> Proposal:
+    """``a1 ~ first(.|x)`` and ``a2 ~ second(.|x)``, independently."""
+    key_first, key_second = jax.random.split(key)
+    return Proposal(
+        jax.random.categorical(key_first, first_log_prob[context]),
+        jax.random.categorical(key_second, second_log_prob[context]),
+    )
