@@ -3,8 +3,8 @@
 Linen rather than NNX, decided by a measured probe (8 layers, per-layer constants, remat; jax 0.10
 and 0.12, warnings as errors). Neither warned; trace and compile times were equal within noise
 (0.5 s), init took 0.6-1.0 s in Linen and 1.6-1.9 s in NNX. What decided is the boundary:
-everything outside this file is functions of ``(params, arrays)``, which is what ``Module.apply`` is,
-with parameters as nested dictionaries and LoRA as a second collection; NNX reaches the same place
+everything outside this file is functions of ``(params, arrays)``, which is what ``Module.apply``
+is, with parameters as nested dictionaries and LoRA as a second collection; NNX reaches the same place
 through split, merge and a graph definition carried beside the parameters.
 
 Facts that vary by layer (window, rotation) are arrays scanned with the parameters, so the program
@@ -76,7 +76,7 @@ class Norm(nn.Module):
 class Projection(nn.Module):
     """Linear map of the last ``contract`` axes to ``features``, plus a low-rank update if given.
 
-    The update ``lora_scale (x a) b`` (arXiv 2106.09685, eq. 3) is there when the collection ``lora``
+    The update ``lora_scale (x a) b`` (arXiv 2106.09685, eq. 3) is there when collection ``lora``
     holds ``a [in, rank]`` and ``b [rank, out]`` under this module's name.
     """
 
@@ -87,7 +87,7 @@ class Projection(nn.Module):
     lora_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """``x @ kernel + bias``."""
         config = self.config
         lead, inputs = x.shape[: -self.contract], x.shape[-self.contract :]
