@@ -148,10 +148,10 @@ def _by_chunks(measure: Callable[[Any, Array], Any], hidden: Any, responses: Rag
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     rows, samples, length = responses.ids.shape
     mask = responses.mask
-    tokens = jnp.where(mask, responses.ids, 0)
     if length == 0:
         return jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(measure, hidden, tokens)
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(measure, hidden, responses.ids),
         )
     # The fewest chunks of at most `chunk` tokens, then the shortest that still make that many.
     count = -(-length // max(1, chunk // (rows * samples)))
@@ -166,9 +166,9 @@ def _by_chunks(measure: Callable[[Any, Array], Any], hidden: Any, responses: Rag
         leaf = jnp.moveaxis(leaf, 0, 2).reshape(rows, samples, count * width)[:, :, :length]
         return jnp.where(mask, leaf, 0)
 
-    parts = jax.tree.map(cut, (hidden, tokens))
-    measure, weights = _widened(measure, jax.tree.map(lambda leaf: leaf[0], parts))
-    scores = jax.lax.map(jax.checkpoint(lambda part: measure(*part, weights)), parts)
+    parts = jax.tree.map(cut, (hidden, responses.ids))
+    widened, weights = _widened(measure, jax.tree.map(lambda leaf: leaf[0], parts))
+    scores = jax.lax.map(jax.checkpoint(lambda part: widened(*part, weights)), parts)
     return jax.tree.map(join, scores)
 
 

@@ -276,8 +276,8 @@ def test_no_response_positions_at_all():
 
 def test_refusals_name_the_shapes():
     prompts, responses = FIXED
+    fewer = jax.tree.map(lambda leaf: leaf[:2], responses)
     with pytest.raises(ValueError, match=r"3 prompts, got shape \(2, 2, 6\)"):
-        fewer = jax.tree.map(lambda leaf: leaf[:2], responses)
         scoring.token_log_prob(MODEL, PARAMS, prompts, fewer)
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         scoring.token_log_prob(MODEL, PARAMS, prompts, responses, chunk=0)
