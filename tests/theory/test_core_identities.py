@@ -113,7 +113,7 @@ def test_l6_dpo_on_a_softmax_linear_policy_is_the_bandit_likelihood(kl_coef, lab
         differences = features[context, chosen] - features[context, rejected]
         return jnp.sum(bradley_terry.nll(differences @ theta, label=1 - label_smoothing))
 
-    got, want = (jax.value_and_grad(loss)(theta) for loss in (dpo, likelihood))
+    got, want = (jax.jit(jax.value_and_grad(loss))(theta) for loss in (dpo, likelihood))
     np.testing.assert_allclose(got[0], want[0], rtol=1e-12)
     np.testing.assert_allclose(got[1], want[1], rtol=1e-10)
 
@@ -139,6 +139,6 @@ def test_l6_pessimistic_dpo_is_the_likelihood_of_the_reward_that_its_policy_disc
         differences = features[context, chosen] - features[context, rejected]
         return jnp.sum(bradley_terry.nll(differences @ theta))
 
-    got, want = (jax.value_and_grad(loss)(theta) for loss in (pessimistic_dpo, likelihood))
+    got, want = (jax.jit(jax.value_and_grad(loss))(theta) for loss in (pessimistic_dpo, likelihood))
     np.testing.assert_allclose(got[0], want[0], rtol=1e-12)
     np.testing.assert_allclose(got[1], want[1], rtol=1e-10)
