@@ -97,9 +97,11 @@ def most_uncertain(
     """
     keep = _kept(reward, where)
     white = ellipsoids.whiten(ellipsoid, jnp.where(keep[..., None], features, 0.0))
-    # Differences first: |a|^2 + |b|^2 - 2ab would lose close pairs, and never be 0 for equal ones.
+    # Differences, not |a|^2 + |b|^2 - 2ab, which would lose close pairs. Equality is judged before
+    # the solve, whose round-off depends on the position of a row.
     shift = white[..., :, None, :] - white[..., None, :, :]
-    square = jnp.sum(shift**2, axis=-1)
+    differ = jnp.any(features[..., :, None, :] != features[..., None, :, :], axis=-1)
+    square = jnp.where(differ, jnp.sum(shift**2, axis=-1), 0.0)
     responses = reward.shape[-1]
     upper = jnp.triu(jnp.ones((responses, responses), bool), 1)
     allowed = keep[..., :, None] & keep[..., None, :] & jnp.broadcast_to(upper, square.shape)
