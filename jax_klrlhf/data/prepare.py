@@ -313,6 +313,7 @@ def _open(folder: Path, split: str, manifest: Mapping[str, Any]) -> Prepared:
     try:
         builder: Any = tfds.builder_from_directory(folder)
         records = builder.as_data_source(split=split)
+        _row(records[len(records) - 1])  # a missing or torn file shows only when it is read
         with np.load(folder / f"lengths-{split}.npz") as saved:
             lengths = Lengths(saved["prompts"], saved["responses"])
     except Exception as error:

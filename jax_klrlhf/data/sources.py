@@ -141,7 +141,7 @@ def _json(path: Path) -> Iterator[Record]:
                 if not line.strip():
                     continue
                 try:
-                    item = json.loads(line)
+                    item = json.loads(line.rstrip("\r\n"))
                 except json.JSONDecodeError as error:
                     raise InputError(
                         f"{path}, line {number}, column {error.colno}: not JSON ({error.msg}): "
