@@ -1,16 +1,19 @@
 """Training: one step for every loss, on one device or a mesh, with checkpoints and metrics."""
 
-from jax_klrlhf.training import mesh, reference, state
+from jax_klrlhf.training import mesh, reference, state, tasks
 from jax_klrlhf.training.state import TrainState
-from jax_klrlhf.training.step import Batch, Info, make_step, make_train_step
+from jax_klrlhf.training.step import Info, make_step, make_train_step
+from jax_klrlhf.training.tasks import Batch, Task
 
 __all__ = [
     "Batch",
     "Info",
+    "Task",
     "TrainState",
     "make_step",
     "make_train_step",
     "mesh",
     "reference",
     "state",
+    "tasks",
 ]

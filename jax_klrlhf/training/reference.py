@@ -7,13 +7,18 @@ step: :func:`cached` reads them from the batch, :func:`live` scores with the sta
 fingerprint, and a cache on disk that another model made is refused by name.
 """
 
+import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import safetensors
+import safetensors.numpy
 from jaxtyping import Array, Float
 
+from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
 
@@ -72,3 +77,56 @@ def precompute(
     """The batches with ``ref_log_prob`` filled in: one pass of pi0, before training begins."""
     log_prob = make_log_prob(model, chunk=chunk)
     return [batch._replace(ref_log_prob=np.asarray(log_prob(params, batch))) for batch in batches]
+
+
+class Identity(NamedTuple):
+    """What a cache of reference log-probabilities is the cache of: a fingerprint of each."""
+
+    model: str
+    """:func:`state.fingerprint` of pi0."""
+    data: str
+    tokenizer: str
+    lengths: str
+    """What prompts and responses were cut to."""
+
+
+def save_cache(path: Path, ref_log_prob: Float[np.ndarray, "rows K"], identity: Identity) -> None:
+    """Write a cache in one step: a reader sees the old file or the new.
+
+    Raises:
+        InputError: where it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.numpy.save_file(
+            {"ref_log_prob": ref_log_prob}, temporary, metadata=identity._asdict()
+        )
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"{path}: the reference cache could not be written ({error}); make room or name "
+            "another place."
+        ) from None
+
+
+def load_cache(path: Path, identity: Identity) -> Float[np.ndarray, "rows K"]:
+    """Read a cache that was made of the same model, data, tokenizer and lengths.
+
+    Raises:
+        InputError: where it was made of others (which is named), or is no cache.
+    """
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            found = file.metadata() or {}
+            values = file.get_tensor("ref_log_prob")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: not a reference cache ({error}); delete it.") from None
+    for part, ours in identity._asdict().items():
+        theirs = found.get(part, "unknown")
+        if theirs != ours:
+            raise InputError(
+                f"{path}: computed with another {part}: {theirs[:16]} there, {ours[:16]} in this "
+                "run; delete the file to compute it again, or name another."
+            )
+    return values

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_klrlhf.core import objectives
 from jax_klrlhf.training import mesh as meshes
-from jax_klrlhf.training import reference, state, step
+from jax_klrlhf.training import reference, state, step, tasks
 from tests.training import toy
 
 MODEL = toy.language_model(dim=16)
@@ -89,8 +89,8 @@ def layout(shape):
 
 def every_objective(params, batch):
     """Losses ``[objectives, B]`` and mean-loss gradients (a leading axis), in one program."""
-    score = step.policy_scores(MODEL)
-    scores, pull = jax.vjp(lambda p: score(p, None, batch), params)
+    score = tasks.preference(MODEL, OBJECTIVES["sigmoid"]).score
+    scores, pull = jax.vjp(lambda p: score(p, None, batch).scores, params)
     losses, slopes = [], []
     for loss in OBJECTIVES.values():
         of_log_prob = lambda x, loss=loss: loss(scores._replace(log_prob=x))  # noqa: E731

@@ -48,10 +48,10 @@ def brute_loss(params, batch):
         return total
 
     losses = []
-    for row in range(len(batch.weights)):
+    for row in range(len(batch.weight)):
         ratio = [log_prob(row, k) - float(batch.ref_log_prob[row, k]) for k in (0, 1)]
         losses.append(np.log1p(np.exp(-0.3 * (ratio[0] - ratio[1]))))
-    return np.average(losses, weights=batch.weights)
+    return np.average(losses, weights=batch.weight)
 
 
 def test_loss_is_the_weighted_mean_and_the_step_its_gradient():
@@ -78,9 +78,9 @@ def test_loss_is_the_weighted_mean_and_the_step_its_gradient():
 
 def test_accumulation_equals_the_full_batch_however_unequal_the_parts():
     batch = toy.batch(1)
-    weights = batch.weights.copy()
+    weights = batch.weight.copy()
     weights[0::4] *= 100.0  # the first micro-batch outweighs the others: a mean of means fails
-    batch = batch._replace(weights=weights)
+    batch = batch._replace(weight=weights)
     whole, info = step.make_train_step(MODEL, SGD, LOSS)(fresh(), batch)
     parts, cut = step.make_train_step(MODEL, SGD, LOSS, micro_batches=4)(fresh(), batch)
     close(parameters(parts), parameters(whole), rtol=1e-5, atol=1e-6)
@@ -101,7 +101,7 @@ def test_rows_without_weight_are_as_if_deleted_even_when_degenerate():
 
 def test_a_batch_of_no_weight_moves_nothing():
     batch = toy.batch(3)
-    batch = batch._replace(weights=np.zeros_like(batch.weights))
+    batch = batch._replace(weight=np.zeros_like(batch.weight))
     before = fresh()
     old = parameters(before)
     after, info = step.make_train_step(MODEL, SGD, LOSS)(before, batch)
@@ -191,7 +191,7 @@ def test_reported_names_mean_what_they_say():
     _, info = step.make_train_step(MODEL, SGD, LOSS, kl_coef=0.3)(fresh(), batch)
     reward = 0.3 * (log_prob - batch.ref_log_prob)
     mean = jax.tree.map(lambda m: m.total / m.weight, info.report, is_leaf=is_moments)
-    average = partial(np.average, weights=batch.weights)
+    average = partial(np.average, weights=batch.weight)
     close(mean.chosen_reward, average(reward[:, 0]), rtol=1e-5)
     close(mean.rejected_reward, average(reward[:, 1]), rtol=1e-5)
     close(mean.accuracy, average(reward[:, 0] > reward[:, 1]), rtol=1e-6)

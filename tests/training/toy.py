@@ -9,7 +9,7 @@ import numpy as np
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models.base import LanguageModel, Prefix
 from jax_klrlhf.training.mesh import BATCH
-from jax_klrlhf.training.step import Batch
+from jax_klrlhf.training.tasks import Batch
 
 VOCAB = 16
 
@@ -99,6 +99,6 @@ def batch(seed: int, rows: int = 16, responses: int = 2, prompt: int = 6, respon
         responses=Ragged(
             rng.integers(0, VOCAB, (rows, responses, response)).astype(np.int32), lengths
         ),
-        weights=weights,
+        weight=weights,
         ref_log_prob=-rng.uniform(5.0, 15.0, (rows, responses)).astype(np.float32),
     )

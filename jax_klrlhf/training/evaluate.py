@@ -1,0 +1,165 @@
+r"""Evaluation: a task on held-out rows, and the divergence from the reference on the policy's own.
+
+**KL(pi || pi0) needs samples from pi.** The log-ratio of offline pairs is an average over whoever
+wrote them: it is not a KL, and may be negative. :func:`divergence` draws responses from the policy
+and reports
+
+- ``kl/ref``: the sum over a response's tokens of the exact conditional divergence
+  :math:`\sum_v \pi(v) \log(\pi(v) / \pi_0(v))`, averaged over drawn responses. Unbiased, since the
+  divergence of two chains is the expected sum of the conditional ones; and of lower variance than
+  the next, which it is the Rao-Blackwell form of;
+- ``kl/k1``: the sampled log-ratio :math:`\log \pi(y)/\pi_0(y)`, unbiased: a check on the first;
+- ``entropy``: of the policy's law of whole responses, likewise by exact conditional entropies.
+
+These are estimates to read, not losses: the gradient through samples of the first two is not the
+KL's (``core.divergence`` has the table). Standard errors are over prompts, the independent units;
+samples of one prompt are averaged first. All in nats per response.
+
+Axes: ``B`` prompts, ``K`` responses.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Key
+
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.models import sampling, scoring
+from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.models.logits import Warp
+from jax_klrlhf.results import Metric, mean
+from jax_klrlhf.training.mesh import put_batch
+from jax_klrlhf.training.metrics import Metrics
+from jax_klrlhf.training.state import TrainState
+from jax_klrlhf.training.step import per_row
+from jax_klrlhf.training.tasks import Task
+
+
+def make_evaluate(
+    task: Task, *, compute_dtype: Any = None, shardings: Any = None
+) -> Callable[[TrainState, Iterable[Any]], Metrics]:
+    """Compile a task's evaluation: ``evaluate(state, batches) -> metrics``.
+
+    Named ``eval/...``: the loss, what the task reports, and for tasks with margins
+    ``eval/calibration_error`` (:func:`calibration_error` of the probability
+    :math:`\\sigma(\\text{margin})` of a pair's label). Each is an average over all rows with its
+    standard error over rows, and their number.
+    """
+    mesh = None if shardings is None else shardings.step.mesh
+    replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+    @partial(jax.jit, out_shardings=replicated)
+    def rows(params: Any, ref_params: Any, batch: Any) -> Any:
+        return per_row(task, params, ref_params, batch, compute_dtype=compute_dtype)
+
+    def evaluate(state: TrainState, batches: Iterable[Any]) -> Metrics:
+        found = []
+        for batch in batches:
+            with _under(mesh):
+                out = rows(state.policy, state.ref_params, put_batch(batch, mesh))
+            found.append(jax.device_get(out))
+        losses, report, weights = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+        metrics = {"eval/loss": _weighted(losses, weights)}
+        for field, name in task.names.items():
+            values = getattr(report, field)
+            if values is not None:
+                metrics[f"eval/{name}"] = _weighted(values, weights)
+        if "margin" in task.names:
+            kept = report.margin[weights > 0]
+            metrics["eval/calibration_error"] = Metric(calibration_error(kept), None, kept.size)
+        return metrics
+
+    return evaluate
+
+
+def calibration_error(margin: np.ndarray, *, bins: int = 10) -> float:
+    r"""Expected calibration error of the probabilities :math:`\sigma(|m|)` of being right.
+
+    The predictions are cut into ``bins`` equal intervals of [1/2, 1]; the mean over pairs of
+    |share right - mean prediction| of their interval. Positive even for a calibrated model, by
+    about the square root of bins over pairs. (arXiv 1706.04599, eq. 3.)
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(margin.astype(np.float64))))
+    right = np.where(margin == 0, 0.5, margin > 0)
+    place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    gaps = np.bincount(place, right - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / max(margin.size, 1))
+
+
+def make_divergence(
+    model: LanguageModel,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    stop: tuple[int, ...],
+    shardings: Any = None,
+    chunk: int = scoring.CHUNK,
+) -> Callable[[Key[Array, ""], Any, Any, Iterable[Ragged]], Metrics]:
+    """Compile ``divergence(key, params, ref_params, prompts) -> metrics`` (see the module).
+
+    Args:
+        model: the policy and, with other parameters, the reference.
+        samples: responses drawn per prompt, at temperature 1.
+        max_new_tokens: where a response is cut; the KL is then that of the cut responses.
+        stop: ids that end a response.
+        shardings: of the state, as for the training step.
+        chunk: tokens projected on the vocabulary at one time.
+    """
+    mesh = None if shardings is None else shardings.step.mesh
+    replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+    @partial(jax.jit, out_shardings=replicated)
+    def measure(key: Any, params: Any, ref_params: Any, prompts: Ragged) -> Any:
+        keys = jax.random.split(key, prompts.lengths.shape[0])
+        drawn = sampling.sample(
+            keys, model, params, prompts, Warp(), samples=samples,
+            max_new_tokens=max_new_tokens, stop=stop,
+        )  # fmt: skip
+        scores = scoring.score(
+            model, params, prompts, drawn.responses, reference=(model, ref_params), chunk=chunk
+        )
+        reference = scoring.log_prob(model, ref_params, prompts, drawn.responses, chunk=chunk)
+        kl = cast(Array, scores.kl)  # never None beside a reference
+        return {
+            "kl/ref": kl.sum(-1).mean(-1),
+            "kl/k1": (scores.log_prob.sum(-1) - reference).mean(-1),
+            "entropy": scores.entropy.sum(-1).mean(-1),
+            "length/sampled": drawn.responses.lengths.astype(reference.dtype).mean(-1),
+            "finished": drawn.finished.astype(reference.dtype).mean(-1),
+        }
+
+    def divergence(key: Any, params: Any, ref_params: Any, prompts: Iterable[Ragged]) -> Metrics:
+        found = []
+        for number, rows in enumerate(prompts):
+            with _under(mesh):
+                out = measure(
+                    jax.random.fold_in(key, number), params, ref_params, put_batch(rows, mesh)
+                )
+            found.append(jax.device_get(out))
+        together = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+        return {f"eval/{name}": mean(values) for name, values in together.items()}
+
+    return divergence
+
+
+def _under(mesh: Any) -> Any:
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def _weighted(values: np.ndarray, weights: np.ndarray) -> Metric:
+    """Weighted mean; the standard error of a ratio estimator, rows being independent."""
+    keep = weights > 0
+    x, w = values[keep].astype(np.float64), weights[keep].astype(np.float64)
+    if x.size == 0:
+        return Metric(math.nan, None, 0)
+    value = float(np.average(x, weights=w))
+    if x.size == 1:
+        return Metric(value, None, 1)
+    spread = math.sqrt(float(np.sum((w * (x - value)) ** 2)) * x.size / (x.size - 1))
+    return Metric(value, spread / float(w.sum()), x.size)

@@ -1,0 +1,283 @@
+"""The loop around a training step: batches, log, evaluation, checkpoints, health, signals.
+
+The step number is the run's only clock. Everything that happens at a step (a log line, an
+evaluation, a checkpoint) happens at the same one in a run that was killed and started again, and
+the final parameters are the same to the bit.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from jax_klrlhf.results import Metric
+from jax_klrlhf.training import health, metrics
+from jax_klrlhf.training.checkpoint import Checkpoints
+from jax_klrlhf.training.mesh import put_batch
+from jax_klrlhf.training.metrics import Metrics, Sink
+from jax_klrlhf.training.state import TrainState
+from jax_klrlhf.training.step import TrainStep
+
+SHOWN = (
+    "loss",
+    "rewards/margins",
+    "rewards/accuracies",
+    "eval/loss",
+    "eval/rewards/accuracies",
+    "eval/kl/ref",
+    "perf/tokens_per_second",
+)
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Batches without end, with a position that JSON holds (``data.Stream`` is one)."""
+
+    def __next__(self) -> Any:
+        """This process's part of the next batch, on the host."""
+        ...
+
+    def state(self) -> Any:
+        """Position of the next batch."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Go on from a position."""
+        ...
+
+
+class Repeat:
+    """Batches in memory, in order, again and again."""
+
+    def __init__(self, batches: Sequence[Any]):
+        if not batches:
+            raise ValueError("Repeat: no batches to repeat.")
+        self._batches, self._next = list(batches), 0
+
+    def __next__(self) -> Any:
+        """The next batch."""
+        batch = self._batches[self._next % len(self._batches)]
+        self._next += 1
+        return batch
+
+    def state(self) -> int:
+        """Batches given so far."""
+        return self._next
+
+    def restore(self, state: int) -> None:
+        """Go on after ``state`` batches."""
+        self._next = state
+
+
+class Stopped(Exception):
+    """A run ended before its last step, with the reason; its checkpoints are whole."""
+
+
+class Outcome(NamedTuple):
+    """What a run came to."""
+
+    state: TrainState
+    metrics: Metrics
+    """Last value of everything logged."""
+    seconds: float
+
+
+def resume(checkpoints: Checkpoints, state: TrainState, batches: Batches) -> TrainState:
+    """The last checkpoint's state, ``batches`` moved to its position; ``state`` where none is."""
+    if checkpoints.latest is None:
+        return state
+    state, position = checkpoints.restore(state)
+    batches.restore(position)
+    return state
+
+
+def train(
+    step: TrainStep,
+    state: TrainState,
+    batches: Batches,
+    *,
+    steps: int,
+    names: Mapping[str, str],
+    log_every: int = 10,
+    save_every: int | None = None,
+    evaluate_every: int | None = None,
+    evaluate: Callable[[TrainState], Metrics] | None = None,
+    checkpoints: Checkpoints | None = None,
+    config: Any = None,
+    sinks: Sequence[Sink] = (),
+    learning_rate: Callable[[Any], Any] | None = None,
+    limits: health.Limits | None = None,
+    tokens: tuple[int | None, int | None] = (None, None),
+    console: Console | None = None,
+) -> Outcome:
+    """Train until ``steps`` steps have been taken in all, from the state's own step on.
+
+    Args:
+        step: from :func:`.make_train_step` and the like; ``state`` is used up by it.
+        state: fresh, or from :func:`resume`.
+        batches: see :class:`Batches`; :class:`Repeat` for a list.
+        steps: number of the last step.
+        names: what the report's fields are called in the log (``task.names``).
+        log_every: steps between log lines.
+        save_every: steps between checkpoints; the last step is saved in any case.
+        evaluate_every: steps between evaluations; the last step is evaluated in any case.
+        evaluate: metrics of a state.
+        checkpoints: where to save; nothing is saved without.
+        config: saved with each checkpoint.
+        sinks: where metrics go besides the terminal (:mod:`.metrics`).
+        learning_rate: schedule, to be logged.
+        limits: of the health checks; ``None`` is :class:`.health.Limits`'s own.
+        tokens: ids of the begin and the end token, for the check of the first batch.
+        console: the terminal; a quiet one prints nothing.
+
+    Raises:
+        Stopped: where a health check stops the run, or SIGTERM or SIGINT came (the run is then
+            saved first).
+    """
+    began = time.perf_counter()
+    mesh, limits = step.mesh, limits or health.Limits()
+    leader = jax.process_index() == 0
+    console = (console or Console()) if leader else Console(quiet=True)
+    flops = metrics.flops_per_token(state)
+    seen, last, infos = health.Seen(), {}, []
+    number = first = int(state.step)
+
+    def save(state: TrainState) -> None:
+        if checkpoints is not None:
+            checkpoints.save(state, data=batches.state(), config=config)
+
+    def publish(number: int, found: Metrics) -> None:
+        last.update(found)
+        if leader:
+            for sink in sinks:
+                sink(number, found)
+            shown = "  ".join(f"{k} {_short(found[k])}" for k in SHOWN if k in found)
+            console.print(f"step {number}/{steps}  {shown}", highlight=False)
+
+    def warn(findings: Sequence[health.Finding]) -> None:
+        for finding in findings:
+            if finding.stop:
+                raise Stopped(finding.message)
+            console.print(f"[yellow]warning[/yellow] {finding.name}: {finding.message}")
+
+    with _progress(console, steps, number) as advance, _signals() as asked:
+        clock = time.perf_counter()
+        while number < steps:
+            host = next(batches)
+            if number == first:
+                warn(health.check_batch(host, begin=tokens[0], end=tokens[1]))
+            state, info = step(state, put_batch(host, mesh))
+            infos.append(info)
+            number += 1
+            advance(number)
+            final = number == steps
+            if final or number % log_every == 0:
+                jax.block_until_ready(info)
+                found = metrics.summarize(
+                    infos, names, seconds=max(time.perf_counter() - clock, 1e-9)
+                )
+                share = metrics.mfu(found["perf/tokens_per_second"].value, flops)
+                if share is not None:
+                    found["perf/mfu"] = Metric(share)
+                if learning_rate is not None:
+                    found["learning_rate"] = Metric(float(learning_rate(number - 1)))
+                publish(number, found)
+                seen, findings = health.observe(seen, number, found, limits)
+                warn(findings)
+                infos, clock = [], time.perf_counter()
+            # Saved before it is evaluated: an evaluation that fails loses no training.
+            if final or (save_every is not None and number % save_every == 0):
+                save(state)
+            due = evaluate_every is not None and number % evaluate_every == 0
+            if evaluate is not None and due and not final:
+                publish(number, evaluate(state))
+                clock = time.perf_counter()
+            if not final and _agreed(asked, number % log_every == 0):
+                save(state)
+                if checkpoints is not None:
+                    checkpoints.wait()
+                raise Stopped(
+                    f"step {number}: asked to end ({', '.join(asked) or 'by another process'}); "
+                    "start again to go on from here."
+                )
+    # Here, so that a run killed between its last step and its evaluation makes up for it.
+    if evaluate is not None:
+        publish(number, evaluate(state))
+    if checkpoints is not None:
+        checkpoints.wait()
+    return Outcome(state, last, time.perf_counter() - began)
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Names of the signals that ask the run to end; a second one ends it at once."""
+    asked: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {}
+
+    def note(number: int, frame: Any) -> None:
+        del frame
+        asked.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _agreed(asked: Sequence[str], meet: bool) -> bool:
+    """Whether to end now. Several processes must end at the same step: they ask each other."""
+    if jax.process_count() == 1:
+        return bool(asked)
+    return meet and bool(np.any(multihost_utils.process_allgather(np.array(bool(asked)))))
+
+
+@contextmanager
+def _progress(console: Console, steps: int, done: int) -> Iterator[Callable[[int], None]]:
+    """A bar with rate and time left, on a terminal; log lines alone elsewhere."""
+    if not console.is_terminal or console.quiet:
+        yield lambda number: None
+        return
+    bar = Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    began = time.perf_counter()
+    with bar:
+        task = bar.add_task("", total=steps, completed=done, rate="")
+
+        def advance(number: int) -> None:
+            rate = (number - done) / max(time.perf_counter() - began, 1e-9)
+            bar.update(task, completed=number, rate=f"{rate:.2f} steps/s")
+
+        yield advance
+
+
+def _short(metric: Metric) -> str:
+    return f"{metric.value:,.0f}" if abs(metric.value) >= 1000 else f"{metric.value:.4f}"

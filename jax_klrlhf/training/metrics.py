@@ -1,0 +1,184 @@
+"""From what a step reports to named numbers, and from those to a terminal and files.
+
+Inside the program quantities are sums over rows (:class:`~.step.Moments`); names are given here,
+TRL's where TRL has one:
+
+| name | what |
+|---|---|
+| `loss` | weighted mean of the rows' losses |
+| `rewards/chosen`, `rewards/rejected`, `rewards/margins` | implicit rewards, nats |
+| `rewards/accuracies` | share of pairs with a positive margin |
+| `logps/chosen`, `logps/rejected` | log-probabilities of whole responses |
+| `grad_norm`, `update_norm` | of the gradient before clipping; of the optimizer's step |
+| `learning_rate` | of the schedule, where it is known |
+| `perf/padding_fraction` | token slots that held no token |
+| `perf/tokens_per_second` | true prompt and response tokens |
+| `perf/mfu` | share of the chips' peak arithmetic, on the true tokens alone |
+
+A sink is a function ``(step, metrics) -> None``. Each run writes ``metrics.jsonl``, one object a
+line; TensorBoard and wandb join in where they are installed and asked for.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import jax
+import numpy as np
+
+from jax_klrlhf.errors import InputError
+from jax_klrlhf.results import Metric
+from jax_klrlhf.training.step import Info, Moments
+
+Metrics: TypeAlias = dict[str, Metric]
+Sink: TypeAlias = Callable[[int, Mapping[str, Metric]], None]
+
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Dense bfloat16 peak of a device, by the beginning of its kind, from its maker's data sheet."""
+
+
+def mean(moments: Moments) -> Metric:
+    """Weighted mean with its standard error.
+
+    ``n`` is the effective number of rows, (sum w)^2 / sum w^2, rounded.
+    """
+    total, square, weight, weight_square = (float(np.asarray(x)) for x in moments)
+    if weight == 0:
+        return Metric(math.nan)
+    value, n = total / weight, weight**2 / weight_square
+    if not math.isfinite(value) or n < 1.5:
+        return Metric(value, None, round(n))
+    variance = max(square / weight - value**2, 0.0)
+    return Metric(value, math.sqrt(variance / (n - 1)), round(n))
+
+
+def summarize(infos: Sequence[Info], names: Mapping[str, str], *, seconds: float) -> Metrics:
+    """Named numbers of consecutive steps that took ``seconds`` together.
+
+    Averages run over all rows of the steps; norms are the last step's.
+    """
+    host: list[Info] = jax.device_get(list(infos))
+    add = lambda *parts: sum(np.asarray(part, np.float64) for part in parts)  # noqa: E731
+    loss = jax.tree.map(add, *[info.loss for info in host])
+    report = jax.tree.map(add, *[info.report for info in host])
+    found = {"loss": mean(loss)}
+    for field, name in names.items():
+        moments = getattr(report, field)
+        if moments is not None:
+            found[name] = mean(moments)
+    tokens, slots = (sum(int(getattr(info, k)) for info in host) for k in ("tokens", "slots"))
+    return found | {
+        "grad_norm": Metric(float(host[-1].grad_norm)),
+        "update_norm": Metric(float(host[-1].update_norm)),
+        "perf/padding_fraction": Metric(1 - tokens / slots),
+        "perf/tokens_per_second": Metric(tokens / seconds),
+        "perf/steps_per_second": Metric(len(host) / seconds),
+    }
+
+
+def flops_per_token(state: Any) -> float:
+    """Multiplications and additions that a step needs per token, 2 per parameter and pass.
+
+    A trained parameter is passed three times (forward, towards the inputs, towards the weights), a
+    frozen one twice, the live reference once. Attention scores and recomputation do not count,
+    and all parameters are taken to act on every token, prompt tokens' vocabulary projection
+    included; so for a small model with a large vocabulary the number is too high.
+    """
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    return 6.0 * size(state.params) + 4.0 * size(state.frozen) + 2.0 * size(state.ref_params)
+
+
+def mfu(tokens_per_second: float, flops: float) -> float | None:
+    """Model FLOPs utilization over all devices; None where the device's peak is not known."""
+    kind = jax.devices()[0].device_kind
+    # The longest name that fits: "TPU v5" is also how "TPU v5 lite" begins.
+    known = sorted((name for name in PEAK_FLOPS if kind.startswith(name)), key=len)
+    if not known:
+        return None
+    return tokens_per_second * flops / (PEAK_FLOPS[known[-1]] * jax.device_count())
+
+
+def json_lines(path: Path, *, after: int | None = None) -> Sink:
+    """Append one JSON object per call to ``path``.
+
+    A run that goes on from step ``after`` first drops the lines of later steps, which it is about
+    to write again. Raises ``InputError`` where the file cannot be written.
+    """
+    kept = []
+    if after is not None and path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= after:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError, TypeError):
+                break  # a line that a killed run wrote half of
+    try:
+        path.write_text("".join(line + "\n" for line in kept))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}).") from None
+
+    def sink(step: int, metrics: Mapping[str, Metric]) -> None:
+        row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+        for name, metric in metrics.items():
+            row[name] = metric.value if math.isfinite(metric.value) else None
+            if metric.stderr is not None and math.isfinite(metric.stderr):
+                row[f"{name}/stderr"] = metric.stderr
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}).") from None
+
+    return sink
+
+
+def tensorboard(folder: Path) -> Sink:
+    """Scalars for TensorBoard under ``folder``. Raises ``InputError`` where it is not installed."""
+    try:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    except ImportError:
+        raise InputError(
+            "tensorboard is not installed: pip install 'jax-klrlhf[logging]', or leave it out."
+        ) from None
+    # Generated code, whose members no type checker sees.
+    event, proto = cast(Any, event_pb2), cast(Any, summary_pb2)
+    writer = EventFileWriter(str(folder))
+
+    def sink(step: int, metrics: Mapping[str, Metric]) -> None:
+        values = [proto.Summary.Value(tag=k, simple_value=m.value) for k, m in metrics.items()]
+        summary = proto.Summary(value=values)
+        writer.add_event(event.Event(wall_time=time.time(), step=step, summary=summary))
+        writer.flush()
+
+    return sink
+
+
+def wandb(folder: Path, *, project: str, config: Any) -> Sink:
+    """A Weights & Biases run. Raises ``InputError`` where it is not installed."""
+    try:
+        import wandb as client  # pyright: ignore[reportMissingImports] (an optional extra)
+    except ImportError:
+        raise InputError(
+            "wandb is not installed: pip install 'jax-klrlhf[logging]', or leave it out."
+        ) from None
+    run = client.init(project=project, dir=str(folder), config=config)
+
+    def sink(step: int, metrics: Mapping[str, Metric]) -> None:
+        run.log({name: metric.value for name, metric in metrics.items()}, step=step)
+
+    return sink

@@ -1,0 +1,268 @@
+r"""What differs between preference training, maximum likelihood and reward models: one record.
+
+A :class:`Task` says how a batch is scored, what is minimized, how rows are weighted and what is
+reported. The training step and the evaluation are written once, for any task.
+
+Axes: ``B`` rows of the batch (prompts), ``K`` responses to a prompt.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jax_klrlhf.core import bradley_terry
+from jax_klrlhf.core.objectives import Scores
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.models import scoring
+from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.training import reference as references
+
+
+class Batch(NamedTuple):
+    """Rows of a training batch; every array's first axis is ``B``."""
+
+    prompts: Ragged
+    """ids ``[B, P]``."""
+    responses: Ragged
+    """ids ``[B, K, C]``; of a preference, chosen at index 0 and rejected at 1."""
+    weight: Float[Array, " B"]
+    """Weight of each row in the loss; 0 for a row that only fills the batch."""
+    label: Float[Array, " B"] | None = None
+    """Probability that the first response is preferred; None is 1."""
+    ref_log_prob: Float[Array, "B K"] | None = None
+    """Log-probability of the responses under pi0, where it was computed before."""
+    scores: Float[Array, "B K"] | None = None
+    """How good each response was said to be, for a reward model with margins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """How to score, what to minimize, what to report.
+
+    ``loss`` and ``report`` take what ``score`` returned, a NamedTuple of arrays ``[B, ...]``.
+    """
+
+    score: Callable[[Any, Any, Any], Any]
+    """``score(params, ref_params, batch)`` runs the model with the policy's whole parameters."""
+    loss: Callable[[Any], Float[Array, " B"]]
+    """Per-row loss (nats)."""
+    report: Callable[[Any], Any]
+    """NamedTuple of ``[B]`` quantities; a field may be None."""
+    names: Mapping[str, str]
+    """What each field of the report is called in the log."""
+    weight: Callable[[Any], Float[Array, " B"]] | None = None
+    """A row's weight from its scores, times the batch's own; None is 1."""
+
+
+class Preference(NamedTuple):
+    """Scores of preference pairs with their labels."""
+
+    scores: Scores
+    label: Float[Array, " B"] | None
+
+
+class PreferenceReport(NamedTuple):
+    """Per-row quantities of a preference batch, in nats."""
+
+    chosen_reward: Float[Array, " B"] | None
+    """Implicit rewards ``kl_coef * log_ratio``; None without reference."""
+    rejected_reward: Float[Array, " B"] | None
+    margin: Float[Array, " B"]
+    accuracy: Float[Array, " B"]
+    """1 where the margin is positive; a tie counts one half."""
+    chosen_log_prob: Float[Array, " B"]
+    rejected_log_prob: Float[Array, " B"]
+
+
+# TRL's names, so that runs can be laid beside each other.
+PREFERENCE_NAMES = {
+    "chosen_reward": "rewards/chosen",
+    "rejected_reward": "rewards/rejected",
+    "margin": "rewards/margins",
+    "accuracy": "rewards/accuracies",
+    "chosen_log_prob": "logps/chosen",
+    "rejected_log_prob": "logps/rejected",
+}
+
+
+def preference(
+    model: LanguageModel,
+    loss: Callable[[Scores], Float[Array, " B"]],
+    *,
+    reference: references.Reference = references.cached,
+    kl_coef: float = 1.0,
+    chunk: int = scoring.CHUNK,
+) -> Task:
+    r"""Preference training with any loss on log-probabilities.
+
+    A soft label weighs the loss of the pair and of the pair reversed,
+    :math:`y\,\ell(w, l) + (1 - y)\,\ell(l, w)`: the expectation of the loss under the label.
+
+    Args:
+        model: the policy.
+        loss: for example
+            ``lambda s: objectives.sigmoid(s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=0.1)``.
+        reference: where pi0's log-probabilities come from (:mod:`.reference`).
+        kl_coef: scale of the *reported* rewards; the loss has its own.
+        chunk: tokens projected on the vocabulary at one time.
+    """
+
+    def log_prob(params: Any, batch: Any) -> Float[Array, "B K"]:
+        return scoring.log_prob(model, params, batch.prompts, batch.responses, chunk=chunk)
+
+    def score(params: Any, ref_params: Any, batch: Any) -> Preference:
+        scores = Scores(
+            log_prob=log_prob(params, batch),
+            ref_log_prob=cast(Array, reference(log_prob, params, ref_params, batch)),
+            length=batch.responses.lengths,
+        )
+        return Preference(scores, batch.label)
+
+    def labelled(given: Preference) -> Array:
+        first = loss(given.scores)
+        if given.label is None:
+            return first
+        swapped = jax.tree.map(lambda x: x[:, ::-1], given.scores)
+        return jnp.where(
+            given.label < 1,
+            given.label * first + (1 - given.label) * loss(swapped),
+            first,
+        )
+
+    return Task(
+        score=score,
+        loss=labelled,
+        report=lambda given: _preference_report(given.scores, kl_coef),
+        names=PREFERENCE_NAMES,
+    )
+
+
+def _preference_report(scores: Scores, kl_coef: float) -> PreferenceReport:
+    if scores.ref_log_prob is None:
+        reward, shown = kl_coef * scores.log_prob, (None, None)
+    else:
+        reward = kl_coef * (scores.log_prob - scores.ref_log_prob)
+        shown = (reward[:, 0], reward[:, 1])
+    margin = reward[:, 0] - reward[:, 1]
+    return PreferenceReport(
+        *shown, margin, _accuracy(margin), scores.log_prob[:, 0], scores.log_prob[:, 1]
+    )
+
+
+class LikelihoodReport(NamedTuple):
+    """Per-row quantities of maximum likelihood."""
+
+    nll: Float[Array, " B"]
+    """Per token, in nats."""
+    log_prob: Float[Array, " B"]
+    length: Float[Array, " B"]
+
+
+def likelihood(model: LanguageModel, *, chunk: int = scoring.CHUNK) -> Task:
+    """Supervised fine-tuning: negative log-likelihood of the first response, a mean over tokens.
+
+    A row's loss is its mean over tokens and its weight the number of them, so that the batch's
+    weighted mean is the mean over all tokens.
+    """
+
+    def score(params: Any, ref_params: Any, batch: Any) -> Scores:
+        del ref_params
+        responses = jax.tree.map(lambda x: x[:, :1], batch.responses)
+        log_prob = scoring.log_prob(model, params, batch.prompts, responses, chunk=chunk)
+        return Scores(log_prob, cast(Array, None), responses.lengths)
+
+    def tokens(scores: Scores) -> Float[Array, " B"]:
+        return scores.chosen_length.astype(scores.log_prob.dtype)
+
+    def loss(scores: Scores) -> Float[Array, " B"]:
+        return -scores.chosen_log_prob / jnp.maximum(tokens(scores), 1)
+
+    return Task(
+        score=score,
+        loss=loss,
+        report=lambda s: LikelihoodReport(loss(s), s.chosen_log_prob, tokens(s)),
+        names={"nll": "nll", "log_prob": "logps/chosen", "length": "length/chosen"},
+        weight=tokens,
+    )
+
+
+class Rewarded(NamedTuple):
+    """Rewards of the responses to each prompt, with what was said of them."""
+
+    reward: Float[Array, "B K"]
+    label: Float[Array, " B"] | None
+    scores: Float[Array, "B K"] | None
+    length: Int[Array, "B K"]
+
+
+class RewardReport(NamedTuple):
+    """Per-row quantities of a reward model."""
+
+    chosen: Float[Array, " B"]
+    rejected: Float[Array, " B"]
+    margin: Float[Array, " B"]
+    accuracy: Float[Array, " B"]
+
+
+def bradley_terry_reward(
+    reward: Callable[[Any, Ragged, Ragged], Float[Array, "B K"]],
+    *,
+    margin_coef: float = 0.0,
+    centring: float = 0.0,
+) -> Task:
+    r"""Bradley-Terry reward model on pairs.
+
+    .. math:: -\log \sigma(r_w - r_l - m\,(s_w - s_l)) + c\,(r_w + r_l)^2
+
+    Args:
+        reward: ``reward(params, prompts, responses) -> [B, K]``.
+        margin_coef: m: how far apart two responses are asked to be for one point of difference in
+            the data's ``scores`` (arXiv 2307.09288, eq. 2). With it the rewards are no longer the
+            maximum-likelihood ones, nor calibrated.
+        centring: c: pulls the sum of a pair's rewards to 0, which the likelihood leaves free
+            (arXiv 2312.09244, eq. 2; 0.01 there).
+    """
+
+    def score(params: Any, ref_params: Any, batch: Any) -> Rewarded:
+        del ref_params
+        if margin_coef and batch.scores is None:
+            raise ValueError("bradley_terry_reward: margin_coef needs the batch's scores.")
+        rewards = reward(params, batch.prompts, batch.responses)
+        return Rewarded(
+            rewards,
+            batch.label,
+            batch.scores if margin_coef else None,
+            batch.responses.lengths,
+        )
+
+    def loss(given: Rewarded) -> Float[Array, " B"]:
+        margin = given.reward[:, 0] - given.reward[:, 1]
+        if given.scores is not None:
+            margin = margin - margin_coef * (given.scores[:, 0] - given.scores[:, 1])
+        label = 1.0 if given.label is None else given.label
+        total = given.reward[:, 0] + given.reward[:, 1]
+        return bradley_terry.nll(margin, label=label) + centring * jnp.square(total)
+
+    def report(given: Rewarded) -> RewardReport:
+        margin = given.reward[:, 0] - given.reward[:, 1]
+        return RewardReport(given.reward[:, 0], given.reward[:, 1], margin, _accuracy(margin))
+
+    return Task(
+        score=score,
+        loss=loss,
+        report=report,
+        names={
+            "chosen": "rewards/chosen",
+            "rejected": "rewards/rejected",
+            "margin": "rewards/margins",
+            "accuracy": "rewards/accuracies",
+        },
+    )
+
+
+def _accuracy(margin: Float[Array, " B"]) -> Float[Array, " B"]:
+    return 0.5 + 0.5 * jnp.sign(margin)
