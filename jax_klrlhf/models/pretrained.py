@@ -5,11 +5,12 @@ when that device asks for it, so no host holds the model twice and no device hol
 own. Pickled weights are refused, and no code from a model folder is ever run.
 """
 
+import contextlib
 import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,16 @@ from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.models.transformer import language_model
 
+CAUSAL = {
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""The class in transformers that a saved folder names."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -61,7 +72,7 @@ def load(
     if dtype is None:
         dtype = files.dtype()
     chosen = {"dtype": dtype, "param_dtype": dtype if param_dtype is None else param_dtype}
-    config = ModelConfig.from_hf(_json(where), where=str(where), **chosen, **overrides)
+    config = ModelConfig.from_hf(read_json(where), where=str(where), **chosen, **overrides)
     params = read_params(config, files, mesh=mesh)
     return Loaded(language_model(config), params, load_tokenizer(folder), config)
 
@@ -109,7 +120,7 @@ class Files:
         self.folder = folder
         self._open: dict[str, Any] = {}
         if (folder / INDEX).is_file():
-            self.file_of: dict[str, str] = dict(_json(folder / INDEX)["weight_map"])
+            self.file_of: dict[str, str] = dict(read_json(folder / INDEX)["weight_map"])
             missing = {f for f in self.file_of.values() if not (folder / f).is_file()}
             if missing:
                 raise InputError(
@@ -205,38 +216,56 @@ def save(
     was there is replaced. With several hosts every process calls this and the first writes.
     """
     path = Path(path)
-    writes = jax.process_index() == 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}-new-{os.getpid()}")
-    if writes:
-        partial.mkdir()
-    try:
-        _write_weights(partial, config, params, max_shard_bytes, writes=writes)
-        if writes:
-            (partial / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
+    with whole_folder(path) as partial:
+        write_weights(partial, config, params, max_shard_bytes=max_shard_bytes)
+        if jax.process_index() == 0:
+            settings = config.to_hf() | {"architectures": [CAUSAL[config.family]]}
+            (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(partial))
-            replace(partial, path)
-    finally:
-        if writes and partial.exists():
-            shutil.rmtree(partial)
     return path
 
 
-def replace(partial: Path, path: Path) -> None:
-    """Rename a finished folder to ``path``, putting away what was there."""
-    if path.exists():
-        old = path.with_name(f".{path.name}-old-{os.getpid()}")
-        path.rename(old)
-        partial.rename(path)
-        shutil.rmtree(old)
-    else:
-        partial.rename(path)
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write in, renamed to ``path`` at the end: readers see all of it or nothing.
+
+    What was at ``path`` is replaced. Of several processes only the first makes and renames it.
+    """
+    partial = path.with_name(f".{path.name}-new-{os.getpid()}")
+    if jax.process_index() != 0:
+        yield partial
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            old = path.with_name(f".{path.name}-old-{os.getpid()}")
+            path.rename(old)
+            partial.rename(path)
+            shutil.rmtree(old)
+        else:
+            partial.rename(path)
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
 
 
-def _write_weights(
-    folder: Path, config: ModelConfig, params: Any, max_shard_bytes: int, *, writes: bool
+def write_weights(
+    folder: Path,
+    config: ModelConfig,
+    params: Any,
+    *,
+    max_shard_bytes: int,
+    extra: Mapping[str, np.ndarray] | None = None,
 ) -> None:
+    """Write safetensors, with an index where there are several, one file in memory at a time.
+
+    ``extra`` are tensors beside the decoder's, such as a reward head. Every process takes part in
+    gathering, the first writes.
+    """
+    writes, extra = jax.process_index() == 0, dict(extra or {})
     leaves = {
         partition.path_name(path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
@@ -250,12 +279,14 @@ def _write_weights(
             pieces[source.name.format(layer)].append((source.part[0], source, leaf, layer))
 
     def size(name):
+        if name in extra:
+            return extra[name].nbytes
         leaves_of = [(leaf, layer) for _, _, leaf, layer in pieces[name]]
         return sum(x.nbytes // (1 if layer is None else x.shape[0]) for x, layer in leaves_of)
 
     shards: list[list[str]] = [[]]
     room = max_shard_bytes
-    for name in sorted(pieces):
+    for name in sorted({*pieces, *extra}):
         if shards[-1] and size(name) > room:
             shards.append([])
             room = max_shard_bytes
@@ -268,18 +299,27 @@ def _write_weights(
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for name in names:
+            index[name] = file
+            if name in extra:
+                tensors[name] = extra[name]
+                continue
             parts = [
                 weights.write(source, host(leaf if layer is None else leaf[layer]))
                 for _, source, leaf, layer in sorted(pieces[name], key=lambda piece: piece[0])
             ]
             tensors[name] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-            index[name] = file
         if writes:
-            safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
+            write_tensors(folder / file, tensors)
     if writes and len(shards) > 1:
-        total = sum(size(name) for name in pieces)
+        total = sum(size(name) for name in index)
         listing = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / INDEX).write_text(json.dumps(listing, indent=2) + "\n")
+
+
+def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """One safetensors file, readable by all (the library makes it private)."""
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)
 
 
 def host(x: Any) -> np.ndarray:
@@ -304,7 +344,8 @@ def _device() -> Any:
     return jax.local_devices()[0]
 
 
-def _json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
+    """The JSON object in a file; ``InputError`` naming it where there is none."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

@@ -4,8 +4,8 @@ Linen rather than NNX, decided by a measured probe (8 layers, per-layer constant
 and 0.12, warnings as errors). Neither warned; trace and compile times were equal within noise
 (0.5 s), init took 0.6-1.0 s in Linen and 1.6-1.9 s in NNX. What decided is the boundary:
 everything outside this file is functions of ``(params, arrays)``, which is what ``Module.apply``
-is, with parameters as nested dictionaries and LoRA as a second collection; NNX reaches the same place
-through split, merge and a graph definition carried beside the parameters.
+is, with parameters as nested dictionaries and LoRA as a second collection; NNX reaches the same
+place through split, merge and a graph definition carried beside the parameters.
 
 Facts that vary by layer (window, rotation) are arrays scanned with the parameters, so the program
 holds one block however deep the model. The three programs (reading a prompt, reading responses,
@@ -212,11 +212,16 @@ class Decoder(nn.Module):
 
 @functools.cache
 def language_model(
-    config: ModelConfig, *, constrain: Callable[[Array], Array] = partition.constrain
+    config: ModelConfig,
+    *,
+    constrain: Callable[[Array], Array] = partition.constrain,
+    lora_scale: float | None = None,
 ) -> LanguageModel:
     """The decoder as six pure functions of ``(params, arrays)``.
 
-    ``constrain`` is applied to the activations ``[B, K, T, E]`` after every residual sum. Equal
+    ``constrain`` is applied to the activations ``[B, K, T, E]`` after every residual sum. With
+    ``lora_scale`` the parameters are ``{"base": ..., "lora": ...}``, low-rank updates are added
+    with that factor, and no gradient reaches the base (see :mod:`~jax_klrlhf.models.lora`). Equal
     arguments return the same object, so a jitted caller traces once.
     """
     settings: dict[str, Any] = {
@@ -225,8 +230,13 @@ def language_model(
     }
 
     def run(params, attend, *args) -> Any:
-        module = Decoder(config, attend, constrain)
-        return module.apply({"params": params}, *args)
+        if lora_scale is None:
+            return Decoder(config, attend, constrain).apply({"params": params}, *args)
+        variables = {"params": base(params), "lora": params["lora"]}
+        return Decoder(config, attend, constrain, lora_scale).apply(variables, *args)
+
+    def base(params):
+        return params if lora_scale is None else jax.lax.stop_gradient(params["base"])
 
     def read(query, own, layer, cache, memory, shared):
         """Whole rows: a prompt by itself, or responses after their prompt (``memory``)."""
@@ -285,7 +295,7 @@ def language_model(
         return hidden[:, :, 0], cache
 
     def unembed(params, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
-        wide = _wide(config)
+        wide, params = _wide(config), base(params)
         if config.tied:
             table, axis = params["embedding"], 1
         else:
