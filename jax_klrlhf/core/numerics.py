@@ -110,4 +110,4 @@ def expectation(
     """
     keep = support(log_prob, where)
     prob = jnp.exp(jnp.where(keep, log_prob, 0))
-    return jnp.sum(jnp.where(keep, prob * jnp.where(keep, value, 0), 0), axis=-1)
+    return jnp.sum(jnp.where(keep, prob * value, 0), axis=-1)

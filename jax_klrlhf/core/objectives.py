@@ -47,6 +47,7 @@ class Scores(NamedTuple):
     """What a loss may look at: the log-probabilities of the responses of each pair, with lengths.
 
     The last axis is what is chosen among: the chosen response at 0, the rejected one at 1.
+    ``ref_log_prob`` is None where no reference was scored, for losses that need none.
 
     >>> pair = Scores(jnp.array([-3.0, -5.0]), jnp.array([-4.0, -4.0]), jnp.array([7, 9]))
     >>> float(pair.chosen_log_ratio), float(pair.rejected_log_ratio), int(pair.chosen_length)
@@ -54,13 +55,18 @@ class Scores(NamedTuple):
     """
 
     log_prob: Float[Array, "*batch responses"]
-    ref_log_prob: Float[Array, "*batch responses"]
+    ref_log_prob: Float[Array, "*batch responses"] | None
     length: Int[Array, "*batch responses"]
     """Tokens of each response."""
 
     @property
     def log_ratio(self) -> Float[Array, "*batch responses"]:
-        """``log pi - log pi_0`` of each response."""
+        """``log pi - log pi_0`` of each response; ValueError without a reference."""
+        if self.ref_log_prob is None:
+            raise ValueError(
+                "this loss compares with the reference policy, and ref_log_prob is None: score "
+                "the reference too, or take a loss without one (objectives.simpo)"
+            )
         return self.log_prob - self.ref_log_prob
 
     @property
@@ -71,7 +77,7 @@ class Scores(NamedTuple):
     @property
     def rejected_log_prob(self) -> Float[Array, "*batch"]:
         """Log-probability of the rejected response."""
-        return self.log_prob[..., 1]
+        return _second(self.log_prob)
 
     @property
     def chosen_log_ratio(self) -> Float[Array, "*batch"]:
@@ -81,7 +87,7 @@ class Scores(NamedTuple):
     @property
     def rejected_log_ratio(self) -> Float[Array, "*batch"]:
         """Log-ratio of the rejected response."""
-        return self.log_ratio[..., 1]
+        return _second(self.log_ratio)
 
     @property
     def chosen_length(self) -> Int[Array, "*batch"]:
@@ -91,7 +97,7 @@ class Scores(NamedTuple):
     @property
     def rejected_length(self) -> Int[Array, "*batch"]:
         """Tokens of the rejected response."""
-        return self.length[..., 1]
+        return _second(self.length)
 
 
 def sigmoid(
@@ -426,6 +432,16 @@ def exploratory(
     """
     dpo = sigmoid(chosen_log_ratio, rejected_log_ratio, kl_coef=kl_coef)
     return dpo + optimism * exploration_log_prob
+
+
+def _second(x: Array) -> Array:
+    """Entry 1 of a last axis of two; jax would clamp the index on an axis of one."""
+    if x.shape[-1] != 2:
+        raise ValueError(
+            f"a pair has two responses on its last axis, chosen and rejected; got shape {x.shape}: "
+            "choose two of them first (core.pairs)"
+        )
+    return x[..., 1]
 
 
 def _per_token(total: Float[Array, "*batch"], length: Int[Array, "*batch"]) -> Array:

@@ -432,6 +432,21 @@ def test_scores_name_the_two_responses_and_travel_through_jit():
         np.testing.assert_array_equal(got, expected)
 
 
+def test_scores_refuse_what_is_not_a_pair_and_a_reference_that_is_not_there():
+    one, three = (
+        objectives.Scores(x := jnp.zeros((4, k)), x, jnp.ones((4, k), int)) for k in (1, 3)
+    )
+    for scores in (one, three):
+        assert scores.chosen_log_prob.shape == (4,)
+        for name in ("rejected_log_prob", "rejected_log_ratio", "rejected_length"):
+            with pytest.raises(ValueError, match="two responses on its last axis"):
+                getattr(scores, name)
+    alone = objectives.Scores(jnp.zeros((4, 2)), None, jnp.ones((4, 2), int))
+    assert alone.rejected_log_prob.shape == (4,)
+    with pytest.raises(ValueError, match=r"objectives\.simpo"):
+        alone.chosen_log_ratio  # noqa: B018
+
+
 def test_an_empty_response_is_not_a_division_by_zero():
     nothing = jnp.array(0)
     loss = jax.value_and_grad(
