@@ -1,6 +1,7 @@
 """Preference data: from files, hub and TFDS to token ids to bucketed, resumable batches."""
 
 from jax_klrlhf.data import (
+    arrange,
     batch,
     buckets,
     examples,
@@ -11,4 +12,14 @@ from jax_klrlhf.data import (
     tokenize,
 )
 
-__all__ = ["batch", "buckets", "examples", "prepare", "rows", "sources", "statistics", "tokenize"]
+__all__ = [
+    "arrange",
+    "batch",
+    "buckets",
+    "examples",
+    "prepare",
+    "rows",
+    "sources",
+    "statistics",
+    "tokenize",
+]

@@ -28,6 +28,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jax_klrlhf.data import buckets, tokenize
+from jax_klrlhf.data.arrange import Arrangement, as_is
 from jax_klrlhf.data.batch import Lengths, Loader
 from jax_klrlhf.data.examples import Columns
 from jax_klrlhf.data.rows import Dropped, Row, encode
@@ -108,6 +109,7 @@ def build(
     max_response_length: int,
     split: str | None = None,
     columns: Columns | None = None,
+    arrange: Arrangement = as_is,
     test_fraction: float = 0.0,
     split_seed: int = 0,
 ) -> dict[str, Prepared]:
@@ -121,6 +123,8 @@ def build(
         max_response_length: tokens; longer responses lose their end.
         split: of the source, where it has several.
         columns: what the columns are called.
+        arrange: examples to examples, of :mod:`arrange` or one's own: a function with a name, by
+            which it is fingerprinted.
         test_fraction: share of the prompts that form the split ``test``.
         split_seed: another seed, another split.
 
@@ -142,13 +146,14 @@ def build(
         "max_prompt_length": max_prompt_length,
         "max_response_length": max_response_length,
         "columns": asdict(named),
+        "arrange": _name(arrange),
         "test_fraction": test_fraction,
         "split_seed": split_seed,
     }
     if not _is_prepared(folder):
         items = encode(
             encoder,
-            opened.examples(columns=named),
+            arrange(opened.examples(columns=named)),
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
         )
@@ -365,6 +370,13 @@ def _check_recipe(folder: Path, found: Mapping[str, Any], asked: Mapping[str, An
         raise InputError(
             f"{folder}: prepared with another {pairs}: give another folder, or remove this one"
         )
+
+
+def _name(function: Arrangement) -> str:
+    name = f"{function.__module__}.{function.__qualname__}"
+    if "<" in name:
+        raise ValueError(f"arrange={name} has no name of its own: define it at the top of a module")
+    return name
 
 
 def _short(value: Any) -> str:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jax_klrlhf.data import prepare, tokenize
+from jax_klrlhf.data import arrange, prepare, tokenize
 from jax_klrlhf.data.examples import Columns
 from jax_klrlhf.data.prepare import Prepared
 from jax_klrlhf.data.rows import Row
@@ -177,6 +177,8 @@ class DataConfig:
     """Another seed holds out other prompts."""
     columns: Columns = field(default_factory=Columns)
     """What the columns are called."""
+    arrange: Literal["as_is", "best_worst", "all_pairs", "grouped"] = "as_is"
+    """Ranked responses to pairs (best_worst, all_pairs), or pairs of one prompt to one row."""
 
 
 def main(config: DataConfig, *, console: Console | None = None) -> dict[str, Prepared] | None:
@@ -191,6 +193,7 @@ def main(config: DataConfig, *, console: Console | None = None) -> dict[str, Pre
             max_response_length=config.max_response_length,
             split=config.split,
             columns=config.columns,
+            arrange=getattr(arrange, config.arrange),
             test_fraction=config.test_fraction,
             split_seed=config.split_seed,
         )
