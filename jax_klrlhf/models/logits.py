@@ -74,6 +74,7 @@ def draw(
             it. A single float32 would resolve a flat law over 128k tokens to 1 % only.
         logits: unnormalized; ``-inf`` is never drawn.
     """
+    uniform = uniform.astype(logits.dtype)
     vocab = logits.shape[-1]
     width = _block_width(vocab)
     blocks = -(-vocab // width)
@@ -127,6 +128,7 @@ def _keep(logits: Float[Array, "*batch vocab"], enough) -> Float[Array, "*batch 
 
 def _ordered_bits(value: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     """Unsigned integers in the order of the float32 values."""
+    value = jnp.where(value == 0, 0, value)  # -0.0 equals 0.0 but has other bits
     bits = jax.lax.bitcast_convert_type(value.astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(1 << 31)
     # Negative floats order backwards among themselves and below the positive ones.

@@ -67,8 +67,9 @@ def generate(
 ) -> Samples:
     """Draw `samples` responses to each prompt.
 
-    Compiles once per model, shape bucket and combination of warps; the values of temperature,
-    `top_k`, `top_p` and `min_p` are not compiled in.
+    Compiles once per model, number of prompts and samples, `max_new_tokens`, :func:`bucket` of the
+    longest prompt and combination of warps; the warps' values are not compiled in. Prompts that lie
+    on several devices keep their width: there the caller's batches decide the shapes.
 
     Args:
         key: one key, or one per prompt ``[B]`` (then samples do not depend on the batch).
@@ -93,7 +94,7 @@ def generate(
         raise ValueError(
             f"samples and max_new_tokens must be at least 1, got {samples} and {max_new_tokens}"
         )
-    _check_context(model, prompts, max_new_tokens)
+    prompts = _fitted(model, prompts, max_new_tokens)
     rows = prompts.ids.shape[0]
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
     if keys.shape != (rows,):
@@ -138,8 +139,8 @@ def sample(
         if greedy:
             token = laws.argmax(logits)
             normalizer = jax.nn.logsumexp(logits, -1)
-            return token, _at(logits, token) - normalizer, jnp.zeros(token.shape, jnp.float32)
-        if by == Warp():
+            return token, _at(logits, token) - normalizer, jnp.zeros(token.shape, logits.dtype)
+        if not jax.tree.leaves(by):
             token, normalizer = laws.draw(uniform[step], logits)
             log_prob = _at(logits, token) - normalizer
             return token, log_prob, log_prob
@@ -171,17 +172,17 @@ def sample(
         step, _, drawn = carry
         return (step < max_new_tokens) & ~jnp.all(drawn.finished)
 
-    buffer = (max_new_tokens, rows, samples)
-    drawn = _Drawn(
-        ids=jnp.full(buffer, pad_id, jnp.int32),
-        log_prob=jnp.zeros(buffer, jnp.float32),
-        sampling=jnp.zeros(buffer, jnp.float32),
-        lengths=jnp.zeros((rows, samples), jnp.int32),
-        finished=jnp.zeros((rows, samples), bool),
-    )
     # All samples of a prompt draw their first token from one law.
     logits = model.unembed(params, prefix.hidden)
     logits = jnp.broadcast_to(logits[:, None], (rows, samples, logits.shape[-1]))
+    buffer = (max_new_tokens, rows, samples)
+    drawn = _Drawn(
+        ids=jnp.full(buffer, pad_id, jnp.int32),
+        log_prob=jnp.zeros(buffer, logits.dtype),
+        sampling=jnp.zeros(buffer, logits.dtype),
+        lengths=jnp.zeros((rows, samples), jnp.int32),
+        finished=jnp.zeros((rows, samples), bool),
+    )
     drawn = record(drawn, logits, jnp.int32(0))
     cache = model.start(params, prefix, samples, max_new_tokens)
     _, _, drawn = jax.lax.while_loop(unfinished, body, (jnp.int32(1), cache, drawn))
@@ -209,16 +210,13 @@ _compiled = jax.jit(
 
 
 def _uniform(keys: Key[Array, " B"], samples: int, steps: int) -> Float[Array, "C B K 2"]:
-    """Two numbers in [0, 1) for each token; a longer run repeats a shorter one's."""
+    """Two numbers in [0, 1) for each token. Those of a longer run begin with those of a shorter."""
 
-    def row(key, index):
-        key = jax.random.fold_in(key, index)
-        return jax.vmap(lambda step: jax.random.uniform(jax.random.fold_in(key, step), (2,)))(
-            jnp.arange(steps)
-        )
+    def draw(key, index):
+        return jax.random.uniform(jax.random.fold_in(key, index), (steps, 2), jnp.float32)
 
-    per_prompt = jax.vmap(row, (None, 0), 1)
-    return jax.vmap(per_prompt, (0, None), 1)(keys, jnp.arange(samples))
+    of_prompt = jax.vmap(draw, (None, 0), out_axes=1)
+    return jax.vmap(of_prompt, (0, None), out_axes=1)(keys, jnp.arange(samples))
 
 
 def _at(logits: Float[Array, "*batch V"], token: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
@@ -246,20 +244,31 @@ def _warp(temperature, top_k, top_p, min_p) -> tuple[Warp, bool]:
     return Warp(temperature=None if float(temperature) == 1.0 else temperature, **given), False
 
 
-def _check_context(model: LanguageModel, prompts: Ragged, max_new_tokens: int) -> None:
-    """Refuse prompts that are empty or leave no room for the response."""
-    width = prompts.ids.shape[-1]
-    if isinstance(prompts.lengths, Tracer):
-        lengths = np.asarray([width])
-    else:
-        lengths = np.asarray(prompts.lengths)
-    if lengths.min() < 1:
-        raise ValueError(f"prompt {lengths.argmin()} is empty: a prompt has at least one token")
-    longest = int(lengths.max())
+def _fitted(model: LanguageModel, prompts: Ragged, max_new_tokens: int) -> Ragged:
+    """Refuse prompts that are empty or leave no room; round the width of the rest to a bucket."""
+    ids, lengths = prompts
+    seen = not isinstance(lengths, Tracer) and getattr(lengths, "is_fully_addressable", True)
+    # Where the lengths cannot be looked at, the width they were padded to has to fit.
+    counts = np.asarray(lengths) if seen else np.full(1, ids.shape[-1])
+    if counts.min() < 1:
+        raise ValueError(f"prompt {counts.argmin()} is empty: a prompt has at least one token")
+    longest = int(counts.max())
     if longest + max_new_tokens > model.max_length:
         raise ValueError(
-            f"prompt {lengths.argmax()} has {longest} tokens, with max_new_tokens="
-            f"{max_new_tokens} {longest + max_new_tokens} in all, but the model's context is "
+            f"prompt {counts.argmax()} has {longest} tokens, with max_new_tokens={max_new_tokens} "
+            f"that makes {longest + max_new_tokens}, but the model's context is "
             f"{model.max_length}: cut the prompt or ask for at most "
             f"{max(0, model.max_length - longest)} new tokens"
         )
+    if isinstance(ids, Tracer) or (isinstance(ids, jax.Array) and len(ids.sharding.device_set) > 1):
+        return prompts
+    width = min(bucket(longest), model.max_length)
+    ids = jnp.pad(ids[:, :width], ((0, 0), (0, max(0, width - ids.shape[1]))))
+    return Ragged(ids, jnp.asarray(lengths))
+
+
+def bucket(length: int) -> int:
+    """The least of a few widths that holds `length`: four to each doubling, so 8, 16, ..., 32, 40,
+    ..., 64, 80, ..., 128, 160. At most a quarter of padding for a handful of compilations."""
+    step = max(8, 2 ** (max(length - 1, 1).bit_length() - 3))
+    return -(-length // step) * step
