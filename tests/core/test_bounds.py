@@ -78,7 +78,7 @@ def test_masked_actions_are_deleted(x64):
     where = jnp.arange(ACTIONS + 1) < ACTIONS
     where = jnp.broadcast_to(where[None, :], (CONTEXTS, ACTIONS + 1))
     phi = jnp.pad(jnp.array(PHI), ((0, 0), (0, 1), (0, 0)), constant_values=jnp.nan)
-    log_pi = jnp.pad(jnp.array(LOG_PI), ((0, 0), (0, 1)), constant_values=-jnp.inf)
+    log_pi = jnp.pad(jnp.array(LOG_PI), ((0, 0), (0, 1)), constant_values=-0.3)
 
     def both(phi, log_pi, where):
         args, nu = (state(), phi, log_pi), jnp.array(NU)
