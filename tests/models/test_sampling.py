@@ -22,7 +22,7 @@ PARAMS = MODEL.init(jax.random.key(3))
 IDS = [[1, 2, 3], [4], [3, 3]]
 DRAWS = 4096
 ALARM = 1e-5
-"""Chance that one goodness-of-fit test fails a sampler that is right; 12 such tests in this file."""
+"""Chance that one goodness-of-fit test fails a right sampler; there are 12 in this file."""
 
 
 def ragged(rows, width=None) -> Ragged:
@@ -70,7 +70,7 @@ def test_frequencies_follow_the_enumerated_law(warp):
             PARAMS, prompt, max_new_tokens=3, stop=(STOP,), warp=partial(brute_warp, **warp)
         )
         drawn_words = words(drawn, row)
-        counts = {word: 0 for word in law}
+        counts = dict.fromkeys(law, 0)
         for word in drawn_words:
             counts[word] += 1  # a response that cannot occur is a KeyError
         assert all(law[word] > 0 for word in drawn_words)
