@@ -5,14 +5,23 @@ position ``n + i`` and sees the prompt's keys ``p < n`` and its own keys ``j <= 
 keeps those at most ``w - 1`` positions back. A prompt itself is a single response to an empty
 prompt. Key heads serve groups of query heads and are never repeated in memory.
 
+Three implementations of the same function, one signature: :func:`xla` (any device; the form that
+CPUs run fast), :func:`splash` (TPU) and :func:`cudnn` (NVIDIA GPU). :func:`by_platform` chooses.
+
 Axes: ``B`` prompts, ``K`` responses, ``T`` response positions, ``P`` prompt positions, ``H`` query
 heads, ``N`` key heads (``G = H / N``), ``D`` head size.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, Bool, Float, Int
 
 CHUNK = 64
@@ -42,13 +51,16 @@ def xla(
     *,
     scale: float,
     window: Int[Array, ""],
+    windows: Sequence[int | None] = (),
     softcap: float | None = None,
 ) -> Float[Array, "B K T H D"]:
     """Blocks of 64 queries, each against the keys up to its last one only.
 
     The blocks are unrolled, so that the upper triangle is never computed; on CPU this is 2 to 4
     times faster than one masked product, forward and backward. ``own`` is ``[B, K, N, T, D]``.
+    ``window`` may be traced, so ``windows`` (all that it can be) is not needed here.
     """
+    del windows
     batch, samples, length, heads, size = query.shape
     groups = own.key.shape[2]
     split = query.transpose(0, 1, 3, 2, 4).reshape(
@@ -74,6 +86,221 @@ def xla(
         )
     joined = jnp.concatenate(blocks, axis=-2)
     return joined.reshape(batch, samples, heads, length, size).transpose(0, 1, 3, 2, 4)
+
+
+def splash(
+    query: Float[Array, "B K T H D"],
+    own: Keys,
+    prompt: Prompt | None,
+    *,
+    scale: float,
+    window: Int[Array, ""],
+    windows: Sequence[int | None] = (None,),
+    softcap: float | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B K T H D"]:
+    """JAX's splash attention for TPU: one kernel over prompt and responses, empty blocks skipped.
+
+    Prompts are moved to the right end of their padding. A response's token ``i`` is then ``i``
+    places after the prompt's last slot whatever the prompt's length, so windows and the separation
+    of the K responses are one static mask, and only the prompt's left padding is left to segment
+    ids. ``windows`` are the values that ``window`` can take: a kernel is made for each.
+    ``interpret`` runs the kernel's arithmetic on any device.
+    """
+    batch, samples, length, heads, size = query.shape
+    groups = own.key.shape[2]
+    rows = _round_up(length)
+
+    def flat(x):  # [B, K, N, T, D] -> [B, N, K * rows, D]
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, rows - length), (0, 0)))
+        return x.swapaxes(1, 2).reshape(batch, x.shape[2], samples * rows, size)
+
+    mine = jax.tree.map(flat, own)
+    seen = jnp.ones((batch, samples * rows), jnp.int32)
+    columns = 0
+    if prompt is not None:
+        columns = _round_up(prompt.keys.key.shape[-2])
+        slots = jnp.arange(columns)[None] - (columns - prompt.lengths[:, None])
+        ids = jnp.maximum(slots, 0)[:, None, :, None]
+
+        def right(x):
+            return jnp.take_along_axis(x, ids, axis=2)
+
+        shared = jax.tree.map(right, prompt.keys)
+        mine = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), shared, mine)
+        seen = jnp.concatenate([(slots >= 0).astype(jnp.int32), seen], axis=1)
+
+    def run(kind):
+        mask = SharedPromptMask(samples, rows, columns, kind)
+
+        def rowwise(query, key, value, kv_ids):
+            attend = _splash_kernel(mask, query.shape[1], softcap, interpret)
+            ids = kernel.SegmentIds(q=jnp.ones((samples * rows,), jnp.int32), kv=kv_ids)
+            axes = kernel.SegmentIds(q=None, kv=0)
+            return jax.vmap(attend, in_axes=(0, 0, 0, axes))(query, key, value, ids)
+
+        return _per_device(rowwise, groups)
+
+    scaled = flat((query * jnp.asarray(scale, query.dtype)).swapaxes(2, 3))
+    choices = [run(kind) for kind in windows]
+    which = jnp.asarray([EVERYTHING if w is None else w for w in windows]) == window
+    out = jax.lax.switch(jnp.argmax(which), choices, scaled, mine.key, mine.value, seen)
+    out = out.reshape(batch, heads, samples, rows, size)[..., :length, :]
+    return out.transpose(0, 2, 3, 1, 4).astype(query.dtype)
+
+
+class SharedPromptMask(masks.Mask):
+    """Which of ``[P prompt keys, K * rows own keys]`` the ``K * rows`` queries see, made lazily."""
+
+    def __init__(self, samples: int, rows: int, columns: int, window: int | None):
+        self._facts = samples, rows, columns, window
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Queries and keys."""
+        samples, rows, columns, _ = self._facts
+        return samples * rows, columns + samples * rows
+
+    def __getitem__(self, index) -> np.ndarray:
+        _, rows, columns, window = self._facts
+        query, key = (np.arange(n)[i] for n, i in zip(self.shape, index, strict=True))
+        query, key = query[:, None], key[None]
+        place = query % rows
+        mine = (key - columns) // rows == query // rows
+        back = np.where(key < columns, columns + place - key, place - (key - columns) % rows)
+        mask = ((key < columns) | mine) & (back >= 0)
+        return mask if window is None else mask & (back < window)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SharedPromptMask) and self._facts == other._facts
+
+    def __hash__(self) -> int:
+        return hash(self._facts)
+
+
+def _splash_kernel(mask: SharedPromptMask, heads: int, softcap: float | None, interpret: bool):
+    _, rows, columns, _ = mask._facts
+    block = next(b for b in (512, 256, 128) if rows % b == 0 and columns % b == 0)
+    # Fields of the backward kernels have no defaults that work.
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes = kernel.BlockSizes(**{f"block_{name}": block for name in names})
+    return kernel.make_splash_mha_single_device(
+        mask=masks.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
+
+
+def _per_device(function, groups: int):
+    """A kernel is opaque to the partitioner: run it on each device's prompts and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    auto = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto and mesh.shape[name] > 1
+    ]
+    if not auto:
+        return function
+
+    def sharded(query, key, value, ids):
+        batch = tuple(a for a in ("data", "fsdp") if a in auto)
+        if query.shape[0] % max(1, int(np.prod([mesh.shape[a] for a in batch]))):
+            batch = ()
+        head = "tensor" if "tensor" in auto and groups % mesh.shape["tensor"] == 0 else None
+        by_head = Spec(batch, head, None, None)
+        mapped = jax.shard_map(
+            function,
+            in_specs=(by_head, by_head, by_head, Spec(batch, None)),
+            out_specs=by_head,
+            check_vma=False,
+        )
+        return mapped(query, key, value, ids)
+
+    return sharded
+
+
+def _round_up(length: int) -> int:
+    return -(-length // 128) * 128
+
+
+def cudnn(
+    query: Float[Array, "B K T H D"],
+    own: Keys,
+    prompt: Prompt | None,
+    *,
+    scale: float,
+    window: Int[Array, ""],
+    windows: Sequence[int | None] = (None,),
+    softcap: float | None = None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "B K T H D"]:
+    """cuDNN's fused attention for NVIDIA GPUs, in 16 bits and without a soft cap.
+
+    Each response is a row whose keys are the prompt's and its own. cuDNN takes one set of keys a
+    row, so the prompt's are repeated K times for the time of one layer; scores never are in memory.
+    A prompt by itself runs as plain causal attention.
+
+    Raises ``ValueError`` with a soft cap, which cuDNN has not: use :func:`xla`.
+    """
+    if softcap is not None:
+        raise ValueError(f"softcap={softcap}: cuDNN has no soft cap; use attention.xla")
+    batch, samples, length, heads, size = query.shape
+    groups = own.key.shape[2]
+    settings = {"scale": scale, "implementation": implementation}
+
+    def row(x):  # [B, K, N, S, D] -> [B * K, S, N, D]
+        return x.swapaxes(2, 3).reshape(batch * samples, x.shape[3], groups, size)
+
+    query = query.reshape(batch * samples, length, heads, size)
+    place = jnp.arange(length)
+    back = place[:, None] - place[None]
+    if prompt is None and tuple(windows) == (None,):
+        out = jax.nn.dot_product_attention(
+            query, row(own.key), row(own.value), is_causal=True, **settings
+        )
+    else:
+        mask = jnp.broadcast_to((back >= 0) & (back < window), (batch, samples, 1, length, length))
+        if prompt is not None:
+            shared = _prompt_mask(prompt, place, window)[:, :, 0]
+            shape = (batch, samples, 1, *shared.shape[-2:])
+            mask = jnp.concatenate([jnp.broadcast_to(shared, shape), mask], axis=-1)
+
+            def joined(common, mine):
+                common = jnp.broadcast_to(common[:, None], (batch, samples, *common.shape[1:]))
+                return jnp.concatenate([common, mine], axis=-2)
+
+            own = jax.tree.map(joined, prompt.keys, own)
+        mask = mask.reshape(batch * samples, *mask.shape[2:])
+        out = jax.nn.dot_product_attention(
+            query, row(own.key), row(own.value), mask=mask, **settings
+        )
+    return out.reshape(batch, samples, length, heads, size)
+
+
+def by_platform(
+    query: Float[Array, "B K T H D"],
+    own: Keys,
+    prompt: Prompt | None,
+    *,
+    scale: float,
+    window: Int[Array, ""],
+    windows: Sequence[int | None] = (None,),
+    softcap: float | None = None,
+) -> Float[Array, "B K T H D"]:
+    """The implementation for JAX's default backend and these shapes.
+
+    A program compiled ahead of time for another platform names its implementation in
+    ``ModelConfig.attention`` instead.
+    """
+    platform, size = jax.default_backend(), query.shape[-1]
+    chosen = xla
+    if platform == "tpu" and query.shape[2] >= 128 and query.dtype.itemsize <= 4:
+        chosen = splash
+    fits = query.dtype.itemsize == 2 and size % 8 == 0 and size <= 128
+    if platform == "gpu" and softcap is None and fits:
+        chosen = cudnn
+    return chosen(query, own, prompt, scale=scale, window=window, windows=windows, softcap=softcap)
 
 
 def step(

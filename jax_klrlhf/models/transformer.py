@@ -228,6 +228,7 @@ def language_model(
         "scale": config.scale,
         "softcap": config.attention_softcap,
     }
+    kinds = tuple(dict.fromkeys(config.layer_windows))
 
     def run(params, attend, *args) -> Any:
         if lora_scale is None:
@@ -241,8 +242,8 @@ def language_model(
     def read(query, own, layer, cache, memory, shared):
         """Whole rows: a prompt by itself, or responses after their prompt (``memory``)."""
         prompt = None if memory is None else Prompt(memory, shared)
-        implementation = config.attention or attention.xla
-        out = implementation(query, own, prompt, window=layer.window, **settings)
+        implementation = config.attention or attention.by_platform
+        out = implementation(query, own, prompt, window=layer.window, windows=kinds, **settings)
         kept = jax.tree.map(lambda x: x[:, 0], own) if memory is None else None
         return out, cache, kept
 
