@@ -1,8 +1,19 @@
 """Training: one step for every loss, on one device or a mesh, with checkpoints and metrics."""
 
-from jax_klrlhf.training import mesh, reference, state, tasks
+from jax_klrlhf.training import (
+    checkpoint,
+    evaluate,
+    health,
+    loop,
+    mesh,
+    metrics,
+    optimizers,
+    reference,
+    state,
+    tasks,
+)
 from jax_klrlhf.training.state import TrainState
-from jax_klrlhf.training.step import Info, make_step, make_train_step
+from jax_klrlhf.training.step import Info, TrainStep, make_step, make_train_step
 from jax_klrlhf.training.tasks import Batch, Task
 
 __all__ = [
@@ -10,9 +21,16 @@ __all__ = [
     "Info",
     "Task",
     "TrainState",
+    "TrainStep",
+    "checkpoint",
+    "evaluate",
+    "health",
+    "loop",
     "make_step",
     "make_train_step",
     "mesh",
+    "metrics",
+    "optimizers",
     "reference",
     "state",
     "tasks",

@@ -26,7 +26,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from jax_klrlhf.core.sequence import Ragged
@@ -36,7 +36,7 @@ from jax_klrlhf.models.logits import Warp
 from jax_klrlhf.results import Metric, mean
 from jax_klrlhf.training.mesh import put_batch
 from jax_klrlhf.training.metrics import Metrics
-from jax_klrlhf.training.state import TrainState
+from jax_klrlhf.training.state import TrainState, cast_floating
 from jax_klrlhf.training.step import per_row
 from jax_klrlhf.training.tasks import Task
 
@@ -98,7 +98,8 @@ def make_divergence(
     samples: int,
     max_new_tokens: int,
     stop: tuple[int, ...],
-    shardings: Any = None,
+    mesh: Mesh | None = None,
+    compute_dtype: Any = None,
     chunk: int = scoring.CHUNK,
 ) -> Callable[[Key[Array, ""], Any, Any, Iterable[Ragged]], Metrics]:
     """Compile ``divergence(key, params, ref_params, prompts) -> metrics`` (see the module).
@@ -108,14 +109,15 @@ def make_divergence(
         samples: responses drawn per prompt, at temperature 1.
         max_new_tokens: where a response is cut; the KL is then that of the cut responses.
         stop: ids that end a response.
-        shardings: of the state, as for the training step.
+        mesh: of the parameters; one device without.
+        compute_dtype: the training step's.
         chunk: tokens projected on the vocabulary at one time.
     """
-    mesh = None if shardings is None else shardings.step.mesh
     replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
     @partial(jax.jit, out_shardings=replicated)
     def measure(key: Any, params: Any, ref_params: Any, prompts: Ragged) -> Any:
+        params, ref_params = (cast_floating(p, compute_dtype) for p in (params, ref_params))
         keys = jax.random.split(key, prompts.lengths.shape[0])
         drawn = sampling.sample(
             keys, model, params, prompts, Warp(), samples=samples,

@@ -15,6 +15,10 @@ import numpy as np
 from jax_klrlhf.results import Metric
 
 
+class Stopped(RuntimeError):
+    """A run ended before its last step, with the reason; its checkpoints are whole."""
+
+
 class Finding(NamedTuple):
     """Something wrong with a run."""
 

@@ -28,6 +28,7 @@ from rich.progress import (
 from jax_klrlhf.results import Metric
 from jax_klrlhf.training import health, metrics
 from jax_klrlhf.training.checkpoint import Checkpoints
+from jax_klrlhf.training.health import Stopped
 from jax_klrlhf.training.mesh import put_batch
 from jax_klrlhf.training.metrics import Metrics, Sink
 from jax_klrlhf.training.state import TrainState
@@ -82,10 +83,6 @@ class Repeat:
     def restore(self, state: int) -> None:
         """Go on after ``state`` batches."""
         self._next = state
-
-
-class Stopped(Exception):
-    """A run ended before its last step, with the reason; its checkpoints are whole."""
 
 
 class Outcome(NamedTuple):

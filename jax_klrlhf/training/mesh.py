@@ -53,6 +53,11 @@ def make(
             f"mesh {named}: the sizes must multiply to the {count} devices there are; "
             "set one of them to -1 to let it take the rest."
         )
+    if devices is None and jax.process_count() > 1 and jax.local_device_count() % sizes[2]:
+        raise ValueError(
+            f"mesh {named}: tensor={sizes[2]} must divide the {jax.local_device_count()} devices "
+            "of a process, which reads whole rows."
+        )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 

@@ -7,8 +7,10 @@ step: :func:`cached` reads them from the batch, :func:`live` scores with the sta
 fingerprint, and a cache on disk that another model made is refused by name.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +18,14 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.training.mesh import put_batch
+from jax_klrlhf.training.state import cast_floating
 
 LogProb = Callable[[Any, Any], Float[Array, "B K"]]
 """``log_prob(params, batch)``: scores the batch's responses."""
@@ -77,6 +82,44 @@ def precompute(
     """The batches with ``ref_log_prob`` filled in: one pass of pi0, before training begins."""
     log_prob = make_log_prob(model, chunk=chunk)
     return [batch._replace(ref_log_prob=np.asarray(log_prob(params, batch))) for batch in batches]
+
+
+def tabulate(
+    model: LanguageModel,
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    rows: int,
+    responses: int,
+    compute_dtype: Any = None,
+    chunk: int = scoring.CHUNK,
+    mesh: Mesh | None = None,
+) -> Float[np.ndarray, "rows K"]:
+    """pi0's log-probabilities of a whole data set, by row number.
+
+    ``batches`` (of ``prompts``, ``responses`` and ``row``, the rows' numbers) visit each row at
+    least once. ``compute_dtype`` and ``mesh`` are the training step's, so that the ratio of a
+    policy that has not moved is 1.
+    """
+    replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+    @partial(jax.jit, out_shardings=replicated)
+    def score(params: Any, prompts: Any, answers: Any, index: Any) -> Any:
+        found = scoring.log_prob(
+            model, cast_floating(params, compute_dtype), prompts, answers, chunk=chunk
+        )
+        return index, found
+
+    table = np.full((rows, responses), np.nan, np.float32)
+    for batch in batches:
+        laid = put_batch((batch.prompts, batch.responses, batch.row), mesh)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            index, found = jax.device_get(score(params, *laid))
+        table[index] = found
+    missing = int(np.isnan(table).any(axis=1).sum())
+    if missing:
+        raise ValueError(f"tabulate: {missing} of {rows} rows were not visited, or are not finite.")
+    return table
 
 
 class Identity(NamedTuple):

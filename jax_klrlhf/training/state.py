@@ -71,6 +71,15 @@ def merge(trained: Any, frozen: Any) -> Any:
     )
 
 
+def cast_floating(params: Any, dtype: Any) -> Any:
+    """The floating-point leaves in another type; unchanged where ``dtype`` is None."""
+    if dtype is None:
+        return params
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params
+    )
+
+
 def init(
     key: PRNGKeyArray,
     params: Any,

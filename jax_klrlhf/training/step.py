@@ -32,7 +32,7 @@ from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.training import reference as references
 from jax_klrlhf.training import tasks
 from jax_klrlhf.training.mesh import batch_sharding, rows
-from jax_klrlhf.training.state import TrainState, merge
+from jax_klrlhf.training.state import TrainState, cast_floating, merge
 from jax_klrlhf.training.tasks import Task
 
 
@@ -238,9 +238,8 @@ def per_row(
     task: Task, params: Any, ref_params: Any, batch: Any, *, compute_dtype: Any = None
 ) -> tuple[Float[Array, " B"], Any, Float[Array, " B"]]:
     """Loss, report and weight of each row, in ``compute_dtype``."""
-    if compute_dtype is not None:
-        lower = partial(_cast, dtype=compute_dtype)
-        params, ref_params = lower(params), lower(ref_params)
+    params = cast_floating(params, compute_dtype)
+    ref_params = cast_floating(ref_params, compute_dtype)
     scores = task.score(params, ref_params, batch)
     weights = batch.weight
     if task.weight is not None:
@@ -290,12 +289,6 @@ def _cut(batch: Any, micro_batches: int, parts: int) -> Any:
             x.reshape(count // micro_batches, micro_batches, *x.shape[1:]), 1, 0
         ),
         batch,
-    )
-
-
-def _cast(tree: Any, *, dtype: Any) -> Any:
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
 
 

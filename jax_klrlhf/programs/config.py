@@ -1,0 +1,297 @@
+"""Configuration of the training programs: frozen records that a file holds and the shell sets."""
+
+import dataclasses
+import inspect
+import json
+import math
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from jaxtyping import Array
+
+from jax_klrlhf.core import objectives
+from jax_klrlhf.core.objectives import Scores
+from jax_klrlhf.data.examples import Columns
+from jax_klrlhf.errors import InputError
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshSizes:
+    """Devices along each axis; one size may be -1 and takes the rest."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """Several hosts. Left alone, a TPU pod finds them out by itself with `auto`."""
+
+    auto: bool = False
+    """Ask the cluster's environment for all that follows."""
+    coordinator: str | None = None
+    """Address and port of process 0."""
+    count: int = 1
+    index: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What the training programs have in common."""
+
+    model: str
+    """Folder or hub id of the model to start from."""
+    data: str
+    """File (.jsonl, .jsonl.gz, .parquet), folder, hub id, tfds:name, or a prepared folder."""
+    output: Path
+    """Folder of the run. A run that was cut off goes on from it."""
+
+    split: str | None = None
+    """Split of the source, where it has several."""
+    test_fraction: float = 0.05
+    """Share of the prompts held out for evaluation; 0 for none."""
+    max_prompt_length: int = 512
+    """Tokens; a longer prompt loses its beginning."""
+    max_response_length: int = 512
+    """Tokens; a longer response loses its end."""
+    columns: Columns = field(default_factory=Columns)
+    """What the columns are called."""
+    batch_size: int = 64
+    """Rows of a batch, over all devices."""
+    token_budget: int | None = None
+    """Token slots of a batch instead: short rows then come in larger batches."""
+    max_shapes: int = 8
+    """Bound on the batch shapes, each of which is compiled."""
+    micro_batches: int = 1
+    """Pieces that a batch is cut into, one in memory at a time."""
+
+    epochs: float = 1.0
+    steps: int | None = None
+    """Steps instead of epochs."""
+    learning_rate: float = 1e-6
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    weight_decay: float = 0.0
+    """Of adamw."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; master parameters and moments are float32."""
+    remat: str | None = None
+    """What the backward pass recomputes: full, or a policy of jax.checkpoint_policies."""
+    chunk: int = 1024
+    """Tokens projected on the vocabulary at one time."""
+    mesh: MeshSizes = MeshSizes()
+    processes: Processes = Processes()
+
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 200
+    evaluate_every: int = 200
+    keep: int = 2
+    """Checkpoints kept."""
+    tensorboard: bool = False
+    wandb: str | None = None
+    """Project to log to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """Low-rank adaptation; the base is then the reference, without a second copy."""
+
+    rank: int = 0
+    """0 trains all parameters."""
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("query", "key", "value", "out", "up", "gate", "down")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig(TrainingConfig):
+    """Preference training: DPO and its relatives, against the model it starts from."""
+
+    objective: str = "sigmoid"
+    """Name of a loss in jax_klrlhf.core.objectives: sigmoid, ipo, hinge, simpo, ..."""
+    kl_coef: float = 0.1
+    """Strength of the KL regularization (beta of DPO, eta of Xiong et al.)."""
+    options: dict[str, float] = field(default_factory=dict)
+    """Further numbers of the objective, such as label_smoothing 0.1."""
+    reference: Literal["cached", "live"] = "cached"
+    """Reference log-probabilities: computed once and kept on disk, or in each step."""
+    reference_cache: Path | None = None
+    """File of the cache; in the run's folder by default."""
+    lora: Adapter = Adapter()
+    kl_prompts: int = 32
+    """Held-out prompts from which KL(policy || reference) is estimated; 0 for none."""
+    kl_samples: int = 2
+    """Responses drawn for each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(TrainingConfig):
+    """Supervised training on the first (chosen) response of each row."""
+
+    learning_rate: float = 1e-5
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random` takes of the model's folder its config.json and tokenizer alone."""
+    lora: Adapter = Adapter()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(TrainingConfig):
+    """Bradley-Terry reward model on preference pairs."""
+
+    learning_rate: float = 1e-5
+    margin_coef: float = 0.0
+    """Margin asked for per point of difference in the data's scores."""
+    centring: float = 0.0
+    """Weight of the square of a pair's summed rewards; 0.01 is usual."""
+
+
+# Members that read a pair's Scores alone, so that a name and numbers say all.
+OBJECTIVES: dict[str, Callable[..., Array]] = {
+    "sigmoid": objectives.sigmoid,
+    "ipo": objectives.ipo,
+    "hinge": objectives.hinge,
+    "robust": objectives.robust,
+    "rpo": objectives.rpo,
+    "simpo": objectives.simpo,
+    "length_normalized": objectives.length_normalized,
+    "chi_po": objectives.chi_po,
+    "forward_kl": partial(objectives.f_divergence, derivative=objectives.forward_kl),
+    "jensen_shannon": partial(objectives.f_divergence, derivative=objectives.jensen_shannon),
+}
+
+
+def objective(name: str, *, kl_coef: float, options: Mapping[str, float]) -> tuple[Any, bool]:
+    """The loss ``Scores -> [B]`` of a name, and whether it reads the reference.
+
+    Raises:
+        InputError: where there is no such name, or an option is unknown, missing or ignored.
+    """
+    if name not in OBJECTIVES:
+        raise InputError(f"objective {name!r}: there are {', '.join(OBJECTIVES)}.")
+    function = OBJECTIVES[name]
+    fixed = function.keywords if isinstance(function, partial) else {}
+    parameters = inspect.signature(function).parameters.values()
+    arrays = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    numbers = {
+        p.name: p.default
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name not in {*fixed, "kl_coef"}
+    }
+    accepted = ", ".join(numbers) or "none"
+    for option in options:
+        if option not in numbers:
+            raise InputError(f"options: {name} takes no {option!r}; it takes {accepted}.")
+    for option, default in numbers.items():
+        if default is inspect.Parameter.empty and option not in options:
+            raise InputError(f"options: {name} needs a number for {option!r}.")
+
+    def loss(scores: Scores) -> Array:
+        return function(*(getattr(scores, a) for a in arrays), kl_coef=kl_coef, **options)
+
+    return loss, any("ratio" in a for a in arrays)
+
+
+def read(path: Path, kind: type[Config], *, command: str | None = None) -> Config:
+    """A configuration from JSON or YAML, as a run saved it or a person wrote it.
+
+    A run saves the name of its ``command`` too, which must then be the one given.
+
+    Raises:
+        InputError: naming the file and the key that is unknown, missing or of the wrong type.
+    """
+    try:
+        text = path.read_text()
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            found = yaml.safe_load(text)
+        else:
+            found = json.loads(text)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}).") from None
+    except Exception as error:  # yaml's own errors, without importing it to name them
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
+    if isinstance(found, Mapping) and "command" in found:
+        found = dict(found)
+        theirs = found.pop("command")
+        if command is not None and theirs != command:
+            raise InputError(f"{path}: a configuration of klrlhf {theirs}, not of {command}.")
+    return _build(found, kind, str(path))
+
+
+def _build(found: Any, kind: Any, where: str) -> Any:
+    """``found`` (plain JSON) as a value of the type ``kind``."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(found, Mapping):
+            raise InputError(f"{where}: expected an object with keys, found {found!r}.")
+        hints = get_type_hints(kind)
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        for key in found:
+            if key not in fields:
+                raise InputError(f"{where}: unknown key {key!r}; there are {', '.join(fields)}.")
+        for name, entry in fields.items():
+            required = entry.default is dataclasses.MISSING
+            if required and entry.default_factory is dataclasses.MISSING and name not in found:
+                raise InputError(f"{where}: key {name!r} is missing.")
+        return kind(**{k: _build(v, hints[k], f"{where}: {k}") for k, v in found.items()})
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if found is None and type(None) in inner:
+            return None
+        return _build(found, next(t for t in inner if t is not type(None)), where)
+    if origin is Literal:
+        if found not in inner:
+            raise InputError(f"{where}: {found!r} is none of {', '.join(map(str, inner))}.")
+        return found
+    if origin is dict and isinstance(found, Mapping):
+        return {key: _build(value, inner[1], f"{where}: {key}") for key, value in found.items()}
+    if origin is tuple and isinstance(found, list | tuple):
+        return tuple(_build(value, inner[0], where) for value in found)
+    if kind is Path and isinstance(found, str):
+        return Path(found)
+    if kind is float and isinstance(found, int | float) and not isinstance(found, bool):
+        return float(found)
+    if isinstance(found, kind if isinstance(kind, type) else object) and not (
+        kind is int and isinstance(found, bool)
+    ):
+        return found
+    raise InputError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {found!r}.")
+
+
+def check(config: TrainingConfig) -> None:
+    """What no type says. Raises ``InputError`` naming the option."""
+    positive = ("batch_size", "micro_batches", "max_shapes", "log_every", "save_every", "keep")
+    for name in (*positive, "evaluate_every", "chunk"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} is {getattr(config, name)}; it must be at least 1.")
+    if config.steps is not None and config.steps < 1:
+        raise InputError(f"steps is {config.steps}; it must be at least 1.")
+    if not config.epochs > 0 or not config.learning_rate > 0:
+        raise InputError(
+            f"epochs {config.epochs} and learning_rate {config.learning_rate} must be positive."
+        )
+    if not 0 <= config.warmup < 1:
+        raise InputError(f"warmup is {config.warmup}; it is a share of the steps in [0, 1).")
+    if config.optimizer != "adamw" and config.weight_decay:
+        raise InputError(f"weight_decay: {config.optimizer} has none; leave it 0.")
+
+
+def steps_of(config: TrainingConfig, steps_per_epoch: int) -> int:
+    """Number of the last step."""
+    if config.steps is not None:
+        return config.steps
+    return max(1, math.ceil(config.epochs * steps_per_epoch))

@@ -1,0 +1,386 @@
+"""What every training program does: folder, mesh, data, loop, results.
+
+A run's folder holds ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``data/`` (the prepared
+data set), ``model/`` (the result, as Hugging Face would have it) and ``results.json``. Started
+again with the same configuration, a run goes on from its last checkpoint.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.data import prepare, tokenize
+from jax_klrlhf.data.batch import Loader, Stream
+from jax_klrlhf.data.prepare import Prepared
+from jax_klrlhf.errors import InputError
+from jax_klrlhf.models import partition
+from jax_klrlhf.programs.config import TrainingConfig, check, steps_of
+from jax_klrlhf.results import Metric, output_folder, write_json, write_results
+from jax_klrlhf.training import evaluate as evaluation
+from jax_klrlhf.training import health, loop, metrics, optimizers
+from jax_klrlhf.training import mesh as meshes
+from jax_klrlhf.training import state as states
+from jax_klrlhf.training.checkpoint import Checkpoints
+from jax_klrlhf.training.state import TrainState
+from jax_klrlhf.training.step import make_step
+from jax_klrlhf.training.tasks import Batch, Task
+
+# What may change between a run and its continuation: how often it reports, and on what it runs.
+FREE = {
+    "output", "log_every", "save_every", "evaluate_every", "keep", "tensorboard", "wandb",
+    "mesh", "processes", "kl_prompts", "kl_samples", "reference_cache",
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    """A run that has begun: its configuration, folder, devices and terminal."""
+
+    config: Any
+    name: str
+    folder: Path
+    mesh: Mesh | None
+    console: Console
+
+    @property
+    def compute_dtype(self) -> Any:
+        """What parameters are cast to in a step, or None."""
+        return jnp.bfloat16 if self.config.dtype == "bfloat16" else None
+
+
+class Splits(NamedTuple):
+    """The data of a run."""
+
+    train: Prepared
+    held_out: Prepared | None
+    encoder: tokenize.Encoder
+
+
+def begin(config: TrainingConfig, name: str, console: Console | None) -> Run:
+    """Join the processes, lay out the mesh, and claim the folder.
+
+    Raises:
+        InputError: where the folder cannot be written, or holds a run of another configuration.
+    """
+    check(config)
+    if config.processes.auto:
+        jax.distributed.initialize()
+    elif config.processes.coordinator is not None:
+        jax.distributed.initialize(
+            config.processes.coordinator, config.processes.count, config.processes.index
+        )
+    elif config.processes.count != 1:
+        raise InputError("processes.count needs processes.coordinator, such as host0:1234.")
+    mesh = None
+    if jax.device_count() > 1:
+        try:
+            mesh = meshes.make(**dataclasses.asdict(config.mesh))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+    folder = output_folder(config.output)
+    run = Run(config, name, folder, mesh, console or Console())
+    _claim(run)
+    return run
+
+
+def _claim(run: Run) -> None:
+    """Write the configuration, or see that the one that is there is the same."""
+    path = run.folder / "config.json"
+    ours = json.loads(json.dumps({"command": run.name, **_plain(run.config)}))
+    if path.exists() and any((run.folder / "checkpoints").glob("[0-9]*")):
+        theirs = json.loads(path.read_text())
+        for key in ours.keys() - FREE:
+            if theirs.get(key) != ours[key]:
+                raise InputError(
+                    f"{path}: this run was started with {key} {theirs.get(key)!r}, now it is "
+                    f"{ours[key]!r}; give the same to go on with it, or another --output."
+                )
+    if jax.process_index() == 0:
+        write_json(path, ours)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A configuration as JSON has it."""
+    text = lambda value: str(value) if isinstance(value, Path) else value  # noqa: E731
+    return json.loads(json.dumps(dataclasses.asdict(config), default=text))
+
+
+def open_data(run: Run, tokenizer: Any) -> Splits:
+    """The prepared data set: the one given, or one made in the run's folder.
+
+    Raises:
+        InputError: naming file, line and column of what is wrong with the data.
+    """
+    config: TrainingConfig = run.config
+    if tokenizer is None:
+        raise InputError(f"{config.model}: the folder has no tokenizer, which data need.")
+    encoder = tokenize.encoder(tokenizer)
+    source = Path(config.data).expanduser()
+    if (source / "prepared.json").is_file():
+        train = prepare.load(source, "train")
+        splits = {"train": train}
+        if "test" in train.manifest["splits"]:
+            splits["test"] = prepare.load(source, "test")
+        if train.manifest["recipe"]["tokenizer"] != encoder.fingerprint():
+            raise InputError(
+                f"{config.data}: prepared with the tokenizer of {train.manifest['tokenizer']}, "
+                f"another than {config.model}'s; prepare it again."
+            )
+    else:
+        splits = prepare.build(
+            config.data,
+            tokenizer,
+            run.folder / "data",
+            max_prompt_length=config.max_prompt_length,
+            max_response_length=config.max_response_length,
+            split=config.split,
+            columns=config.columns,
+            test_fraction=config.test_fraction,
+            split_seed=config.seed,
+        )
+    return Splits(splits["train"], splits.get("test"), encoder)
+
+
+def loader(run: Run, data: Prepared, *, seed: int | None) -> Loader:
+    """Batches of a split that divide over micro-batches and devices."""
+    config: TrainingConfig = run.config
+    parts = 1 if run.mesh is None else meshes.rows(run.mesh)
+    # Evaluation takes batches whole.
+    divisor = parts * (config.micro_batches if seed is not None else 1)
+    size = config.batch_size
+    if seed is None:
+        size = -(-min(size, len(data)) // divisor) * divisor
+    elif config.token_budget is None and size % divisor:
+        raise InputError(
+            f"batch_size {size} must be a multiple of {divisor}: {config.micro_batches} "
+            f"micro-batches on {parts} parts of the mesh."
+        )
+    return data.loader(
+        seed=seed,
+        token_budget=config.token_budget,
+        batch_size=size if config.token_budget is None else None,
+        max_shapes=config.max_shapes,
+        divisor=divisor,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def whole_epoch(loaded: Loader) -> Iterator[Any]:
+    """Every row once, in order of the loader."""
+    return (loaded[step] for step in range(loaded.steps_per_epoch))
+
+
+def pairs(batch: Any, table: np.ndarray | None = None) -> Batch:
+    """A data batch for the training step: its best and its last response, and pi0's ``table``.
+
+    Of K > 2 responses to a prompt the best and the worst are the pair.
+    """
+    count = np.maximum((batch.responses.lengths > 0).sum(-1), 1)
+    take = np.stack([np.zeros_like(count), count - 1], -1)
+    rows = np.arange(len(count))[:, None]
+    ref_log_prob: Any = None if table is None else table[batch.row[:, None], take]
+    return Batch(
+        prompts=batch.prompts,
+        responses=Ragged(batch.responses.ids[rows, take], batch.responses.lengths[rows, take]),
+        weight=batch.weight,
+        label=batch.label,
+        ref_log_prob=ref_log_prob,
+        scores=batch.scores[rows, take],
+    )
+
+
+def firsts(batch: Any, table: np.ndarray | None = None) -> Batch:
+    """A data batch for supervised training: its best response alone."""
+    del table
+    return Batch(
+        prompts=batch.prompts,
+        responses=Ragged(batch.responses.ids[:, :1], batch.responses.lengths[:, :1]),
+        weight=batch.weight,
+    )
+
+
+class Feed:
+    """A stream of data batches, made into training batches; its position is the stream's."""
+
+    def __init__(self, stream: Stream, convert: Any):
+        self._stream, self._convert = stream, convert
+
+    def __next__(self) -> Batch:
+        """The next batch."""
+        return self._convert(next(self._stream))
+
+    def state(self) -> Any:
+        """Position of the next batch."""
+        return self._stream.state()
+
+    def restore(self, state: Any) -> None:
+        """Go on from a position."""
+        self._stream.restore(state)
+
+
+def make_optimizer(config: TrainingConfig, steps: int) -> tuple[Any, Any]:
+    """The optimizer of a configuration, and its schedule."""
+    decay = {"cosine": optimizers.cosine, "linear": optimizers.linear, "constant": None}
+    rate = optimizers.schedule(
+        config.learning_rate,
+        warmup=int(config.warmup * steps),
+        steps=steps,
+        decay=decay[config.schedule],
+    )
+    if config.optimizer == "adafactor":
+        return optimizers.adafactor(rate, clip=config.clip), rate
+    return optimizers.adamw(rate, clip=config.clip, weight_decay=config.weight_decay), rate
+
+
+def fit(
+    run: Run,
+    task: Task,
+    params: Any,
+    splits: Splits,
+    convert: Any,
+    *,
+    tables: Sequence[np.ndarray | None] = (None, None),
+    trainable: Any = None,
+    live: bool = False,
+    fingerprint: Any = None,
+    more: Any = None,
+) -> TrainState:
+    """Train a task from ``params`` on, to the last step, and write the results.
+
+    Args:
+        run: from :func:`begin`.
+        task: what is minimized.
+        params: whole parameters at the start.
+        splits: the data.
+        convert: data batch and table of the reference to training batch.
+        tables: pi0's log-probabilities of the rows of each split.
+        trainable: predicate on paths; all by default.
+        live: keep ``params`` as the live reference.
+        fingerprint: of pi0, where that is not ``params``.
+        more: ``more(state) -> metrics`` besides those of the held-out split.
+
+    Raises:
+        loop.Stopped: where the run was stopped, with the reason.
+    """
+    config: TrainingConfig = run.config
+    source = loader(run, splits.train, seed=config.seed)
+    steps = steps_of(config, source.steps_per_epoch)
+    optimizer, rate = make_optimizer(config, steps)
+    options = {
+        "trainable": trainable,
+        "ref_params": params if live else None,
+        "fingerprint": fingerprint,
+    }
+    key = jax.random.key(config.seed)
+    shardings = None
+    if run.mesh is None:
+        state = states.init(key, params, optimizer, **options)
+    else:
+        state, shardings = meshes.init(
+            key, params, optimizer, shardings=partition.shardings(params, run.mesh), **options
+        )
+    del params, options
+    compiled = partial(make_step, micro_batches=config.micro_batches)(
+        task, optimizer, compute_dtype=run.compute_dtype, shardings=shardings
+    )
+    score = evaluation.make_evaluate(task, compute_dtype=run.compute_dtype, shardings=shardings)
+
+    def evaluate(state: TrainState) -> metrics.Metrics:
+        found: metrics.Metrics = {}
+        if splits.held_out is not None:
+            held = whole_epoch(loader(run, splits.held_out, seed=None))
+            found |= score(state, (convert(batch, tables[1]) for batch in held))
+        return found | (more(state) if more is not None else {})
+
+    store = Checkpoints(run.folder / "checkpoints", keep=config.keep)
+    batches = Feed(Stream(source), lambda batch: convert(batch, tables[0]))
+    state = loop.resume(store, state, batches)
+    first = int(state.step)
+    if first:
+        run.console.print(f"going on from step {first} of {steps}", highlight=False)
+    shown = {
+        "perf/padding_fraction": source.padding_fraction,
+        "rows": len(splits.train),
+        "shapes": len(source.shapes),
+    }
+    run.console.print("  ".join(f"{k} {v:.4g}" for k, v in shown.items()), highlight=False)
+    try:
+        outcome = loop.train(
+            compiled,
+            state,
+            batches,
+            steps=steps,
+            names=task.names,
+            log_every=config.log_every,
+            save_every=config.save_every,
+            evaluate_every=config.evaluate_every,
+            evaluate=evaluate,
+            checkpoints=store,
+            config=_plain(config),
+            sinks=_sinks(run, first),
+            learning_rate=rate,
+            limits=health.Limits(),
+            tokens=(splits.encoder.begin, splits.encoder.end),
+            console=run.console,
+        )
+    finally:
+        store.close()
+    report(run, outcome.metrics, outcome.seconds)
+    return outcome.state
+
+
+def _sinks(run: Run, first: int) -> list[metrics.Sink]:
+    if jax.process_index() != 0:
+        return []
+    sinks = [metrics.json_lines(run.folder / "metrics.jsonl", after=first)]
+    if run.config.tensorboard:
+        sinks.append(metrics.tensorboard(run.folder / "tensorboard"))
+    if run.config.wandb is not None:
+        config = _plain(run.config)
+        sinks.append(metrics.wandb(run.folder, project=run.config.wandb, config=config))
+    return sinks
+
+
+def report(run: Run, found: metrics.Metrics, seconds: float) -> None:
+    """Write ``results.json``: metrics named ``train/<method>/...`` and ``eval/<method>/...``."""
+    method = getattr(run.config, "objective", run.name)
+    named: dict[str, Metric] = {}
+    for name, metric in found.items():
+        panel, rest = ("eval", name[5:]) if name.startswith("eval/") else ("train", name)
+        named[f"{panel}/{method}/{rest}"] = metric
+    if jax.process_index() == 0:
+        write_results(
+            run.folder,
+            name=run.name,
+            config=_plain(run.config),
+            seeds=[run.config.seed],
+            seconds=seconds,
+            metrics=named,
+        )
+
+
+def first_prompts(loaded: Loader, count: int) -> list[Ragged]:
+    """Batches of at least ``count`` prompts in all (fewer where there are fewer)."""
+    found, total = [], 0
+    for batch in whole_epoch(loaded):
+        if total >= count:
+            break
+        found.append(batch.prompts)
+        total += int((batch.weight > 0).sum()) * jax.process_count()
+    return found
+
+
+def optional(config: Any) -> dict[str, Any]:
+    """Loading options of a configuration."""
+    options: dict[str, Any] = {"param_dtype": jnp.float32, "dtype": jnp.dtype(config.dtype)}
+    return options | ({} if config.remat is None else {"remat": config.remat})

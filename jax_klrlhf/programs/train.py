@@ -1,0 +1,253 @@
+"""The training programs: ``klrlhf dpo``, ``klrlhf sft``, ``klrlhf reward``."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from jax_klrlhf import models
+from jax_klrlhf.data.prepare import Prepared
+from jax_klrlhf.errors import InputError
+from jax_klrlhf.models import lora, partition, pretrained
+from jax_klrlhf.models import reward as rewards
+from jax_klrlhf.models.config import ModelConfig
+from jax_klrlhf.programs import run as runs
+from jax_klrlhf.programs.config import Adapter, DpoConfig, RewardConfig, SftConfig, objective
+from jax_klrlhf.training import evaluate as evaluation
+from jax_klrlhf.training import reference, state, tasks
+from jax_klrlhf.training.state import TrainState
+
+
+def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
+    """Train a policy on preferences against the model it starts from.
+
+    Leaves the policy in ``output/model`` (the adapter in ``output/adapter`` with LoRA).
+
+    Raises:
+        InputError: naming what is wrong with configuration, model or data.
+        loop.Stopped: where the run was stopped, with the reason.
+    """
+    loss, needs_reference = objective(
+        config.objective, kl_coef=config.kl_coef, options=config.options
+    )
+    if config.reference == "live" and not needs_reference:
+        raise InputError(f"reference: {config.objective} reads no reference; leave it out.")
+    run = runs.begin(config, "dpo", console)
+    loaded = models.load(config.model, mesh=run.mesh, **runs.optional(config))
+    splits = runs.open_data(run, loaded.tokenizer)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    model, params, adapter = _adapted(key, loaded, config.lora)
+    pi0 = {"base": loaded.params, "lora": {}} if adapter else loaded.params
+
+    source, tables = reference.free, [None, None]
+    digest = state.digest(pi0)
+    if needs_reference and config.reference == "live":
+        source = reference.base(_base) if adapter else reference.live
+    elif needs_reference:
+        source = reference.cached
+        name = state.fingerprint_text(digest)
+        for number, data in enumerate((splits.train, splits.held_out)):
+            if data is not None:
+                tables[number] = _reference_table(run, model, pi0, data, name)
+    task = tasks.preference(
+        model, loss, reference=source, kl_coef=config.kl_coef, chunk=config.chunk
+    )
+
+    more = None
+    if config.kl_prompts and splits.held_out is not None:
+        more = _divergence(run, model, splits, adapted=bool(adapter))
+    live = config.reference == "live" and not adapter and needs_reference
+    whole = loaded.config
+    del loaded, pi0
+    final = runs.fit(
+        run,
+        task,
+        params,
+        splits,
+        runs.pairs,
+        tables=tables,
+        trainable=_is_adapter if adapter else None,
+        live=live,
+        # With the live reference the state takes it from the reference itself.
+        fingerprint=None if live else digest,
+        more=more,
+    )
+    _save(run, whole, final.policy, splits, adapter)
+    return final
+
+
+def sft(config: SftConfig, *, console: Console | None = None) -> TrainState:
+    """Train a model on the first response of each row by maximum likelihood.
+
+    Leaves the model in ``output/model`` (the adapter in ``output/adapter`` with LoRA).
+
+    Raises:
+        InputError: naming what is wrong with configuration, model or data.
+        loop.Stopped: where the run was stopped, with the reason.
+    """
+    run = runs.begin(config, "sft", console)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    if config.weights == "random":
+        loaded = _random(key, config, run)
+    else:
+        loaded = models.load(config.model, mesh=run.mesh, **runs.optional(config))
+    splits = runs.open_data(run, loaded.tokenizer)
+    model, params, adapter = _adapted(key, loaded, config.lora)
+    task = tasks.likelihood(model, chunk=config.chunk)
+    whole = loaded.config
+    del loaded
+    final = runs.fit(
+        run, task, params, splits, runs.firsts, trainable=_is_adapter if adapter else None
+    )
+    _save(run, whole, final.policy, splits, adapter)
+    return final
+
+
+def reward(config: RewardConfig, *, console: Console | None = None) -> TrainState:
+    """Train a Bradley-Terry reward model on preferences.
+
+    Leaves it in ``output/model``, as a sequence classifier with one label.
+
+    Raises:
+        InputError: naming what is wrong with configuration, model or data.
+        loop.Stopped: where the run was stopped, with the reason.
+    """
+    run = runs.begin(config, "reward", console)
+    loaded = models.load(config.model, mesh=run.mesh, **runs.optional(config))
+    splits = runs.open_data(run, loaded.tokenizer)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    params = rewards.RewardParams(
+        loaded.params, rewards.init_head(key, dim=loaded.config.hidden_size)
+    )
+    task = tasks.bradley_terry_reward(
+        partial(rewards.reward, loaded.model),
+        margin_coef=config.margin_coef,
+        centring=config.centring,
+    )
+    whole = loaded.config
+    del loaded
+    final = runs.fit(run, task, params, splits, runs.pairs)
+    rewards.save(run.folder / "model", whole, final.policy, splits.encoder.tokenizer)
+    return final
+
+
+def _adapted(
+    key: Any, loaded: models.Loaded, adapter: Adapter
+) -> tuple[Any, Any, lora.Lora | None]:
+    """Model, parameters and adapter: the loaded ones, or those with low-rank updates beside."""
+    if adapter.rank == 0:
+        return loaded.model, loaded.params, None
+    try:
+        facts = lora.Lora(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
+    except ValueError as error:
+        raise InputError(f"lora: {error}") from None
+    update = lora.init(key, loaded.config, facts)
+    model = lora.language_model(loaded.config, facts)
+    return model, {"base": loaded.params, "lora": update}, facts
+
+
+def _is_adapter(path: str) -> bool:
+    return path.startswith("lora/")
+
+
+def _base(params: Any) -> Any:
+    """The base alone: an adapted model without updates."""
+    return {"base": params["base"], "lora": {}}
+
+
+def _random(key: Any, config: SftConfig, run: runs.Run) -> models.Loaded:
+    """A model of a folder's config.json with random weights."""
+    folder = pretrained.find(config.model)
+    where = folder / "config.json"
+    facts = ModelConfig.from_hf(
+        pretrained.read_json(where), where=str(where), **runs.optional(config)
+    )
+    model = models.language_model(facts)
+    if run.mesh is None:
+        params = jax.jit(model.init)(key)
+    else:
+        shapes = jax.eval_shape(model.init, key)
+        placed = partition.shardings(shapes, run.mesh)
+        params = jax.jit(model.init, out_shardings=placed)(key)
+    return models.Loaded(model, params, pretrained.load_tokenizer(folder), facts)
+
+
+def _reference_table(run: runs.Run, model: Any, pi0: Any, data: Prepared, name: str) -> Any:
+    """pi0's log-probabilities of a split: from the cache on disk, or computed and put there."""
+    config: DpoConfig = run.config
+    path = config.reference_cache or run.folder / "reference.safetensors"
+    path = path.with_name(f"{path.stem}-{data.split}{path.suffix}")
+    recipe = data.manifest["recipe"]
+    identity = reference.Identity(
+        model=f"{name}-{config.dtype}",
+        data=data.fingerprint,
+        tokenizer=recipe["tokenizer"],
+        lengths=f"{recipe['max_prompt_length']}+{recipe['max_response_length']}",
+    )
+    if path.exists():
+        return reference.load_cache(path, identity)
+    run.console.print(f"reference log-probabilities of {len(data)} rows ({data.split})")
+    table = reference.tabulate(
+        model,
+        pi0,
+        runs.whole_epoch(runs.loader(run, data, seed=None)),
+        rows=len(data),
+        responses=data.responses,
+        compute_dtype=run.compute_dtype,
+        chunk=config.chunk,
+        mesh=run.mesh,
+    )
+    if jax.process_index() == 0:
+        reference.save_cache(path, table, identity)
+    return table
+
+
+def _divergence(
+    run: runs.Run, model: Any, splits: runs.Splits, *, adapted: bool
+) -> Callable[[TrainState], Any]:
+    """KL(policy || reference) on held-out prompts, by sampling from the policy."""
+    config: DpoConfig = run.config
+    assert splits.held_out is not None
+    loaded = runs.loader(run, splits.held_out, seed=None)
+    prompts = runs.first_prompts(loaded, config.kl_prompts)
+    room = model.max_length - max(int(rows.lengths.max()) for rows in prompts)
+    tokens = min(config.max_response_length, room)
+    if tokens < 1:
+        raise InputError(
+            f"max_prompt_length {config.max_prompt_length}: prompts fill the model's context of "
+            f"{model.max_length}, so nothing can be sampled; cut them, or set kl_prompts to 0."
+        )
+    measure = evaluation.make_divergence(
+        model,
+        samples=config.kl_samples,
+        max_new_tokens=tokens,
+        stop=(splits.encoder.end,),
+        mesh=run.mesh,
+        compute_dtype=run.compute_dtype,
+        chunk=config.chunk,
+    )
+
+    def more(carried: TrainState) -> Any:
+        pi0 = carried.ref_params
+        if adapted:
+            pi0 = _base(carried.policy)
+        elif pi0 is None:
+            # With the reference cached it is not in memory; it is read for this and let go.
+            pi0 = models.load(config.model, mesh=run.mesh, **runs.optional(config)).params
+        key = jax.random.fold_in(carried.key, carried.step)
+        return measure(key, carried.policy, pi0, prompts)
+
+    return more
+
+
+def _save(
+    run: runs.Run, whole: ModelConfig, params: Any, splits: runs.Splits, adapter: lora.Lora | None
+) -> None:
+    if adapter is None:
+        models.save(run.folder / "model", whole, params, splits.encoder.tokenizer)
+    else:
+        base = str(Path(run.config.model).expanduser())
+        lora.save(run.folder / "adapter", whole, adapter, params["lora"], base=base)
