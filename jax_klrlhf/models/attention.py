@@ -24,6 +24,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_klrlhf.models.config import wide
+
 CHUNK = 64
 """Queries per block of the XLA form."""
 EVERYTHING = 2**30
@@ -69,8 +71,8 @@ def xla(
     blocks = []
     for begin in range(0, length, CHUNK):
         end = min(begin + CHUNK, length)
-        rows, columns = jnp.arange(begin, end), jnp.arange(end)
-        back = rows[:, None] - columns[None]
+        rows = jnp.arange(begin, end, dtype=jnp.int32)
+        back = rows[:, None] - jnp.arange(end, dtype=jnp.int32)[None]
         mask = ((back >= 0) & (back < window))[None, None, None, None]
         seen = Keys(own.key[..., :end, :], own.value[..., :end, :])
         blocks.append(
@@ -120,7 +122,7 @@ def splash(
     columns = 0
     if prompt is not None:
         columns = _round_up(prompt.keys.key.shape[-2])
-        slots = jnp.arange(columns)[None] - (columns - prompt.lengths[:, None])
+        slots = jnp.arange(columns, dtype=jnp.int32)[None] - (columns - prompt.lengths[:, None])
         ids = jnp.maximum(slots, 0)[:, None, :, None]
 
         def right(x):
@@ -135,15 +137,19 @@ def splash(
 
         def rowwise(query, key, value, kv_ids):
             attend = _splash_kernel(mask, query.shape[1], softcap, interpret)
-            ids = kernel.SegmentIds(q=jnp.ones((samples * rows,), jnp.int32), kv=kv_ids)
-            axes = kernel.SegmentIds(q=None, kv=0)
-            return jax.vmap(attend, in_axes=(0, 0, 0, axes))(query, key, value, ids)
+
+            def one(query, key, value, kv_ids):
+                ids = kernel.SegmentIds(q=jnp.ones((samples * rows,), jnp.int32), kv=kv_ids)
+                return attend(query, key, value, segment_ids=ids)
+
+            return jax.vmap(one)(query, key, value, kv_ids)
 
         return _per_device(rowwise, groups)
 
     scaled = flat((query * jnp.asarray(scale, query.dtype)).swapaxes(2, 3))
     choices = [run(kind) for kind in windows]
-    which = jnp.asarray([EVERYTHING if w is None else w for w in windows]) == window
+    kinds = [EVERYTHING if w is None else w for w in windows]
+    which = jnp.asarray(kinds, jnp.int32) == window
     out = jax.lax.switch(jnp.argmax(which), choices, scaled, mine.key, mine.value, seen)
     out = out.reshape(batch, heads, samples, rows, size)[..., :length, :]
     return out.transpose(0, 2, 3, 1, 4).astype(query.dtype)
@@ -181,9 +187,14 @@ class SharedPromptMask(masks.Mask):
 def _splash_kernel(mask: SharedPromptMask, heads: int, softcap: float | None, interpret: bool):
     _, rows, columns, _ = mask._facts
     block = next(b for b in (512, 256, 128) if rows % b == 0 and columns % b == 0)
-    # Fields of the backward kernels have no defaults that work.
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = kernel.BlockSizes(**{f"block_{name}": block for name in names})
+    sizes = kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     return kernel.make_splash_mha_single_device(
         mask=masks.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
@@ -253,7 +264,7 @@ def cudnn(
         return x.swapaxes(2, 3).reshape(batch * samples, x.shape[3], groups, size)
 
     query = query.reshape(batch * samples, length, heads, size)
-    place = jnp.arange(length)
+    place = jnp.arange(length, dtype=jnp.int32)
     back = place[:, None] - place[None]
     if prompt is None and tuple(windows) == (None,):
         out = jax.nn.dot_product_attention(
@@ -320,7 +331,7 @@ def step(
     batch, samples, heads, size = query.shape
     groups = own.key.shape[2]
     split = query.reshape(batch, samples, groups, heads // groups, 1, size)
-    back = index - jnp.arange(own.key.shape[-2])
+    back = index - jnp.arange(own.key.shape[-2], dtype=jnp.int32)
     mask = ((back >= 0) & (back < window))[None, None, None, None, None]
     rows = index[None]
     out = _joint(
@@ -338,7 +349,7 @@ def step(
 def _prompt_mask(
     prompt: Prompt, rows: Int[Array, " T"], window: Int[Array, ""]
 ) -> Bool[Array, "B 1 1 1 T P"]:
-    columns = jnp.arange(prompt.keys.key.shape[-2])
+    columns = jnp.arange(prompt.keys.key.shape[-2], dtype=jnp.int32)
     lengths = prompt.lengths[:, None, None]
     back = lengths + rows[None, :, None] - columns[None, None, :]
     mask = (columns[None, None, :] < lengths) & (back < window)
@@ -347,14 +358,14 @@ def _prompt_mask(
 
 def _joint(query, own, mask, prompt, prompt_mask, *, scale, softcap):
     """One softmax over the prompt's keys and the response's own: queries ``[B, K, N, G, T, D]``."""
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = wide(query.dtype)
     query = query * jnp.asarray(scale, query.dtype)
 
     def scores(keys, equation, keep):
-        raw = jnp.einsum(equation, query, keys, preferred_element_type=wide)
+        raw = jnp.einsum(equation, query, keys, preferred_element_type=dtype)
         if softcap is not None:
             raw = softcap * jnp.tanh(raw / softcap)
-        return jnp.where(keep, raw, jnp.finfo(wide).min)
+        return jnp.where(keep, raw, jnp.finfo(dtype).min)
 
     parts = [scores(own.key, "bkngtd,bknsd->bkngts", mask)]
     if prompt is not None:

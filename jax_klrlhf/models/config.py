@@ -9,7 +9,7 @@ the decoder does not compute; :meth:`ModelConfig.to_hf` is its inverse.
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import jax
@@ -39,6 +39,11 @@ REQUIRED = {
     "scale_attn_weights": (True, None),
     "use_bidirectional_attention": (False, None),
 }
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype of norms, softmaxes and logits: float32, or float64 where activations are that."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +198,32 @@ class ModelConfig:
         settings = AutoConfig.for_model(self.family, **write(self)).to_dict()
         settings.update(dtype=str(self.param_dtype), torch_dtype=str(self.param_dtype))
         settings.update(_old_rope(settings.get("rope_parameters")))
+        again = ModelConfig.from_hf(settings)
+        lost = [
+            field.name
+            for field in fields(self)
+            if field.name not in RUNTIME and _value(self, field.name) != _value(again, field.name)
+        ]
+        if lost:
+            raise ValueError(
+                f"family {self.family!r} cannot write {lost[0]}={getattr(self, lost[0])!r}: its "
+                f"config.json would mean {getattr(again, lost[0])!r}"
+            )
         return settings
+
+
+RUNTIME = ("dtype", "param_dtype", "remat", "attention")
+"""How to compute, not what: fields that no file holds."""
+
+
+def _value(config: ModelConfig, name: str) -> Any:
+    """A field in its one form: what is written once for all layers, once for each."""
+    alike = {
+        "windows": config.layer_windows,
+        "ropes": config.layer_ropes,
+        "query_scale": round(config.scale, 12),
+    }
+    return alike.get(name, getattr(config, name))
 
 
 def _activation(hf: Mapping[str, Any], key: str, where: str) -> str:

@@ -67,12 +67,12 @@ def load(
     Raises ``InputError`` naming the folder, file, tensor or key, and the remedy.
     """
     folder = find(path)
-    files = Files(folder)
     where = folder / "config.json"
+    settings, files = read_json(where), Files(folder)
     if dtype is None:
         dtype = files.dtype()
     chosen = {"dtype": dtype, "param_dtype": dtype if param_dtype is None else param_dtype}
-    config = ModelConfig.from_hf(read_json(where), where=str(where), **chosen, **overrides)
+    config = ModelConfig.from_hf(settings, where=str(where), **chosen, **overrides)
     params = read_params(config, files, mesh=mesh)
     return Loaded(language_model(config), params, load_tokenizer(folder), config)
 

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jax_klrlhf.core.numerics import at_least_float32
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import pretrained
@@ -95,8 +96,7 @@ def features(
     """
     prefix = model.prefill(params, prompts)
     hidden = model.extend(params, prefix, responses.ids)
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    return pooling(prefix.hidden.astype(wide), hidden.astype(wide), responses.mask)
+    return pooling(at_least_float32(prefix.hidden), at_least_float32(hidden), responses.mask)
 
 
 def init_head(key: Array, *, dim: int, scale: float | None = None) -> Float[Array, " D"]:

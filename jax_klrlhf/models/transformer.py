@@ -28,7 +28,7 @@ from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import attention, partition
 from jax_klrlhf.models.attention import EVERYTHING, Keys, Prompt
 from jax_klrlhf.models.base import LanguageModel, Prefix
-from jax_klrlhf.models.config import ModelConfig
+from jax_klrlhf.models.config import ModelConfig, wide
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -56,21 +56,21 @@ class Norm(nn.Module):
     def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
         """Normalized ``x``, in its dtype."""
         config = self.config
-        wide = x.astype(_wide(config))
+        y = x.astype(wide(config.dtype))
         offset = config.norm == "rms_offset"
         ones = nn.initializers.zeros if offset else nn.initializers.ones
-        scale = self.param("scale", ones, x.shape[-1:], config.param_dtype).astype(wide.dtype)
+        scale = self.param("scale", ones, x.shape[-1:], config.param_dtype).astype(y.dtype)
         if offset:
             scale = 1.0 + scale
         if config.norm == "layer":
-            wide = wide - wide.mean(-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + config.norm_eps)
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + config.norm_eps)
         lead = (None,) * (x.ndim - 1)
-        wide = wide * scale[lead]
+        y = y * scale[lead]
         if config.norm == "layer":
             bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], config.param_dtype)
-            wide = wide + bias[lead].astype(wide.dtype)
-        return wide.astype(x.dtype)
+            y = y + bias[lead].astype(y.dtype)
+        return y.astype(x.dtype)
 
 
 class Projection(nn.Module):
@@ -141,10 +141,10 @@ class Block(nn.Module):
 
         hidden = norm("mlp_norm")(x)
         activation = ACTIVATIONS[config.activation]
-        wide = (config.intermediate_size,)
-        inner = project(wide, bias=config.mlp_bias, name="up")(hidden)
+        inside = (config.intermediate_size,)
+        inner = project(inside, bias=config.mlp_bias, name="up")(hidden)
         if config.gated:
-            gate = project(wide, bias=config.mlp_bias, name="gate")(hidden)
+            gate = project(inside, bias=config.mlp_bias, name="gate")(hidden)
             inner = activation(gate) * inner
         else:
             inner = activation(inner)
@@ -252,7 +252,8 @@ def language_model(
         lengths, index = shared
         # The whole cache is carried and one token of it written: a scanned-out cache would be
         # copied at every step.
-        start = (layer.number, 0, 0, 0, index, 0)
+        zero = jnp.int32(0)
+        start = (layer.number, zero, zero, zero, index, zero)
         cache = jax.tree.map(
             lambda whole, new: jax.lax.dynamic_update_slice(whole, new[None], start), cache, own
         )
@@ -273,7 +274,7 @@ def language_model(
         hidden, _, cache = run(params, read, prompts.ids[:, None], positions)
         last = jnp.maximum(prompts.lengths - 1, 0)[:, None, None]
         hidden = jnp.take_along_axis(hidden[:, 0], last, axis=1)[:, 0]
-        return Prefix(hidden=hidden, cache=cache, lengths=prompts.lengths)
+        return Prefix(hidden=hidden, cache=cache, lengths=prompts.lengths.astype(jnp.int32))
 
     def extend(params, prefix: Prefix, ids: Int[Array, "B K C"]) -> Float[Array, "B K C E"]:
         steps = jnp.arange(ids.shape[-1], dtype=prefix.lengths.dtype)
@@ -296,14 +297,14 @@ def language_model(
         return hidden[:, :, 0], cache
 
     def unembed(params, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
-        wide, params = _wide(config), base(params)
+        params = base(params)
         if config.tied:
             table, axis = params["embedding"], 1
         else:
             table, axis = params["unembedding"], 0
         dims = (((hidden.ndim - 1,), (axis,)), ((), ()))
         logits = jax.lax.dot_general(
-            hidden, table.astype(hidden.dtype), dims, preferred_element_type=wide
+            hidden, table.astype(hidden.dtype), dims, preferred_element_type=wide(config.dtype)
         )
         if config.final_softcap is not None:
             logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
@@ -319,10 +320,6 @@ def language_model(
         decode=decode,
         unembed=unembed,
     )
-
-
-def _wide(config: ModelConfig) -> jnp.dtype:
-    return jnp.promote_types(config.dtype, jnp.float32)
 
 
 def _policy(remat: str | Callable[..., bool]) -> Callable[..., bool] | None:
@@ -347,7 +344,7 @@ def _tables(config: ModelConfig, positions: Int[Array, "B K T"]):
         return None
     kinds = dict.fromkeys(config.layer_ropes)
     frequencies = jnp.stack(
-        [jnp.asarray(r.frequencies(config.head_dim), _wide(config)) for r in kinds]
+        [jnp.asarray(r.frequencies(config.head_dim), wide(config.dtype)) for r in kinds]
     )
     angles = positions.astype(frequencies.dtype)[None, ..., None] * frequencies[:, None, None, None]
     return jnp.cos(angles), jnp.sin(angles)

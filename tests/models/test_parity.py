@@ -50,16 +50,16 @@ CASES = {
     "llama_biased": (
         "llama",
         {"attention_bias": True, "mlp_bias": True, "rope_parameters": LINEAR},
-        [{"qkv_bias": False}, {"mlp_bias": False}, {"out_bias": False}],
+        [],
     ),
     "llama3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}, []),
     "mistral": ("mistral", {"sliding_window": 5}, [{"windows": None}]),
     "qwen2": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
-        [{"windows": None}, {"qkv_bias": False}],
+        [{"windows": None}],
     ),
-    "qwen3": ("qwen3", {"tie_word_embeddings": True}, [{"qk_norm": False}]),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}, []),
     "gemma2": (
         "gemma2",
         {
@@ -72,9 +72,6 @@ CASES = {
             {"windows": None},
             {"attention_softcap": None},
             {"final_softcap": None},
-            {"query_scale": None},
-            {"post_norms": False},
-            {"norm": "rms"},
         ],
     ),
     "gemma3": (
@@ -88,7 +85,7 @@ CASES = {
                 SLIDING: {"rope_type": "default", "rope_theta": 10.0},
             },
         },
-        [{"windows": None}, {"qk_norm": False}, {"embedding_scale": 1.0}],
+        [{"windows": None}],
     ),
     "gpt2": (
         "gpt2",
@@ -100,7 +97,7 @@ CASES = {
             "n_positions": 64,
             **{f"{name}_pdrop": 0.0 for name in ("resid", "embd", "attn")},
         },
-        [{"activation": "silu"}],
+        [],
     ),
 }
 

@@ -1,0 +1,159 @@
+"""Adapters: nothing at the start, a merged matrix at the end, PEFT's files in between."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.errors import InputError
+from jax_klrlhf.models import lora as lora_lib
+from jax_klrlhf.models import partition
+from jax_klrlhf.models.config import ModelConfig
+from jax_klrlhf.models.lora import Lora
+from jax_klrlhf.models.transformer import language_model
+
+CONFIG = ModelConfig(
+    vocab_size=31,
+    hidden_size=12,
+    intermediate_size=20,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=4,
+    max_length=32,
+    family="qwen2",
+    qkv_bias=True,
+    init_scale=0.3,
+)
+LORA = Lora(rank=3, alpha=12.0)
+PROMPTS = Ragged(jnp.arange(10, dtype=jnp.int32).reshape(2, 5), jnp.array([5, 3], jnp.int32))
+IDS = (jnp.arange(24, dtype=jnp.int32) % 31).reshape(2, 3, 4)
+
+
+def logits(model, params):
+    prefix = model.prefill(params, PROMPTS)
+    return model.unembed(params, model.extend(params, prefix, IDS))
+
+
+PLAIN, ADAPTED = language_model(CONFIG), lora_lib.language_model(CONFIG, LORA)
+plain_logits = jax.jit(lambda params: logits(PLAIN, params))
+adapted_logits = jax.jit(lambda params: logits(ADAPTED, params))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(ADAPTED.init)(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def moved(params):
+    """As after some training: no factor is zero."""
+    leaves, structure = jax.tree.flatten(params["lora"])
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return params | {"lora": jax.tree.unflatten(structure, noisy)}
+
+
+def test_policy_is_the_base_at_the_start(params):
+    np.testing.assert_array_equal(adapted_logits(params), plain_logits(params["base"]))
+
+
+def test_merged_is_the_policy(moved):
+    found = adapted_logits(moved)
+    assert np.abs(found - plain_logits(moved["base"])).max() > 0.1
+    merged = lora_lib.merge(moved, LORA)
+    np.testing.assert_allclose(plain_logits(merged), found, atol=1e-5)
+    # By hand, for one matrix: W + (alpha / r) A B.
+    update = moved["lora"]["layers"]["key"]
+    product = np.asarray(update["a"][1], float) @ np.asarray(update["b"][1], float)
+    kernel = np.asarray(moved["base"]["layers"]["key"]["kernel"][1], float)
+    expected = kernel + 4.0 * product.reshape(kernel.shape)
+    np.testing.assert_allclose(merged["layers"]["key"]["kernel"][1], expected, atol=1e-6)
+
+
+def test_gradient_reaches_b_at_the_start_and_never_the_base(params):
+    def loss(params):
+        return jnp.square(logits(ADAPTED, params)).mean()
+
+    grads = jax.jit(jax.grad(loss))(params)
+    assert all(not np.any(g) for g in jax.tree.leaves(grads["base"]))
+    for name, update in grads["lora"]["layers"].items():
+        assert np.abs(update["b"]).max() > 0, name
+        assert not np.any(update["a"]), name
+
+
+def test_a_masked_optimizer_moves_the_adapter_only(params):
+    mask = lora_lib.mask(params)
+    assert jax.tree.structure(mask) == jax.tree.structure(params)
+    optimizer = optax.masked(optax.sgd(0.1), mask)
+    state = optimizer.init(params)
+    ones = jax.tree.map(lambda m, p: jnp.full_like(p, float(m)), mask, params)
+    updates, _ = optimizer.update(ones, state, params)
+    after = optax.apply_updates(params, updates)
+    jax.tree.map(np.testing.assert_array_equal, after["base"], params["base"])
+    assert np.any(after["lora"]["layers"]["up"]["b"])
+
+
+def test_only_the_targets_are_adapted():
+    adapter = lora_lib.init(jax.random.key(0), CONFIG, Lora(rank=2, targets=("query", "value")))
+    assert set(adapter["layers"]) == {"query", "value"}
+    assert adapter["layers"]["query"]["a"].shape == (2, 12, 2)
+    assert adapter["layers"]["value"]["b"].shape == (2, 2, 8)
+    with pytest.raises(ValueError, match="targets are some of query"):
+        Lora(targets=("q_proj",))
+
+
+def test_peft_files(moved, tmp_path):
+    """Names and shapes as PEFT documents them: ``lora_A [r, in]``, ``lora_B [out, r]``."""
+    folder = lora_lib.save(tmp_path / "adapter", CONFIG, LORA, moved["lora"], base="some/base")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "LORA"
+    assert (settings["r"], settings["lora_alpha"]) == (3, 12.0)
+    assert settings["base_model_name_or_path"] == "some/base"
+    projections = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert settings["target_modules"] == projections
+    tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 7 * 2
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_{}.weight"
+    a, b = tensors[name.format("A")], tensors[name.format("B")]
+    assert (a.shape, b.shape) == ((3, 12), (8, 3))
+    # PEFT adds (alpha / r) B A to torch's [out, in] weight.
+    merged = lora_lib.merge(moved, LORA)["layers"]["value"]["kernel"][1]
+    kernel = moved["base"]["layers"]["value"]["kernel"][1]
+    np.testing.assert_allclose(
+        np.asarray(merged - kernel).reshape(12, 8).T, 4.0 * (b @ a), atol=1e-6
+    )
+    lora, adapter = lora_lib.load(folder, CONFIG)
+    assert lora == Lora(rank=3, alpha=12.0, targets=lora.targets)
+    assert set(lora.targets) == set(LORA.targets)
+    jax.tree.map(np.testing.assert_array_equal, adapter, moved["lora"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"target_modules": ["lm_head"]}, "target_modules"),
+        ({"r": 5}, "has shape [3, 12], but this model asks for [5, 12]"),
+    ],
+)
+def test_other_adapters_are_refused(moved, tmp_path, change, words):
+    folder = lora_lib.save(tmp_path / "adapter", CONFIG, LORA, moved["lora"])
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError) as error:
+        lora_lib.load(folder, CONFIG)
+    assert words in str(error.value)
+
+
+def test_adapters_are_sharded_like_what_they_adapt(params):
+    mesh = jax.sharding.AbstractMesh((2, 2), ("fsdp", "tensor"))
+    specs = jax.tree.map(lambda s: s.spec, partition.shardings(params, mesh))
+    assert specs["base"]["layers"]["query"]["kernel"][1:3] == ("fsdp", "tensor")
+    assert specs["lora"]["layers"]["query"]["a"][1] == "fsdp"
+    assert specs["lora"]["layers"]["query"]["b"][2] == "tensor"

@@ -1,0 +1,178 @@
+"""Folders in and out: the real small model, tied weights under either name, refusals."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.errors import InputError
+from jax_klrlhf.models import pretrained
+from jax_klrlhf.models.config import ModelConfig
+from jax_klrlhf.models.transformer import language_model
+
+CONFIG = ModelConfig(
+    vocab_size=13,
+    hidden_size=8,
+    intermediate_size=12,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_dim=4,
+    max_length=16,
+    init_scale=0.3,
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(language_model(CONFIG).init)(jax.random.key(0))
+
+
+@pytest.fixture
+def folder(params, tmp_path):
+    return pretrained.save(tmp_path / "model", CONFIG, params)
+
+
+def same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_round_trip_of_one_file_and_of_shards(params, folder, tmp_path):
+    loaded = pretrained.load(folder)
+    same(loaded.params, params)
+    assert loaded.config == CONFIG.from_hf(CONFIG.to_hf())
+    assert loaded.model is language_model(loaded.config)
+    assert loaded.tokenizer is None
+    shards = pretrained.save(tmp_path / "shards", CONFIG, params, max_shard_bytes=1000)
+    index = json.loads((shards / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 2
+    assert files == {p.name for p in shards.glob("*.safetensors")}
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(params))
+    same(pretrained.load(shards).params, params)
+    next(shards.glob("*00002*")).unlink()
+    with pytest.raises(InputError, match="which is not there"):
+        pretrained.load(shards)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "embed_tokens.weight"])
+def test_tied_weights_under_another_name(params, folder, name):
+    """Only as the output end (as tinystories656k has it), or in a file without the head."""
+    file = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    if name.startswith("lm_head"):
+        tensors[name] = tensors.pop("model.embed_tokens.weight")
+    else:
+        tensors = {key.removeprefix("model."): value for key, value in tensors.items()}
+    assert name in tensors
+    safetensors.numpy.save_file(tensors, file)
+    same(pretrained.load(folder).params, params)
+
+
+def test_dtypes(params, folder, tmp_path):
+    mixed = pretrained.load(folder, dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    same(mixed.params, params)
+    assert mixed.config.dtype == jnp.bfloat16
+    narrow = pretrained.load(folder, dtype=jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(narrow.params)} == {jnp.dtype(jnp.bfloat16)}
+    saved = pretrained.save(tmp_path / "narrow", narrow.config, narrow.params)
+    again = pretrained.load(saved)
+    assert again.config.dtype == again.config.param_dtype == jnp.bfloat16
+    same(again.params, narrow.params)
+    prompts = Ragged(jnp.ones((1, 3), jnp.int32), jnp.array([3], jnp.int32))
+    for loaded in (mixed, narrow):
+        prefix = loaded.model.prefill(loaded.params, prompts)
+        assert prefix.hidden.dtype == jnp.bfloat16
+        assert loaded.model.unembed(loaded.params, prefix.hidden).dtype == jnp.float32
+
+
+def test_saving_is_whole_or_not_at_all(params, folder, monkeypatch):
+    before = sorted(p.name for p in folder.parent.iterdir())
+    other = jax.tree.map(lambda x: x + 1, params)
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrained, "write_tensors", fail)
+        with pytest.raises(OSError, match="disk full"):
+            pretrained.save(folder, CONFIG, other)
+    assert sorted(p.name for p in folder.parent.iterdir()) == before
+    same(pretrained.load(folder).params, params)
+    pretrained.save(folder, CONFIG, other)
+    assert sorted(p.name for p in folder.parent.iterdir()) == before
+    same(pretrained.load(folder).params, other)
+
+
+def test_pickled_weights_are_refused(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin is pickled .* save_pretrained"):
+        pretrained.load(folder)
+
+
+def test_code_in_a_folder_is_never_run(folder, tmp_path):
+    witness = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(witness)!r}, 'w')\nclass T: pass\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": [None, "evil.T"]}, "tokenizer_class": "T"})
+    )
+    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever transformers says
+        pretrained.load(folder)
+    assert not witness.exists()
+
+
+def test_bad_input_is_named(folder, tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        pretrained.load(tmp_path / "absent")
+    with pytest.raises(InputError, match=r"someone/absent: neither a folder nor .* give its path"):
+        pretrained.load("someone/absent")  # The session is offline.
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    wrong = tensors | {name: tensors[name][:-1]}
+    safetensors.numpy.save_file(wrong, folder / "model.safetensors")
+    with pytest.raises(InputError, match=rf"{name} has shape \[11, 8\], .* \[12, 8\]"):
+        pretrained.load(folder)
+    del wrong[name]
+    safetensors.numpy.save_file(wrong, folder / "model.safetensors")
+    with pytest.raises(InputError, match=f"tensor {name} is missing"):
+        pretrained.load(folder)
+    (folder / "model.safetensors").write_text("not a tensor in sight")
+    with pytest.raises(InputError, match="not a safetensors file"):
+        pretrained.load(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json:1: not JSON"):
+        pretrained.load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config\.json: no such file"):
+        pretrained.load(folder)
+
+
+def test_a_real_model(stories_model):
+    """Logits of tinystories656k, and the file written back, against transformers."""
+    torch = pytest.importorskip("torch", reason="parity needs torch (the `parity` extra)")
+    transformers = pytest.importorskip("transformers")
+    loaded = pretrained.load(stories_model)
+    ids = loaded.tokenizer("Once upon a time, there was a little girl named Lily. ")["input_ids"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(stories_model).eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits[0].numpy()
+    row = jnp.asarray(ids, jnp.int32)[None]
+    model, params = loaded.model, loaded.params
+    prefix = model.prefill(params, Ragged(row[:, :1], jnp.array([1], jnp.int32)))
+    hidden = model.extend(params, prefix, row[:, None, 1:])
+    np.testing.assert_allclose(model.unembed(params, hidden)[0, 0], expected[1:], atol=1e-4)
+    np.testing.assert_allclose(model.unembed(params, prefix.hidden)[0], expected[0], atol=1e-4)
+
+
+def test_a_real_model_round_trips_with_its_tokenizer(stories_model, tmp_path):
+    loaded = pretrained.load(stories_model)
+    folder = pretrained.save(tmp_path / "copy", loaded.config, loaded.params, loaded.tokenizer)
+    again = pretrained.load(folder)
+    same(again.params, loaded.params)
+    assert again.config == loaded.config
+    text = "Lily and the dog were happy. "
+    assert again.tokenizer(text)["input_ids"] == loaded.tokenizer(text)["input_ids"]

@@ -1,0 +1,120 @@
+"""The decoder's six functions against each other, and a compiled program that holds one block."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.models.config import ModelConfig, Rope
+from jax_klrlhf.models.transformer import language_model
+
+CONFIG = ModelConfig(
+    vocab_size=29,
+    hidden_size=16,
+    intermediate_size=24,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    max_length=64,
+    windows=(None, 4, None),
+    ropes=(Rope(), Rope(theta=50.0), Rope()),
+    attention_softcap=3.0,
+    final_softcap=5.0,
+    tied=False,
+    init_scale=0.3,
+)
+B, P, K, C = 2, 7, 3, 6
+LENGTHS = (7, 4)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    prompts = Ragged(
+        jnp.asarray(rng.integers(0, 29, (B, P)), jnp.int32), jnp.asarray(LENGTHS, jnp.int32)
+    )
+    params = jax.jit(language_model(CONFIG).init)(jax.random.key(0))
+    return params, prompts, jnp.asarray(rng.integers(0, 29, (B, K, C)), jnp.int32)
+
+
+def whole(config, params, prompts, ids):
+    model = language_model(config)
+    prefix = model.prefill(params, prompts)
+    return prefix.hidden, model.extend(params, prefix, ids)
+
+
+def stepwise(config, params, prompts, ids):
+    model = language_model(config)
+    prefix = model.prefill(params, prompts)
+
+    def read(cache, column):
+        step, token = column
+        hidden, cache = model.decode(params, prefix, cache, token, step)
+        return cache, hidden
+
+    cache = model.start(params, prefix, K, C)
+    columns = jnp.arange(C, dtype=jnp.int32), jnp.moveaxis(ids, -1, 0)
+    return jnp.moveaxis(jax.lax.scan(read, cache, columns)[1], 0, 2)
+
+
+def test_decoding_is_extending_is_reading_each_row_alone(inputs):
+    """In float64, so that nothing but an exact rule passes."""
+    _, prompts, ids = inputs
+    config = dataclasses.replace(CONFIG, dtype=jnp.float64, param_dtype=jnp.float64)
+    model = language_model(config)
+    with jax.enable_x64(True):
+        params = jax.jit(model.init)(jax.random.key(0))
+        first, after = jax.jit(lambda *args: whole(config, *args))(params, prompts, ids)
+        assert after.dtype == model.unembed(params, first).dtype == jnp.float64
+        steps = jax.jit(lambda *args: stepwise(config, *args))(params, prompts, ids)
+        np.testing.assert_allclose(steps, after, atol=1e-13)
+        # Rows by themselves: one unpadded prompt of the whole row, read to each length.
+        read = jax.jit(model.prefill)
+        for b, k in [(0, 0), (1, 2)]:
+            row = np.concatenate([prompts.ids[b, : LENGTHS[b]], ids[b, k]])
+            row = jnp.asarray(np.pad(row, (0, P + C - len(row))))[None]
+            for i in (0, 1, C):
+                alone = read(params, Ragged(row, jnp.asarray([LENGTHS[b] + i], jnp.int32)))
+                expected = first[b] if i == 0 else after[b, k, i - 1]
+                np.testing.assert_allclose(alone.hidden[0], expected, atol=1e-13)
+
+
+def test_remat_changes_nothing(inputs):
+    def grads(remat):
+        config = dataclasses.replace(CONFIG, remat=remat)
+        return jax.jit(jax.grad(lambda *args: jnp.square(whole(config, *args)[1]).mean()))(*inputs)
+
+    plain = grads(None)
+    policies = jax.checkpoint_policies
+    for remat in ("full", policies.dots_with_no_batch_dims_saveable):
+        for a, b in zip(jax.tree.leaves(grads(remat)), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-4)
+
+
+def test_the_program_holds_one_block_however_deep(inputs):
+    """Depth changes the shapes, not the number of equations."""
+    _, prompts, ids = inputs
+
+    def equations(layers):
+        config = dataclasses.replace(CONFIG, layers=layers, windows=None, ropes=(Rope(),))
+        shapes = jax.eval_shape(language_model(config).init, jax.random.key(0))
+        return str(jax.make_jaxpr(lambda p: whole(config, p, prompts, ids))(shapes)).count("\n")
+
+    assert equations(2) == equations(20)
+
+
+def test_in_bfloat16_logits_are_float32_and_near(inputs):
+    params = inputs[0]
+    config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
+    model = language_model(config)
+    first, after = jax.jit(lambda *args: whole(config, *args))(*inputs)
+    assert first.dtype == after.dtype == jnp.bfloat16
+    logits = model.unembed(params, after)
+    assert logits.dtype == jnp.float32
+    exact = language_model(CONFIG).unembed(params, whole(CONFIG, *inputs)[1])
+    # Three layers of products rounded to 8 bits: a few percent of the logits' spread.
+    assert np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
