@@ -1,0 +1,168 @@
+"""``klrlhf plan``: will it fit, and how fast could it be, before a TPU is rented."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jax_klrlhf.errors import InputError
+from jax_klrlhf.models import attention
+from jax_klrlhf.models.config import ModelConfig
+from jax_klrlhf.models.lora import Lora
+from jax_klrlhf.plan import report
+from jax_klrlhf.plan.chips import Slice, devices, read_topology
+from jax_klrlhf.plan.presets import PRESETS, read_model
+from jax_klrlhf.plan.program import Program, Shapes, sampler, train_step
+from jax_klrlhf.results import write_results
+from jax_klrlhf.training import mesh as meshes
+from jax_klrlhf.training import optimizers
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Compile the real training step and sampler for a TPU slice, and print what they need."""
+
+    model: str
+    """A folder with config.json, or a preset (such as llama-3-8b, qwen3-8b, gemma-2-9b)."""
+    topology: str = "v5e:8x8"
+    """Chip and shape of the slice: v5e:8x8, v5p:4x4x4, v6e:4x4; cpu:8 for CPU devices."""
+    mesh: str = "fsdp=-1"
+    """Sizes of the mesh axes data, fsdp and tensor, one of which may be -1: fsdp=16,tensor=4."""
+    program: Literal["train", "sample", "both"] = "both"
+    """What to compile."""
+    pairs: int = 64
+    """Preference pairs in the global batch."""
+    prompt: int = 1024
+    """Padded prompt length, in tokens."""
+    response: int = 1024
+    """Padded response length, in tokens."""
+    micro_batches: int = 1
+    """Pieces that the batch is cut into."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """Of the trained parameters."""
+    lora: int | None = None
+    """Rank of low-rank adapters on every projection; None trains all parameters."""
+    reference: Literal["cached", "live"] = "cached"
+    """Reference log-probabilities: computed before, or in the step (from a second copy; with
+    --lora, from the frozen base)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the computation; master parameters and moments are float32."""
+    remat: str | None = "full"
+    """What the backward pass recomputes: full, a policy of jax.checkpoint_policies, or None."""
+    chunk: int | None = None
+    """Tokens projected on the vocabulary at one time; 256 for each part of the batch by default."""
+    samples: int = 8
+    """Responses that the sampler draws for each prompt; it takes as many prompts as pairs."""
+    output: Path | None = None
+    """Folder for results.json and the text of the compiled programs."""
+
+
+def main(config: PlanConfig) -> list[report.Plan]:
+    """Compile, print and return the plans.
+
+    Raises:
+        InputError: for a model, topology or mesh that there is not, and without libtpu.
+    """
+    for name in ("pairs", "prompt", "response", "micro_batches", "samples", "lora", "chunk"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
+    settings = read_model(config.model)
+    topology = read_topology(config.topology)
+    mesh = read_mesh(config.mesh, topology)
+    model = ModelConfig.from_hf(
+        settings,
+        where=config.model,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.float32,
+        remat=config.remat,
+        attention=None if topology.chip is None else tpu_attention,
+    )
+    if config.prompt + config.response > model.max_length:
+        raise InputError(
+            f"{config.model}: --prompt {config.prompt} and --response {config.response} exceed "
+            f"its context of {model.max_length} tokens"
+        )
+    plans = []
+    for program in _programs(config, model, mesh):
+        plan = report.compile_program(program, topology)
+        print(report.table(plan), flush=True)
+        plans.append(plan)
+    if config.output is not None:
+        path = write_results(
+            config.output,
+            name="plan",
+            config=config,
+            seeds=[],
+            seconds=sum(plan.seconds for plan in plans),
+            metrics={key: value for plan in plans for key, value in report.metrics(plan).items()},
+        )
+        for plan in plans:
+            name = plan.program.name.replace(" ", "_")
+            (path.parent / f"{name}.hlo.txt").write_text(plan.text)
+    return plans
+
+
+def tpu_attention(query: Any, *args: Any, **settings: Any) -> Any:
+    """What :func:`models.attention.by_platform` chooses on a TPU, which this machine is not."""
+    chosen = attention.splash if query.shape[2] >= 128 else attention.xla
+    return chosen(query, *args, **settings)
+
+
+def read_mesh(text: str, topology: Slice) -> jax.sharding.Mesh:
+    """The mesh ``fsdp=16,tensor=4`` on the devices of a topology.
+
+    Raises:
+        InputError: for an axis that there is not, or sizes that do not fit the topology.
+    """
+    sizes: dict[str, Any] = {"fsdp": 1}
+    for part in re.split(r"[,\s]+", text.strip()):
+        found = re.fullmatch(r"(data|fsdp|tensor)=(-?\d+)", part)
+        if found is None:
+            raise InputError(
+                f"mesh {text!r}: {part!r} is not of the form axis=size with an axis of data, "
+                "fsdp, tensor; such as fsdp=16,tensor=4"
+            )
+        sizes[found.group(1)] = int(found.group(2))
+    found = devices(topology)
+    try:
+        return meshes.make(**sizes, devices=found)
+    except ValueError as error:
+        raise InputError(f"topology {topology.name}: {error}") from None
+
+
+def _programs(config: PlanConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> list[Program]:
+    parts = meshes.rows(mesh)
+    if config.pairs % (parts * config.micro_batches):
+        raise InputError(
+            f"--pairs {config.pairs} does not divide into {config.micro_batches} micro-batches on "
+            f"{parts} parts of the mesh; make it a multiple of {parts * config.micro_batches}"
+        )
+    shapes = Shapes(
+        prompts=config.pairs, responses=2, prompt=config.prompt, response=config.response
+    )
+    found = []
+    if config.program in ("train", "both"):
+        optimizer = {"adamw": optimizers.adamw, "adafactor": optimizers.adafactor}
+        found.append(
+            train_step(
+                model,
+                mesh,
+                shapes,
+                optimizer[config.optimizer](1e-6),
+                compute_dtype=jnp.dtype(config.dtype),
+                chunk=config.chunk or 256 * parts,
+                micro_batches=config.micro_batches,
+                live_reference=config.reference == "live",
+                adapter=None if config.lora is None else Lora(rank=config.lora),
+            )
+        )
+    if config.program in ("sample", "both"):
+        found.append(sampler(model, mesh, replace(shapes, responses=config.samples)))
+    return found
+
+
+__all__ = ["PRESETS", "PlanConfig", "main", "read_mesh"]
