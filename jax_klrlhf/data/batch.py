@@ -218,13 +218,8 @@ class Stream:
     """Endless iteration over a loader, read ahead by Grain's threads, resumable at any step."""
 
     def __init__(self, loader: Loader, *, start: int = 0, threads: int = 2, ahead: int = 8):
-        import grain
-
         self._loader = loader
-        data = grain.MapDataset.source(_Steps(loader))
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        self._iterator = iter(data.to_iter_dataset(options))
-        self._step = 0
+        self._threads, self._ahead = threads, ahead
         self._seek(start)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -254,19 +249,24 @@ class Stream:
         self._seek(int(state["step"]))
 
     def _seek(self, step: int) -> None:
-        # Grain's own state, so that its threads begin at the right step instead of skipping to it.
-        self._iterator.set_state({**self._iterator.get_state(), "next_index": step})
+        import grain
+
+        # Steps are a whole position, so that Grain's own state, whose form is its own, is not kept.
+        data = grain.MapDataset.source(_Steps(self._loader, step))
+        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._ahead)
+        self._iterator = iter(data.to_iter_dataset(options))
         self._step = step
 
 
 class _Steps:
-    """A loader as Grain's random-access source: practically endless."""
+    """The batches from a step on as Grain's random-access source: practically endless."""
 
-    def __init__(self, loader: Loader):
+    def __init__(self, loader: Loader, start: int):
         self._loader = loader
+        self._start = start
 
     def __len__(self) -> int:
         return 2**40
 
     def __getitem__(self, index: int) -> Batch:
-        return self._loader[index]
+        return self._loader[self._start + index]

@@ -3,10 +3,12 @@
 A batch is ``prompts [B, P]`` and ``responses [B, K, C]``, so a row of prompt length p and longest
 response c costs ``P + K C`` slots in a shape with ``p <= P`` and ``c <= C``. Every shape is a
 compilation; every slot that holds no token is work thrown away. :func:`fit` chooses at most
-`max_shapes` rectangles from the quantiles of both lengths, greedily by the slots they save, then
-moves each while that helps. :func:`deal` distributes a data set over them, part-filled batches
-included; it depends on counts alone, so every epoch has the same number of steps and a step number
-is a whole position in the stream.
+`max_shapes` rectangles from the quantiles of both lengths, greedily by the slots they save and by
+moving each to its best place, and keeps what an epoch needs fewest slots with. :func:`deal`
+distributes a data set over them, part-filled batches included; it depends on counts alone, so every
+epoch has the same number of steps and a step number is a whole position in the stream.
+
+What no choice of shapes can save is what a row's shorter responses lack of its longest.
 """
 
 from collections.abc import Sequence
@@ -74,7 +76,8 @@ def fit(
         response_lengths: tokens of the longest of each row's responses.
         responses: K, the responses of a row.
         max_shapes: bound on the shapes, hence on compilations.
-        token_budget: slots of a batch at most; short rows then come in larger batches.
+        token_budget: slots of a batch at most. Short rows come in larger batches, and the batches
+            of a shape are made equally full.
         batch_size: rows of every batch instead. Exactly one of the two is given.
         divisor: rows of a batch are a multiple of this: the devices that share them.
         multiple: lengths of a shape are multiples of this (8 suits the tiles of a TPU).
@@ -117,13 +120,15 @@ def fit(
                 )
         return Shape(rows, prompt, responses, response)
 
-    best: tuple[float, tuple[Shape, ...]] | None = None
-    for picks in _nested_picks(
-        count, prompt_edges[:, None] + responses * response_edges, max_shapes
-    ):
+    best: tuple[int, tuple[Shape, ...]] | None = None
+    row_slots = prompt_edges[:, None] + responses * response_edges
+    for picks in _candidates(count, row_slots, max_shapes):
         shapes = tuple(sorted(map(shape, picks), key=lambda s: (s.row_slots, s)))
-        sizes = np.bincount(assign(shapes, prompt_lengths, response_lengths), minlength=len(shapes))
-        slots = total_slots(shapes, deal(shapes, sizes.tolist()))
+        chosen = assign(shapes, prompt_lengths, response_lengths)
+        sizes = np.bincount(chosen, minlength=len(shapes)).tolist()
+        if batch_size is None:
+            shapes = tuple(_level(s, n, divisor) for s, n in zip(shapes, sizes, strict=True))
+        slots = total_slots(shapes, deal(shapes, sizes))
         if best is None or slots < best[0]:
             best = slots, shapes
     assert best is not None
@@ -186,8 +191,15 @@ def _edges(lengths: Int[np.ndarray, " rows"], multiple: int) -> Int[np.ndarray, 
     return np.unique(np.maximum(rounded, multiple))
 
 
-def _nested_picks(count: np.ndarray, cost: np.ndarray, max_shapes: int) -> list[list[int]]:
-    """For 1, 2, ... shapes: flat indices into the grid that need the fewest slots."""
+def _level(shape: Shape, count: int, divisor: int) -> Shape:
+    """As many batches for `count` rows as the shape needs, but all equally full."""
+    batches = max(-(-count // shape.rows), 1)
+    rows = max(-(-count // batches), 1)
+    return shape._replace(rows=-(-rows // divisor) * divisor)
+
+
+def _candidates(count: np.ndarray, cost: np.ndarray, max_shapes: int) -> list[list[int]]:
+    """For 1, 2, ... shapes: flat indices into the grid whose rows need few slots."""
     p, c = np.indices(count.shape)
     grid = [(i, j) for i in range(count.shape[0]) for j in range(count.shape[1])]
     # slots[s, p, c]: of one row of cell (p, c) in candidate s; infinite where it does not fit
@@ -197,15 +209,19 @@ def _nested_picks(count: np.ndarray, cost: np.ndarray, max_shapes: int) -> list[
         needed = np.where(count > 0, np.minimum(slots, current[None]), 0.0)
         return int(np.einsum("spc,pc->s", needed, count).argmin())
 
-    picks = [len(grid) - 1]  # the one that holds every row
-    result = [list(picks)]
-    while len(picks) < min(max_shapes, len(grid)):
-        picks.append(best_addition(slots[picks].min(0)))
-        for _ in range(2):  # move each shape to its best place, the others standing
+    def moved(picks: list[int]) -> list[int]:
+        picks = list(picks)
+        for _ in range(2):  # each shape to its best place, the others standing
             for place in range(1, len(picks)):
                 others = [pick for k, pick in enumerate(picks) if k != place]
                 picks[place] = best_addition(slots[others].min(0))
-        if len(set(picks)) < len(picks):  # no further shape saves anything
-            break
-        result.append(list(picks))
-    return result
+        return picks
+
+    greedy = [len(grid) - 1]  # the one that holds every row
+    tuned = list(greedy)
+    result = [greedy]
+    while len(greedy) < min(max_shapes, len(grid)):
+        greedy = [*greedy, best_addition(slots[greedy].min(0))]
+        tuned = moved([*tuned, best_addition(slots[tuned].min(0))])
+        result += [greedy, tuned]
+    return [sorted(set(candidate)) for candidate in result]

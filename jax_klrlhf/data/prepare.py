@@ -222,7 +222,9 @@ def _write(
                 entry["count"] += 1
                 entry["first"] = [*entry["first"], item.where][:_PLACES]
                 continue
-            testing = in_test_split(item.prompt, test_fraction=test_fraction, split_seed=split_seed)
+            testing = test_fraction > 0 and in_test_split(
+                item.prompt, test_fraction=test_fraction, split_seed=split_seed
+            )
             name = "test" if testing else "train"
             records[name].append(_record(item))
             prompts[name].append(len(item.prompt))

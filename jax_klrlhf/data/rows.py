@@ -54,7 +54,7 @@ def encode(
     iterator = iter(examples)
     number = 0
     while chunk := list(islice(iterator, _CHUNK)):
-        texts = [_texts(encoder, example) for example in chunk]
+        texts = [_placed_texts(encoder, example) for example in chunk]
         opened = iter(ids_of(encoder.opening, [t for e in texts for t in e.opening]))
         continued = iter(ids_of(encoder.continuation, [t for e in texts for t in e.continuing]))
         for example, text in zip(chunk, texts, strict=True):
@@ -133,6 +133,13 @@ class _Texts(NamedTuple):
     """The words of each chat reply alone: empty where the reply is."""
 
 
+def _placed_texts(encoder: Encoder, example: Example) -> _Texts:
+    try:
+        return _texts(encoder, example)
+    except InputError as error:
+        raise InputError(f"{example.where}: {error}") from error
+
+
 def _texts(encoder: Encoder, example: Example) -> _Texts:
     if example.prompt is None:
         return _Texts([r for r in example.responses if isinstance(r, str)], [], False, [])
@@ -145,7 +152,7 @@ def _texts(encoder: Encoder, example: Example) -> _Texts:
             text = encoder.render([*messages, *reply], add_generation_prompt=False)
             if not text.startswith(prompt):
                 raise InputError(
-                    f"{example.where}: the chat template of {encoder.tokenizer.name_or_path!r} "
+                    f"the chat template of {encoder.tokenizer.name_or_path!r} "
                     "does not write the reply after its generation prompt, so the reply's tokens "
                     "cannot be told apart: use a template whose generation prompt begins the turn"
                 )

@@ -47,16 +47,30 @@ def test_shapes_hold_every_row_within_bound_budget_and_multiples(
         assert shape.prompt % multiple == shape.response % multiple == 0
 
 
-def test_choice_of_shapes_against_all_choices():
-    # Row slots only: batches of one row leave nothing to fill. Two clusters and a few stragglers.
-    rng = np.random.default_rng(0)
-    prompts = np.concatenate([rng.integers(1, 9, 40), rng.integers(30, 41, 40), [20, 25]])
-    responses = np.concatenate([rng.integers(20, 33, 40), rng.integers(1, 9, 40), [30, 31]])
+@given(lengths=lengths, divisor=st.integers(1, 3), budget=st.integers(600, 2000))
+def test_budget_leaves_less_than_a_row_per_device_to_fill_in_each_batch(lengths, divisor, budget):
+    shapes = buckets.fit(*lengths, responses=2, max_shapes=3, token_budget=budget, divisor=divisor)
+    sizes = np.bincount(buckets.assign(shapes, *lengths), minlength=len(shapes)).tolist()
+    for shape, size in zip(shapes, sizes, strict=True):
+        batches = -(-size // shape.rows)
+        assert batches * shape.rows - size < max(batches, 1) * divisor
+        # and a fuller batch would not have made them fewer
+        largest = budget // shape.row_slots // divisor * divisor
+        assert batches == -(-size // largest)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 4])
+def test_choice_of_shapes_against_all_choices(seed):
+    # A heuristic: no bound is proven. On these rows it finds the optimum of all choices, which
+    # adding shapes greedily, without moving them, misses by up to 3 %. One row a batch: nothing to
+    # fill.
+    rng = np.random.default_rng(seed)
+    prompts, responses = rng.integers(1, 49, 60), rng.integers(1, 41, 60)
 
     def slots(shapes):
         return sum(
             min(s.row_slots for s in shapes if s.prompt >= p and s.response >= c)
-            for p, c in zip(prompts, responses, strict=True)
+            for p, c in zip(prompts.tolist(), responses.tolist(), strict=True)
         )
 
     grid = [
@@ -67,7 +81,8 @@ def test_choice_of_shapes_against_all_choices():
     for count in (1, 2, 3):
         best = min(slots([*some, grid[-1]]) for some in combinations(grid[:-1], count - 1))
         found = buckets.fit(prompts, responses, responses=2, max_shapes=count, batch_size=1)
-        assert slots(found) <= 1.02 * best  # greedy and moves; exact at this size but for ties
+        assert len(found) <= count
+        assert slots(found) == best
 
 
 @given(sizes=st.lists(st.integers(0, 40), min_size=4, max_size=4))

@@ -304,7 +304,7 @@ def test_chat_template_that_does_not_close_the_turn_gets_the_end_token(byte_leve
 
 
 def test_chat_without_template_names_the_remedy(sentence_piece):
-    with pytest.raises(InputError, match=r"no chat template.*chat_template.*tokenizer_config"):
+    with pytest.raises(InputError, match=r"record 0: .*no chat template.*chat_template"):
         encode(tokenize.encoder(sentence_piece), pair(MESSAGES, "yes", "no"))
 
 
