@@ -1,11 +1,47 @@
 """KL-regularized preference bandits: problems, learners, simulation, exact evaluation."""
 
-from jax_klrlhf.bandit.evaluate import record_gap
+from jax_klrlhf.bandit.evaluate import (
+    coverage,
+    error,
+    gap,
+    in_confidence_set,
+    information,
+    kl,
+    optimum,
+    record_gap,
+    reward_gap,
+    value,
+)
 from jax_klrlhf.bandit.learner import Estimate, Learner, Proposal, linear
-from jax_klrlhf.bandit.offline import offline_greedy, offline_gshf_two
-from jax_klrlhf.bandit.online import gshf
-from jax_klrlhf.bandit.problem import Comparisons, Problem, Setting, from_arrays, sphere
+from jax_klrlhf.bandit.offline import (
+    kl_pcb,
+    offline_greedy,
+    offline_gshf_one,
+    offline_gshf_two,
+    pessimistic_mle,
+)
+from jax_klrlhf.bandit.online import (
+    greedy,
+    greedy_against_reference,
+    gshf,
+    kl_ucb,
+    most_uncertain,
+    thompson,
+    uniform,
+)
+from jax_klrlhf.bandit.policy_class import chi_po, dpo, xpo
+from jax_klrlhf.bandit.problem import (
+    Comparisons,
+    Problem,
+    Setting,
+    compare,
+    four_arms,
+    four_arms_data,
+    from_arrays,
+    sphere,
+)
 from jax_klrlhf.bandit.simulate import Round, Run, simulate
+from jax_klrlhf.bandit.staged import moving_reference, two_stage
 
 __all__ = [
     "Comparisons",
@@ -16,12 +52,38 @@ __all__ = [
     "Round",
     "Run",
     "Setting",
+    "chi_po",
+    "compare",
+    "coverage",
+    "dpo",
+    "error",
+    "four_arms",
+    "four_arms_data",
     "from_arrays",
+    "gap",
+    "greedy",
+    "greedy_against_reference",
     "gshf",
+    "in_confidence_set",
+    "information",
+    "kl",
+    "kl_pcb",
+    "kl_ucb",
     "linear",
+    "most_uncertain",
+    "moving_reference",
     "offline_greedy",
+    "offline_gshf_one",
     "offline_gshf_two",
+    "optimum",
+    "pessimistic_mle",
     "record_gap",
+    "reward_gap",
     "simulate",
     "sphere",
+    "thompson",
+    "two_stage",
+    "uniform",
+    "value",
+    "xpo",
 ]

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jax_klrlhf.bandit import pessimism
 from jax_klrlhf.bandit.learner import Estimate
 from jax_klrlhf.bandit.problem import Problem, Setting
-from jax_klrlhf.core import divergence, gibbs, numerics
+from jax_klrlhf.core import divergence, ellipsoid, gibbs, numerics
 from jax_klrlhf.core.numerics import Scalar
 
 if TYPE_CHECKING:
@@ -78,3 +79,54 @@ def error(problem: Problem, estimate: Estimate) -> Float[Array, ""]:
 def in_confidence_set(problem: Problem, estimate: Estimate, *, radius: Scalar) -> Bool[Array, ""]:
     """Whether theta* lies in the confidence set of that radius (statement L3)."""
     return error(problem, estimate) <= radius
+
+
+def coverage(
+    setting: Setting,
+    target_log_prob: Float[Array, "contexts actions"],
+    first_log_prob: Float[Array, "contexts actions"],
+    second_log_prob: Float[Array, "contexts actions"] | None = None,
+    *,
+    ridge: Scalar,
+    nu: Float[Array, " dim"] | Float[Array, "contexts dim"] | None = None,
+) -> Float[Array, ""]:
+    r"""Coverage coefficient of a policy by a design, in the limit of much data.
+
+    .. math:: E_{x, a \sim \pi} \|\phi(x, a) - \nu\|_{V^{-1}}, \qquad
+        V = E_{x \sim d_0, a^1 \sim \mu_1, a^2 \sim \mu_2}\, z z^\top + \text{ridge}\, I
+
+    ``second`` is ``first`` by default, and ``ridge`` is per comparison here. It is the limit of
+    :math:`\sqrt n\, E_\pi\|\phi - \nu\|_{\Sigma_n^{-1}}`, the factor of the offline bounds: the
+    larger, the worse pi is covered. About ``sqrt(dim)`` where the design covers everything alike.
+    """
+    second_log_prob = first_log_prob if second_log_prob is None else second_log_prob
+    first = jnp.exp(jnp.where(setting.where, first_log_prob, -jnp.inf))
+    second = jnp.exp(jnp.where(setting.where, second_log_prob, -jnp.inf))
+    weight = setting.context_prob[:, None, None] * first[:, :, None] * second[:, None, :]
+    z = setting.features[:, :, None, :] - setting.features[:, None, :, :]
+    dim = z.shape[-1]
+    state = ellipsoid.init(dim, ridge=ridge, dtype=z.dtype)
+    state = ellipsoid.update(state, z.reshape(-1, dim), weights=weight.reshape(-1))
+    away = setting.features - pessimism.origin(setting, nu)[:, None, :]
+    return setting.context_prob @ numerics.expectation(
+        target_log_prob, ellipsoid.norm(state, away), where=setting.where
+    )
+
+
+def information(problem: Problem, this: "Round") -> tuple[Float[Array, ""], Float[Array, ""]]:
+    r"""For ``simulate(total=)``: both sides of statement L4 for one round of a linear learner.
+
+    .. math:: \log\Big(1 + \sum_{i} \|z_i\|^2_{\Sigma_t^{-1}}\Big)
+        \le \log\det\Sigma_{t+1} - \log\det\Sigma_t
+
+    with the sum over the round's batch: :math:`\det(I + A) \ge 1 + \mathrm{tr} A`. With one
+    comparison per round the two are equal. (A sum of logarithms over the comparisons of a batch,
+    all in the norm from before it, would be the *larger* side.)
+    """
+    s, data = problem.setting, this.data
+    state = this.state.ellipsoid
+    z = s.features[data.context, data.first] - s.features[data.context, data.second]
+    square = ellipsoid.norm(state, z) ** 2
+    after = ellipsoid.update(state, z, weights=data.weight)
+    gained = ellipsoid.log_det(after) - ellipsoid.log_det(state)
+    return jnp.log1p(data.weight @ square), gained

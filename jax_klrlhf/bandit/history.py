@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jax_klrlhf.bandit.problem import Comparisons, Setting
 
@@ -75,12 +75,19 @@ def append(history: History, data: Comparisons) -> History:
             history.losses.at[at].add(jnp.where(swapped, wins, losses)),
         )
     new = View(data.context, data.first, data.second, wins, losses)
+    # Beyond the capacity rows are dropped, not written over others; `overfull` tells.
+    at = history.used + jnp.arange(data.context.shape[0])
     merged = jax.tree.map(
-        lambda old, row: jax.lax.dynamic_update_slice(old, row.astype(old.dtype), (history.used,)),
-        history.view,
-        new,
+        lambda old, row: old.at[at].set(row.astype(old.dtype), mode="drop"), history.view, new
     )
     return Rows(merged, history.used + data.context.shape[0])
+
+
+def overfull(history: History) -> Bool[Array, ""]:
+    """Whether comparisons had to be dropped for want of capacity; never with a tally."""
+    if isinstance(history, Tally):
+        return jnp.zeros((), bool)
+    return history.used > history.view.wins.shape[0]
 
 
 def view(history: History) -> View:

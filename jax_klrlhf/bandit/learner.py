@@ -25,13 +25,12 @@ hyper-parameters are closed over, so build it inside the function that is mapped
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_klrlhf.bandit import history, refit
-from jax_klrlhf.bandit.problem import Comparisons, Setting
-from jax_klrlhf.core import ellipsoid, gibbs
+from jax_klrlhf.bandit.problem import Comparisons, Setting, draw_actions
+from jax_klrlhf.core import ellipsoid, estimation, gibbs
 from jax_klrlhf.core.numerics import Scalar
 
 
@@ -61,7 +60,7 @@ class Estimate(NamedTuple):
     history: history.History
     theta: Float[Array, " dim"]
     ellipsoid: Any
-    converged: Bool[Array, ""]  # of the latest refit
+    converged: Bool[Array, ""]  # of the latest refit, and no comparison was beyond the capacity
 
 
 def linear(
@@ -69,14 +68,16 @@ def linear(
     policy: Callable[[Setting, Estimate], Float[Array, "contexts actions"]],
     *,
     ridge: Scalar = 1.0,
+    bound: Scalar | None = None,
 ) -> Learner:
     r"""A learner that refits the Bradley-Terry MLE on all its data after every batch.
 
     .. math:: \hat\theta = \arg\min_\theta \sum -\log \sigma((2 y - 1) \langle\theta, z\rangle)
               + \tfrac{\text{ridge}}{2} \|\theta\|^2
 
-    What is left to say is how it samples (``propose``) and what it deploys (``policy``), both as
-    functions of the :class:`Estimate`.
+    With ``bound`` the minimum is taken over ``||theta|| <= bound``, as in arXiv 2312.11456 (a
+    constrained solve, several times slower). What is left to say is how it samples (``propose``)
+    and what it deploys (``policy``), both as functions of the :class:`Estimate`.
     """
 
     def init(setting: Setting, *, capacity: int) -> Estimate:
@@ -91,15 +92,25 @@ def linear(
     def update(setting: Setting, state: Estimate, data: Comparisons) -> Estimate:
         seen = history.append(state.history, data)
         rows = history.view(seen)
-        fit = refit.newton(
-            history.differences(setting, seen), rows.wins, rows.losses, state.theta, ridge=ridge
-        )
+        differences = history.differences(setting, seen)
+        if bound is None:
+            fit = refit.newton(differences, rows.wins, rows.losses, state.theta, ridge=ridge)
+        else:
+            count = rows.wins + rows.losses
+            fit = estimation.fit(
+                differences,
+                rows.wins / jnp.where(count > 0, count, 1),
+                ridge=ridge,
+                bound=bound,
+                weights=count,
+                init=state.theta,
+            )
         z = (
             setting.features[data.context, data.first]
             - (setting.features[data.context, data.second])
         )
         sigma = ellipsoid.update(state.ellipsoid, z, weights=data.weight)
-        return Estimate(seen, fit.theta, sigma, fit.converged)
+        return Estimate(seen, fit.theta, sigma, fit.converged & ~history.overfull(seen))
 
     return Learner(init, propose, update, policy)
 
@@ -121,8 +132,4 @@ def draw(
     context: Int[Array, " batch"],
 ) -> Proposal:
     """``a1 ~ first(.|x)`` and ``a2 ~ second(.|x)``, independently."""
-    key_first, key_second = jax.random.split(key)
-    return Proposal(
-        jax.random.categorical(key_first, first_log_prob[context]),
-        jax.random.categorical(key_second, second_log_prob[context]),
-    )
+    return Proposal(*draw_actions(key, first_log_prob, second_log_prob, context))

@@ -27,7 +27,6 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jax_klrlhf.core import bradley_terry
 from jax_klrlhf.core.numerics import Scalar
 
 
@@ -79,16 +78,46 @@ def label(
     second: Int[Array, " batch"],
 ) -> Float[Array, " batch"]:
     """Draw Bradley-Terry labels, 1 where the first is preferred, flipped at rate label_noise."""
-    key_label, key_flip = jax.random.split(key)
     margin = problem.reward[context, first] - problem.reward[context, second]
-    preferred = bradley_terry.sample(key_label, margin)
-    flip = jax.random.bernoulli(key_flip, problem.label_noise, preferred.shape)
-    return (preferred ^ flip).astype(problem.reward.dtype)
+    noise = problem.label_noise
+    # One draw for both: P(1) = (1 - noise) sigma(m) + noise sigma(-m).
+    preferred = jax.random.bernoulli(key, noise + (1 - 2 * noise) * jax.nn.sigmoid(margin))
+    return preferred.astype(problem.reward.dtype)
 
 
 def draw_contexts(key: Key[Array, ""], setting: Setting, *, batch: int) -> Int[Array, " batch"]:
     """Contexts ``x ~ d0``, independently."""
-    return jax.random.categorical(key, jnp.log(setting.context_prob), shape=(batch,))
+    uniform = jax.random.uniform(key, (batch,), setting.context_prob.dtype)
+    return _invert(
+        uniform, jnp.broadcast_to(setting.context_prob[None], (batch, *setting.context_prob.shape))
+    )
+
+
+def draw_actions(
+    key: Key[Array, ""],
+    first_log_prob: Float[Array, "contexts actions"],
+    second_log_prob: Float[Array, "contexts actions"],
+    context: Int[Array, " batch"],
+) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
+    """``a1 ~ first(.|x)`` and ``a2 ~ second(.|x)``, independently; one uniform number for each."""
+    uniform = jax.random.uniform(key, (2, *context.shape), first_log_prob.dtype)
+    return (
+        _invert(uniform[0], jnp.exp(first_log_prob[context])),
+        _invert(uniform[1], jnp.exp(second_log_prob[context])),
+    )
+
+
+def _invert(
+    uniform: Float[Array, " batch"], prob: Float[Array, "batch outcomes"]
+) -> Int[Array, " batch"]:
+    """Inverse of the distribution function: the first outcome whose cumulative sum exceeds u.
+
+    u is scaled to stay strictly below the total, so rounding never selects a zero probability.
+    """
+    cumulative = jnp.cumsum(prob, -1)
+    total = cumulative[:, -1:]
+    below = uniform[:, None] * (1 - jnp.finfo(prob.dtype).eps) * total
+    return jnp.sum(cumulative <= below, -1, dtype=jnp.int32)
 
 
 def compare(
@@ -103,10 +132,9 @@ def compare(
 
     With both policies the same it is the usual offline data set of a behaviour policy.
     """
-    key_context, key_first, key_second, key_label = jax.random.split(key, 4)
+    key_context, key_actions, key_label = jax.random.split(key, 3)
     context = draw_contexts(key_context, problem.setting, batch=batch)
-    first = jax.random.categorical(key_first, first_log_prob[context])
-    second = jax.random.categorical(key_second, second_log_prob[context])
+    first, second = draw_actions(key_actions, first_log_prob, second_log_prob, context)
     labels = label(key_label, problem, context, first, second)
     return Comparisons(context, first, second, labels, jnp.ones_like(labels))
 
@@ -163,6 +191,9 @@ def from_arrays(
             raise ValueError(
                 f"{name} must be a scalar, got shape {value.shape}; map over it with jax.vmap"
             )
+    # What stands at a masked action is never read, so that no sum meets an infinity there.
+    features = jnp.where(where[..., None], features, 0)
+    reward = jnp.where(where, reward, 0)
     ref_log_prob = jnp.where(where, ref_log_prob, -jnp.inf)
     setting = Setting(features, ref_log_prob, context_prob, where, kl_coef)
     problem = Problem(setting, reward, theta, label_noise)

@@ -1,0 +1,195 @@
+r"""Learners that fit a policy, not a reward: DPO, XPO and chi-PO on a softmax-linear class.
+
+.. math:: \pi_\theta(a|x) \propto \pi_0(a|x)\, e^{\langle\theta, \phi(x, a)\rangle/\eta}
+
+The losses are those of :mod:`jax_klrlhf.core.objectives`, the very functions that train language
+models, on the log-ratios of this class; with ``ridge / 2 ||theta||^2`` added to the sum over
+comparisons. On this class DPO is the Bradley-Terry MLE (statement L6), and iterating it exactly is
+the greedy learner; its optimum is found here through the policy all the same. XPO and chi-PO are
+not convex in theta: what is found is the minimum that descent from the previous round reaches, and
+``converged`` says whether it is one.
+
+Axes: ``contexts``, ``actions``, ``dim``, ``rows`` (weighted comparisons), ``batch``.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jax_klrlhf.bandit import history
+from jax_klrlhf.bandit.learner import Learner, Proposal, draw
+from jax_klrlhf.bandit.problem import Comparisons, Setting
+from jax_klrlhf.core import bradley_terry, gibbs, numerics, objectives
+from jax_klrlhf.core.numerics import Scalar
+
+Pairwise = Callable[[Array, Array, Array], Array]
+"""``loss(winner_log_ratio, loser_log_ratio, kl_coef)``, elementwise."""
+
+
+class PolicyFit(NamedTuple):
+    """Data, how often each second action was drawn, the policy's parameter, and its fit."""
+
+    history: history.History
+    opponents: Float[Array, "contexts actions"]
+    theta: Float[Array, " dim"]
+    converged: Bool[Array, ""]  # to a stationary point; and nothing was beyond the capacity
+
+
+def dpo(*, ridge: Scalar = 1.0) -> Learner:
+    """Iterative DPO, solved exactly in every round, with on-policy pairs (arXiv 2305.18290)."""
+    return _learner(_dpo_loss, optimism=0.0, against_reference=False, ridge=ridge)
+
+
+def xpo(*, optimism: Scalar, ridge: Scalar = 1.0) -> Learner:
+    r"""XPO (arXiv 2405.21046, Algorithm 1): DPO plus ``optimism`` times log pi of pi0's draws.
+
+    .. math:: \min_\pi\; \alpha \sum_i \log \pi(\tilde a_i | x_i)
+              - \sum_i \log\sigma\Big(\eta \log\tfrac{\pi}{\pi_0}(a^+_i)
+              - \eta \log\tfrac{\pi}{\pi_0}(a^-_i)\Big)
+
+    Pairs are ``a ~ pi_t`` against ``a~ ~ pi0``. The sum over comparisons and the sampling from
+    pi0 are the paper's; the ridge is ours.
+    """
+    return _learner(_dpo_loss, optimism=optimism, against_reference=True, ridge=ridge)
+
+
+def chi_po(*, reward_bound: Scalar, ridge: Scalar = 1.0) -> Learner:
+    r"""Chi-PO (arXiv 2407.13399, Algorithm 1) on offline pairs from pi0.
+
+    The implicit reward is :math:`\eta (z + \log z)` of the ratio z = pi/pi0, margins clipped at
+    ``2 reward_bound``. The paper regularizes by chi-squared plus KL and asks that the class holds
+    the optimum of *that*; a softmax-linear class doesn't, which is a misspecification that the
+    comparison with the others has to carry.
+    """
+
+    def loss(winner: Array, loser: Array, kl_coef: Array) -> Array:
+        clip = 2 * jnp.asarray(reward_bound, winner.dtype)
+        return objectives.chi_po(winner, loser, kl_coef=kl_coef, clip=clip)
+
+    return _learner(loss, optimism=0.0, against_reference=None, ridge=ridge)
+
+
+def policy_log_prob(
+    setting: Setting, theta: Float[Array, " dim"]
+) -> Float[Array, "contexts actions"]:
+    """Log-probabilities of the softmax-linear policy with this parameter."""
+    return gibbs.log_prob(
+        setting.reward(theta), setting.ref_log_prob, kl_coef=setting.kl_coef, where=setting.where
+    )
+
+
+def total_loss(
+    setting: Setting,
+    theta: Float[Array, " dim"],
+    rows: history.View,
+    opponents: Float[Array, "contexts actions"],
+    *,
+    loss: Pairwise,
+    optimism: Scalar,
+    ridge: Scalar,
+) -> Float[Array, ""]:
+    """The summed objective of the class, on counted comparisons."""
+    log_prob = policy_log_prob(setting, theta)
+    # Masked actions are -inf in both: a finite stand-in keeps their difference out of gradients.
+    log_prob = jnp.where(setting.where, log_prob, 0)
+    log_ratio = log_prob - jnp.where(setting.where, setting.ref_log_prob, 0)
+    first, second = log_ratio[rows.context, rows.first], log_ratio[rows.context, rows.second]
+    fitted = rows.wins @ loss(first, second, setting.kl_coef)
+    fitted = fitted + rows.losses @ loss(second, first, setting.kl_coef)
+    bonus = optimism * jnp.sum(opponents * log_prob)
+    return fitted + bonus + 0.5 * ridge * (theta @ theta)
+
+
+def _dpo_loss(winner: Array, loser: Array, kl_coef: Array) -> Array:
+    return objectives.sigmoid(winner, loser, kl_coef=kl_coef)
+
+
+def _learner(
+    loss: Pairwise, *, optimism: Scalar, against_reference: bool | None, ridge: Scalar
+) -> Learner:
+    """``against_reference``: the pair is (pi, pi0) if True, (pi, pi) if False, offline if None."""
+
+    def init(setting: Setting, *, capacity: int) -> PolicyFit:
+        dtype = setting.features.dtype
+        return PolicyFit(
+            history.init(setting, capacity=capacity),
+            jnp.zeros(setting.where.shape, dtype),
+            jnp.zeros(setting.features.shape[-1], dtype),
+            jnp.ones((), bool),
+        )
+
+    def propose(
+        key: Key[Array, ""], setting: Setting, state: PolicyFit, context: Int[Array, " batch"]
+    ) -> Proposal:
+        main = policy(setting, state)
+        ref = setting.ref_log_prob
+        first = ref if against_reference is None else main
+        second = main if against_reference is False else ref
+        return draw(key, first, second, context)
+
+    def update(setting: Setting, state: PolicyFit, data: Comparisons) -> PolicyFit:
+        seen = history.append(state.history, data)
+        opponents = state.opponents.at[data.context, data.second].add(data.weight)
+        rows = history.view(seen)
+        differences = history.differences(setting, seen)
+
+        def objective(theta: Array) -> Array:
+            return total_loss(
+                setting, theta, rows, opponents, loss=loss, optimism=optimism, ridge=ridge
+            )
+
+        def metric(theta: Array) -> Array:
+            margin = differences @ theta
+            weights = (rows.wins + rows.losses) * bradley_terry.curvature(margin)
+            identity = jnp.eye(theta.shape[0], dtype=theta.dtype)
+            return (weights[:, None] * differences).T @ differences + ridge * identity
+
+        theta, converged = _descend(objective, metric, state.theta)
+        return PolicyFit(seen, opponents, theta, converged & ~history.overfull(seen))
+
+    def policy(setting: Setting, state: PolicyFit) -> Float[Array, "contexts actions"]:
+        return policy_log_prob(setting, state.theta)
+
+    return Learner(init, propose, update, policy)
+
+
+def _descend(
+    objective: Callable[[Array], Array],
+    metric: Callable[[Array], Array],
+    start: Float[Array, " dim"],
+    max_iterations: int = 40,
+) -> tuple[Float[Array, " dim"], Bool[Array, ""]]:
+    """Gradient descent in the metric of the Bradley-Terry Hessian, the best of a grid of lengths.
+
+    For DPO that is Newton's method. It ends when no length lowers the objective, and has converged
+    if the step then is below the square root of the objective's rounding.
+    """
+    dtype = start.dtype
+    lengths = jnp.asarray(np.append(2.0 ** -np.arange(-2.0, 12.0), 0.0), dtype)
+    tolerance = jnp.sqrt(jnp.finfo(dtype).eps)
+
+    def step(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        theta, _, _, iterations = state
+        gradient = jax.grad(objective)(theta)
+        lower = jnp.linalg.cholesky(metric(theta))
+        direction = jax.scipy.linalg.cho_solve((lower, True), gradient)
+        values = jax.vmap(lambda length: objective(theta - length * direction))(lengths)
+        # 0 is the last length and argmin takes the first: a tie moves, only a rise stops.
+        length = lengths[jnp.argmin(values)]
+        decrement = numerics.safe_sqrt(gradient @ direction)
+        small = decrement <= tolerance * (1 + jnp.sqrt(jnp.abs(values[-1])))
+        stuck = length == 0
+        # So near the end values are rounding, and the step is better than any comparison of them.
+        length = jnp.where(small, 1, length)
+        return theta - length * direction, small | stuck, small, iterations + 1
+
+    def unfinished(state: tuple[Array, Array, Array, Array]) -> Array:
+        return ~state[1] & (state[3] < max_iterations)
+
+    begin = (start, jnp.zeros((), bool), jnp.zeros((), bool), jnp.zeros((), jnp.int32))
+    theta, _, converged, _ = jax.lax.while_loop(unfinished, step, begin)
+    return theta, converged
