@@ -5,7 +5,8 @@
 - a file: ``.jsonl``, ``.json`` (lines or one array), either with ``.gz``; ``.parquet``;
 - a folder of such files, laid out as data sets on the Hugging Face hub are
   (``data/train-00000-of-00001.parquet``, ``train.jsonl``);
-- a folder that holds a TFDS data set (``features.json``), or ``tfds:name``;
+- a folder that holds a TFDS data set (``features.json``), or ``tfds:name`` for one TFDS's own
+  folder (``TFDS_DATA_DIR``), prepared with ``file_format="array_record"``;
 - a hub id, ``owner/name`` or ``owner/name/subfolder``;
 - a list of records, for data already in memory.
 
@@ -123,9 +124,10 @@ def hash_files(paths: Sequence[Path]) -> str:
 def _json(path: Path) -> Iterator[Record]:
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            if ".json" in path.suffixes and file.read(1) == "[":
-                file.seek(0)
+        with opened(path, "rt", encoding="utf-8-sig") as file:  # a byte order mark is no content
+            array = ".json" in path.suffixes and file.read(256).lstrip().startswith("[")
+            file.seek(0)
+            if array:
                 try:
                     items = json.load(file)
                 except json.JSONDecodeError as error:
@@ -136,7 +138,6 @@ def _json(path: Path) -> Iterator[Record]:
                 for number, item in enumerate(items):
                     yield _object(item, f"{path}, item {number}")
                 return
-            file.seek(0)
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue

@@ -164,6 +164,14 @@ def test_split_in_several_subfolders_must_be_named(tmp_path):
     assert content(sources.open_source(tmp_path / "helpful")) == IN_MEMORY
 
 
+@pytest.mark.parametrize("start", ["\ufeff", "\n  ", "\ufeff\n"])
+def test_byte_order_mark_and_blank_beginning_are_no_content(tmp_path, start):
+    (tmp_path / "a.json").write_text(start + json.dumps(RECORDS))
+    (tmp_path / "a.jsonl").write_text(start + "\r\n".join(map(json.dumps, RECORDS)))
+    for name in ("a.json", "a.jsonl"):
+        assert content(sources.open_source(tmp_path / name)) == IN_MEMORY
+
+
 def test_fingerprint_is_of_the_content(tmp_path):
     one = sources.open_source(write(tmp_path / "a.jsonl", RECORDS)).fingerprint()
     assert sources.open_source(write(tmp_path / "b.jsonl", RECORDS)).fingerprint() == one
