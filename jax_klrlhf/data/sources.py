@@ -5,8 +5,8 @@
 - a file: ``.jsonl``, ``.json`` (lines or one array), either with ``.gz``; ``.parquet``;
 - a folder of such files, laid out as data sets on the Hugging Face hub are
   (``data/train-00000-of-00001.parquet``, ``train.jsonl``);
-- a folder that holds a TFDS data set (``features.json``), or ``tfds:name`` for one TFDS's own
-  folder (``TFDS_DATA_DIR``), prepared with ``file_format="array_record"``;
+- a folder that holds a TFDS data set (``features.json``), or ``tfds:name`` for one in TFDS's
+  own folder (``TFDS_DATA_DIR``), prepared with ``file_format="array_record"``;
 - a hub id, ``owner/name`` or ``owner/name/subfolder``;
 - a list of records, for data already in memory.
 
