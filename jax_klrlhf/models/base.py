@@ -9,6 +9,13 @@ and returns a :class:`Prefix`; ``extend`` (teacher forcing) and ``decode`` (one 
 let K responses attend to it. Positions count from the true start of the prompt: the response's
 first token stands at position ``prompts.lengths``, whatever the padding.
 
+What a caller may count on, of every model:
+
+- Right padding is harmless, of prompts and of responses: no true position sees it.
+- Nothing outside the model looks into ``cache``, which is an ordinary pytree (jit, scan, donate).
+- Gradients flow through ``prefill``, ``extend`` and ``unembed``. Parameters that a model means to
+  be constant (the base under an adapter) are stopped inside it.
+
 Axes: ``B`` prompts, ``K`` responses to a prompt, ``P`` prompt positions, ``C`` response
 positions, ``D`` hidden size, ``V`` vocabulary.
 """
@@ -54,4 +61,4 @@ class LanguageModel:
     """``decode(params, prefix, cache, ids [B, K], step []) -> (hidden [B, K, D], cache)``: reads
     response token number ``step`` of every row."""
     unembed: Callable[[Any, Array], Array]
-    """``unembed(params, hidden [..., D]) -> logits [..., V]``, float32."""
+    """``unembed(params, hidden [..., D]) -> logits [..., V]``, float32 (or float64)."""

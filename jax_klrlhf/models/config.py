@@ -19,7 +19,7 @@ import numpy as np
 from jax_klrlhf.errors import InputError
 
 FAMILIES = ("gemma2", "gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3")
-"""The Hugging Face ``model_type`` values that are read and written."""
+"""Values of ``model_type`` that are read and written; of ``gemma3`` the text part is read."""
 GEMMAS = ("gemma2", "gemma3_text")
 ACTIVATIONS = {
     "silu": "silu",
@@ -172,6 +172,8 @@ class ModelConfig:
 
         Raises ``InputError`` naming ``where`` and the key of whatever is not computed here.
         """
+        if settings.get("model_type") == "gemma3":  # With a vision tower, which is left out.
+            settings = {**settings.get("text_config", {}), "model_type": "gemma3_text"}
         family = settings.get("model_type")
         if family not in FAMILIES:
             raise InputError(

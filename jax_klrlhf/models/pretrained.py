@@ -330,14 +330,21 @@ def host(x: Any) -> np.ndarray:
 
 
 def _available(source: weights.Source, files: Files) -> weights.Source:
-    """Under another name: tied matrices are stored as either end, and base models lack a prefix."""
-    name = source.name.format(0)
-    if name in files.file_of:
-        return source
-    tied = {"model.embed_tokens.weight", "transformer.wte.weight", "lm_head.weight"}
-    bare = source.name.partition(".")[2]
-    others = [bare, *sorted(tied)] if source.name in tied else [bare]
-    return next((source._replace(name=o) for o in others if o.format(0) in files.file_of), source)
+    """The source under the name the files have it by.
+
+    Tied matrices are stored as either end, base models lack a prefix and the text part of a model
+    with vision has a longer one.
+    """
+    ends = ("model.embed_tokens.weight", "transformer.wte.weight", "lm_head.weight")
+    names = ends if source.name in ends[:2] else (source.name,)
+    prefixes = ("model.", "transformer.", "language_model.model.", "model.language_model.", "")
+    for name in (source.name, *names):
+        family, _, rest = name.partition(".")
+        others = [prefix + rest for prefix in prefixes] if family != "lm_head" else []
+        for other in (name, *others, f"language_model.{name}"):
+            if other.format(0) in files.file_of:
+                return source._replace(name=other)
+    return source
 
 
 def _device() -> Any:

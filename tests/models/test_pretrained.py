@@ -1,5 +1,6 @@
 """Folders in and out: the real small model, tied weights under either name, refusals."""
 
+import dataclasses
 import json
 
 import jax
@@ -71,6 +72,35 @@ def test_tied_weights_under_another_name(params, folder, name):
     assert name in tensors
     safetensors.numpy.save_file(tensors, file)
     same(pretrained.load(folder).params, params)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_gemma_3_with_vision(tmp_path, prefix):
+    """Published that way at 4 billion parameters and over, under prefixes old and new."""
+    config = dataclasses.replace(
+        CONFIG,
+        family="gemma3_text",
+        norm="rms_offset",
+        qk_norm=True,
+        post_norms=True,
+        embedding_scale=8**0.5,
+        query_scale=0.5,
+        activation="gelu_tanh",
+        windows=(4, None),
+    )
+    params = jax.jit(language_model(config).init)(jax.random.key(0))
+    folder = pretrained.save(tmp_path / "text", config, params)
+    file = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    renamed = {prefix + name.removeprefix("model."): x for name, x in tensors.items()}
+    renamed["vision_tower.patch.weight"] = np.zeros((2, 2), np.float32)
+    safetensors.numpy.save_file(renamed, file)
+    settings = json.loads((folder / "config.json").read_text())
+    whole = {"model_type": "gemma3", "text_config": settings, "vision_config": {}}
+    (folder / "config.json").write_text(json.dumps(whole))
+    loaded = pretrained.load(folder)
+    same(loaded.params, params)
+    assert loaded.config.layer_windows == (4, None)
 
 
 def test_dtypes(params, folder, tmp_path):
