@@ -15,6 +15,9 @@ from tests.training import toy
 MODEL = toy.language_model()
 LOSS = lambda s: objectives.sigmoid(s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=0.3)  # noqa: E731
 SGD = optax.sgd(1.0)
+# Compiled once for the tests that look at one plain step.
+PLAIN = step.make_train_step(MODEL, SGD, LOSS)
+LOG_PROB = reference.make_log_prob(MODEL)
 
 
 def fresh(optimizer=SGD, **options):
@@ -58,7 +61,7 @@ def test_loss_is_the_weighted_mean_and_the_step_its_gradient():
     batch = toy.batch(0)
     before = fresh()
     old = parameters(before)
-    after, info = step.make_train_step(MODEL, SGD, LOSS)(before, batch)
+    after, info = PLAIN(before, batch)
     loss = float(info.loss.total / info.loss.weight)
     np.testing.assert_allclose(loss, brute_loss(old, batch), rtol=1e-5)
     # The step of plain gradient descent is the gradient: a finite difference along it.
@@ -81,7 +84,7 @@ def test_accumulation_equals_the_full_batch_however_unequal_the_parts():
     weights = batch.weight.copy()
     weights[0::4] *= 100.0  # the first micro-batch outweighs the others: a mean of means fails
     batch = batch._replace(weight=weights)
-    whole, info = step.make_train_step(MODEL, SGD, LOSS)(fresh(), batch)
+    whole, info = PLAIN(fresh(), batch)
     parts, cut = step.make_train_step(MODEL, SGD, LOSS, micro_batches=4)(fresh(), batch)
     close(parameters(parts), parameters(whole), rtol=1e-5, atol=1e-6)
     close(cut.loss, info.loss, rtol=1e-5)
@@ -104,7 +107,7 @@ def test_a_batch_of_no_weight_moves_nothing():
     batch = batch._replace(weight=np.zeros_like(batch.weight))
     before = fresh()
     old = parameters(before)
-    after, info = step.make_train_step(MODEL, SGD, LOSS)(before, batch)
+    after, info = PLAIN(before, batch)
     close(parameters(after), old, rtol=0)
     assert bool(info.finite)
 
@@ -116,8 +119,8 @@ def test_live_reference_equals_the_precomputed_one():
     live = fresh(ref_params=pi0)
     assert state.fingerprint_text(cached.fingerprint) == state.fingerprint(pi0)
     close(cached.fingerprint, live.fingerprint, rtol=0)
-    score = reference.make_log_prob(MODEL)
-    one = step.make_train_step(MODEL, SGD, LOSS)
+    score = LOG_PROB
+    one = PLAIN
     two = step.make_train_step(MODEL, SGD, LOSS, reference=reference.live)
     for batch in batches:
         cached, _ = one(cached, batch._replace(ref_log_prob=score(pi0, batch)))
@@ -140,7 +143,7 @@ def test_frozen_parameters_have_no_moments_and_do_not_move():
     # The frozen base is the reference without a second copy: with the adapters' values of the
     # start put back, the policy is pi0.
     base = reference.base(lambda params: params | {"head": policy["head"]})
-    score = reference.make_log_prob(MODEL)
+    score = LOG_PROB
     second, info = step.make_train_step(MODEL, adam, LOSS, reference=base)(after, batch)
     expected = batch._replace(ref_log_prob=score(policy, batch))
     same, _ = train(fresh(adam, trainable=lambda path: path.startswith("head")), batch)
@@ -151,7 +154,7 @@ def test_frozen_parameters_have_no_moments_and_do_not_move():
 
 def test_bfloat16_compute_keeps_float32_masters():
     batch = toy.batch(7)
-    full, info = step.make_train_step(MODEL, SGD, LOSS)(fresh(), batch)
+    full, info = PLAIN(fresh(), batch)
     half, told = step.make_train_step(MODEL, SGD, LOSS, compute_dtype=jnp.bfloat16)(fresh(), batch)
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(half.params))
     # 8 bits of mantissa: each term of a dozen-token log-probability errs by at most 2^-8.
@@ -186,7 +189,7 @@ def test_the_state_is_given_away_and_the_callers_parameters_are_not():
 
 def test_reported_names_mean_what_they_say():
     batch = toy.batch(9)
-    score = reference.make_log_prob(MODEL)
+    score = LOG_PROB
     log_prob = np.asarray(score(MODEL.init(jax.random.key(0)), batch))
     _, info = step.make_train_step(MODEL, SGD, LOSS, kl_coef=0.3)(fresh(), batch)
     reward = 0.3 * (log_prob - batch.ref_log_prob)
@@ -209,7 +212,7 @@ def test_wrong_static_facts_are_refused_with_the_remedy():
     batch = toy.batch(0)
     none = batch._replace(ref_log_prob=None)
     with pytest.raises(ValueError, match=r"precompute.*ref_params"):
-        step.make_train_step(MODEL, SGD, LOSS)(fresh(), none)
+        PLAIN(fresh(), none)
     with pytest.raises(ValueError, match="init"):
         step.make_train_step(MODEL, SGD, LOSS, reference=reference.live)(fresh(), none)
     with pytest.raises(ValueError, match="multiple of 3"):

@@ -1,0 +1,214 @@
+r"""What the learner believes of responses: rewards that are given, fitted, implied or combined.
+
+Each is a :class:`Reward`. Those here that wrap others (an ensemble, a length penalty, a transform)
+learn exactly as what they wrap.
+
+Axes: ``B`` prompts, ``K`` responses, ``M`` members of an ensemble.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from jax_klrlhf.core import bradley_terry, gibbs
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.models import reward as rewards
+from jax_klrlhf.models import scoring
+from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.models.reward import RewardParams
+from jax_klrlhf.training import tasks
+from jax_klrlhf.training.rounds.compute import mapped
+from jax_klrlhf.training.rounds.fitting import Fitting
+from jax_klrlhf.training.rounds.parts import Comparisons, Judge, Mixture, Policies, Reward, Scored
+
+Combine = Callable[[Float[np.ndarray, "M B K"]], Float[np.ndarray, "B K"]]
+
+
+def known(judge: Judge) -> Reward:
+    """A reward that is given and not learned: a trained reward model, a rule, another's opinion."""
+
+    def score(belief: Any, policies: Policies, prompts: Ragged, responses: Ragged) -> Scored:
+        del belief, policies
+        return _certain(judge(prompts, responses))
+
+    return Reward(init=(), fit=_unchanged, score=score)
+
+
+def implicit(
+    model: LanguageModel, *, kl_coef: float, rows: int = 64, mesh: Mesh | None = None
+) -> Reward:
+    """The reward whose optimum the current policy is: kl_coef times its log-ratio to the reference.
+
+    It ranks the responses of one prompt; a constant per prompt is not identified.
+    Source: arXiv 2305.18290, eq. 5.
+    """
+
+    def both(params: Any, prompts: Ragged, responses: Ragged) -> Array:
+        policy, reference = (
+            scoring.log_prob(model, p, prompts, responses) for p in (params[0], params[1])
+        )
+        return gibbs.implicit_reward(policy, reference, kl_coef=kl_coef)
+
+    program = mapped(both, rows=rows, mesh=mesh)
+
+    def score(belief: Any, policies: Policies, prompts: Ragged, responses: Ragged) -> Scored:
+        del belief
+        return _certain(program((policies.current, policies.reference), prompts, responses))
+
+    return Reward(init=(), fit=_unchanged, score=score)
+
+
+def reward_model(
+    model: LanguageModel,
+    params: RewardParams,
+    *,
+    fitting: Fitting,
+    pooling: Callable[[Array, Array, Array], Array] = rewards.last,
+    centring: float = 0.01,
+    rows: int = 64,
+) -> Reward:
+    """A Bradley-Terry reward model, fitted from ``params`` again each round, on all comparisons.
+
+    Its rewards are centred at 0 by ``centring`` (:func:`tasks.bradley_terry_reward`).
+    """
+
+    def reward(params: Any, prompts: Ragged, responses: Ragged) -> Array:
+        return rewards.reward(model, params, prompts, responses, pooling=pooling)
+
+    step = fitting.compile(tasks.bradley_terry_reward(reward, centring=centring))
+    program = mapped(reward, rows=rows, mesh=fitting.mesh)
+
+    def fit(
+        key: Any, belief: Any, comparisons: Sequence[Comparisons], policies: Policies
+    ) -> RewardParams:
+        del belief, policies
+        if not comparisons:
+            return params
+        return step(key, params, Mixture(comparisons, None)).params
+
+    def score(belief: Any, policies: Policies, prompts: Ragged, responses: Ragged) -> Scored:
+        del policies
+        return _certain(program(belief, prompts, responses))
+
+    return Reward(init=params, fit=fit, score=score)
+
+
+def ensemble(members: Sequence[Reward], *, combine: Combine | None = None) -> Reward:
+    """Several beliefs, each fitted with a key of its own, combined to one.
+
+    ``combine`` makes one reward of the members' ``[M, B, K]``: :func:`mean` by default,
+    :func:`worst`, :func:`uncertainty_weighted` of a number, or another. The uncertainty is the
+    members' standard deviation once each is centred on the prompt, since a constant per prompt is
+    not identified. Members differ by their initial parameters, their data's order, or
+    :func:`resampled` data. Sources: arXiv 2310.02743, 2312.09244.
+
+    Raises:
+        ValueError: for fewer than two members.
+    """
+    members = tuple(members)
+    if len(members) < 2:
+        raise ValueError(f"an ensemble has at least two members, got {len(members)}")
+    combine = combine or mean
+
+    def fit(key: Any, belief: Any, comparisons: Any, policies: Policies) -> Any:
+        return tuple(
+            member.fit(jax.random.fold_in(key, number), state, comparisons, policies)
+            for number, (member, state) in enumerate(zip(members, belief, strict=True))
+        )
+
+    def score(belief: Any, policies: Policies, prompts: Ragged, responses: Ragged) -> Scored:
+        found = np.stack(
+            [
+                member.score(state, policies, prompts, responses).reward
+                for member, state in zip(members, belief, strict=True)
+            ]
+        )
+        centred_at_prompt = found - found.mean(-1, keepdims=True)
+        return Scored(combine(found), centred_at_prompt.std(0, ddof=1))
+
+    return Reward(init=tuple(member.init for member in members), fit=fit, score=score)
+
+
+def mean(rewards: Float[np.ndarray, "M B K"]) -> Float[np.ndarray, "B K"]:
+    """The members' mean."""
+    return rewards.mean(0)
+
+
+def worst(rewards: Float[np.ndarray, "M B K"]) -> Float[np.ndarray, "B K"]:
+    """The least of the members' rewards (worst-case optimization, arXiv 2310.02743, eq. 3)."""
+    return rewards.min(0)
+
+
+def uncertainty_weighted(coef: float) -> Combine:
+    """The mean less ``coef`` times the members' variance (arXiv 2310.02743, eq. 4)."""
+    return lambda rewards: rewards.mean(0) - coef * rewards.var(0)
+
+
+def resampled(reward: Reward) -> Reward:
+    """``reward`` fitted on a bootstrap sample of the comparisons: a member of an ensemble."""
+
+    def fit(key: Any, belief: Any, comparisons: Any, policies: Policies) -> Any:
+        key_fit, key_draw = jax.random.split(key)
+        drawn = []
+        for number, data in enumerate(comparisons):
+            rows = len(data.weight)
+            draw = jax.random.randint(jax.random.fold_in(key_draw, number), (rows,), 0, rows)
+            times = np.bincount(np.asarray(draw), minlength=rows)
+            drawn.append(data._replace(weight=(data.weight * times).astype(np.float32)))
+        return reward.fit(key_fit, belief, drawn, policies)
+
+    return dataclasses.replace(reward, fit=fit)
+
+
+def length_penalty(reward: Reward, coef: float) -> Reward:
+    """``reward`` less ``coef`` times the response's number of tokens (arXiv 2405.07863, eq. 5)."""
+
+    def score(belief: Any, policies: Policies, prompts: Ragged, responses: Ragged) -> Scored:
+        scored = reward.score(belief, policies, prompts, responses)
+        tokens = np.asarray(responses.lengths, np.float32)
+        return scored._replace(reward=scored.reward - np.float32(coef) * tokens)
+
+    return dataclasses.replace(reward, score=score)
+
+
+def transformed(
+    reward: Reward, function: Callable[[Float[np.ndarray, "B K"]], Float[np.ndarray, "B K"]]
+) -> Reward:
+    """``reward`` through a function of one prompt's rewards: :func:`centred`, :func:`log_sigmoid`.
+
+    The uncertainty stays that of the reward before.
+    """
+
+    def score(belief: Any, policies: Policies, prompts: Ragged, responses: Ragged) -> Scored:
+        scored = reward.score(belief, policies, prompts, responses)
+        return scored._replace(reward=np.asarray(function(scored.reward), np.float32))
+
+    return dataclasses.replace(reward, score=score)
+
+
+def centred(reward: Float[np.ndarray, "B K"]) -> Float[np.ndarray, "B K"]:
+    """Rewards less their mean at the prompt, which preferences do not identify."""
+    return reward - reward.mean(-1, keepdims=True)
+
+
+def log_sigmoid(reward: Float[np.ndarray, "B K"]) -> Float[np.ndarray, "B K"]:
+    """Log-probability of beating the prompt's mean reward: saturates above, not below.
+
+    Source: arXiv 2402.00742, eq. 4, with the mean of the responses as the reference.
+    """
+    return np.asarray(bradley_terry.log_likelihood(jax.numpy.asarray(centred(reward))))
+
+
+def _certain(reward: Any) -> Scored:
+    reward = np.asarray(reward, np.float32)
+    return Scored(reward, np.zeros_like(reward))
+
+
+def _unchanged(key: Any, belief: Any, comparisons: Any, policies: Any) -> Any:
+    del key, comparisons, policies
+    return belief

@@ -1,0 +1,191 @@
+r"""Policy improvement from comparisons: preference losses, pessimism, reward-weighted likelihood.
+
+Each is ``improve(key, situation) -> Improved``. The fit begins from ``situation.start`` and its
+reference is ``situation.policies.reference``: pi0, unless the run is the named ablation.
+Rejection sampling is in :mod:`.rejection`.
+
+Axes: ``B`` prompts, ``K`` responses, ``N`` rows of a training set.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jax_klrlhf.core import objectives
+from jax_klrlhf.core.objectives import Scores
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.models import scoring
+from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.results import mean
+from jax_klrlhf.training import tasks
+from jax_klrlhf.training.rounds.compute import mapped
+from jax_klrlhf.training.rounds.fitting import Deal, Fitting, comparisons_deal, deal
+from jax_klrlhf.training.rounds.parts import Improve, Improved, Judge, Situation, pick, ragged
+from jax_klrlhf.training.rounds.samplers import Draw
+from jax_klrlhf.training.state import cast_floating
+from jax_klrlhf.training.tasks import Batch
+
+Loss = Callable[[Scores], Float[Array, " B"]]
+
+
+def preference(
+    model: LanguageModel, loss: Loss, *, fitting: Fitting, kl_coef: float = 1.0, rows: int = 64
+) -> Improve:
+    """Fit the policy by any preference loss on the round's mixture of comparisons.
+
+    Args:
+        model: the policy.
+        loss: of :mod:`core.objectives`, on :class:`Scores`, for example
+            ``lambda s: objectives.sigmoid(s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=0.1)``.
+        fitting: optimizer and sizes.
+        kl_coef: scale of the *reported* rewards; the loss has its own.
+        rows: comparisons that the reference scores at one time.
+    """
+    return _preference(model, loss, fitting, kl_coef, rows, lambda bonus: None)
+
+
+def dpo(model: LanguageModel, *, kl_coef: float, fitting: Fitting, rows: int = 64) -> Improve:
+    """:func:`preference` with the DPO loss (arXiv 2305.18290, eq. 7)."""
+    return preference(model, _sigmoid(kl_coef), fitting=fitting, kl_coef=kl_coef, rows=rows)
+
+
+def pessimistic_dpo(
+    model: LanguageModel, *, kl_coef: float, fitting: Fitting, rows: int = 64
+) -> Improve:
+    r"""DPO with a margin by uncertainty: offline GSHF, Option II (arXiv 2312.11456).
+
+    .. math:: -\log \sigma\Big(\eta \log \tfrac{\pi}{\pi_0}(a^w) + \Gamma(a^w)
+        - \eta \log \tfrac{\pi}{\pi_0}(a^l) - \Gamma(a^l)\Big)
+
+    with Gamma the belief's uncertainty (:func:`~jax_klrlhf.training.rounds.linear`, an ensemble).
+    It is :func:`objectives.pessimistic`, computed as DPO against
+    :math:`\log \pi_0 - \Gamma / \eta`: the reference of every log-ratio, so the reported rewards
+    are the implicit ones plus the bonus.
+
+    When called, raises ValueError where the belief is certain of everything.
+    """
+    return _preference(
+        model, _sigmoid(kl_coef), fitting, kl_coef, rows, lambda bonus: bonus / kl_coef
+    )
+
+
+def _sigmoid(kl_coef: float) -> Loss:
+    return lambda s: objectives.sigmoid(s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=kl_coef)
+
+
+def _preference(
+    model: LanguageModel,
+    loss: Loss,
+    fitting: Fitting,
+    kl_coef: float,
+    rows: int,
+    discount: Callable[[Any], Any],
+) -> Improve:
+    fit = fitting.compile(tasks.preference(model, loss, kl_coef=kl_coef))
+    reference = reference_log_prob(model, fitting, rows=rows)
+    asks = discount(np.zeros(1)) is not None
+
+    def improve(key: Key[Array, ""], situation: Situation) -> Improved:
+        found = comparisons_deal(situation.data)
+        ref_log_prob = reference(situation, found)
+        if asks:
+            bonus = situation.score(found.rows.prompts, found.rows.responses).uncertainty
+            if not np.any(bonus):
+                raise ValueError(
+                    "pessimistic_dpo: the belief's uncertainty is 0 everywhere, so this would be "
+                    "plain DPO; hand in reward=linear(...) with a radius, or an ensemble."
+                )
+            ref_log_prob = ref_log_prob - discount(bonus).astype(ref_log_prob.dtype)
+        fitted = fit(
+            key,
+            situation.start,
+            found._replace(rows=found.rows._replace(ref_log_prob=ref_log_prob)),
+            pi0=situation.policies.reference,
+            folder=situation.folder,
+        )
+        return Improved(fitted.params, fitted.metrics)
+
+    return improve
+
+
+def reference_log_prob(
+    model: LanguageModel, fitting: Fitting, *, rows: int
+) -> Callable[[Situation, Deal], Any]:
+    """Log-probabilities of a training set's responses under the situation's reference."""
+
+    def score(params: Any, prompts: Ragged, responses: Ragged) -> Array:
+        params = cast_floating(params, fitting.compute_dtype)
+        return scoring.log_prob(model, params, prompts, responses)
+
+    program = mapped(score, rows=rows, mesh=fitting.mesh)
+    return lambda situation, found: program(
+        situation.policies.reference, found.rows.prompts, found.rows.responses
+    )
+
+
+def weighted_likelihood(
+    model: LanguageModel, draw: Draw, *, kl_coef: float, fitting: Fitting
+) -> Improve:
+    r"""Maximum likelihood on responses of the reference, weighted by :math:`e^{r/\eta}`.
+
+    Weights are normalized over a prompt's K responses: self-normalized importance sampling from
+    the Gibbs policy of what is believed. ``weights/effective_share`` reports 1 / (K sum w^2), the
+    share of the responses that carry the estimate: 1 at equal weights, 1 / K at a single one.
+    """
+    fit = fitting.compile(tasks.likelihood(model))
+
+    def improve(key: Key[Array, ""], situation: Situation) -> Improved:
+        key_draw, key_fit = jax.random.split(key)
+        responses = draw(key_draw, situation.policies.reference, situation.prompts)
+        reward = situation.score(situation.prompts, responses).reward.astype(np.float64)
+        tilt = np.exp((reward - reward.max(1, keepdims=True)) / kl_coef)
+        weight = tilt / tilt.sum(1, keepdims=True)
+        rows = single_responses(situation.prompts, responses, weight * weight.shape[1])
+        fitted = fit(key_fit, situation.start, deal([rows]), folder=situation.folder)
+        share = mean(1 / (weight.shape[1] * (weight**2).sum(1)))
+        return Improved(fitted.params, {**fitted.metrics, "weights/effective_share": share})
+
+    return improve
+
+
+def single_responses(prompts: Ragged, responses: Ragged, weight: Any) -> Batch:
+    """Every response ``[B, K, C]`` a row of its own, ``[B K, 1, C]``; weights are ``[B, K]``."""
+    samples, width = np.asarray(responses.ids).shape[1:]
+    repeat = lambda x: np.repeat(np.asarray(x), samples, axis=0)  # noqa: E731
+    return Batch(
+        ragged(repeat(prompts.ids), repeat(prompts.lengths)),
+        ragged(
+            np.asarray(responses.ids).reshape(-1, 1, width),
+            np.asarray(responses.lengths).reshape(-1, 1),
+        ),
+        weight=np.asarray(weight, np.float32).ravel(),  # pyright: ignore[reportArgumentType]
+    )
+
+
+class BestOf(NamedTuple):
+    """The best of n responses to each prompt."""
+
+    responses: Ragged
+    """ids ``[B, 1, C]``."""
+    reward: Float[np.ndarray, " B"]
+    kl_bound: float
+    """log n - (n - 1) / n: at least the KL of this policy to the one that was drawn from."""
+
+
+def best_of_n(
+    key: Key[Array, ""], draw: Draw, params: Any, judge: Judge, prompts: Ragged
+) -> BestOf:
+    """Answer each prompt by the best of n = ``draw.samples`` responses, at inference.
+
+    ``judge(prompts, responses) -> [B, K]``, for example ``outcome.judge`` of a run.
+    """
+    responses = draw(key, params, prompts)
+    reward = np.asarray(judge(prompts, responses), np.float32)
+    index = np.argmax(reward, 1)[:, None]
+    n = reward.shape[1]
+    found = np.take_along_axis(reward, index, 1)[:, 0]
+    return BestOf(pick(responses, index), found, math.log(n) - (n - 1) / n)

@@ -1,0 +1,256 @@
+"""Every phase's result on disk, so that a killed run goes on from the phase it was in.
+
+A phase leaves two files in its round's folder: its arrays (safetensors) and, written last, a
+manifest with the fingerprint of its inputs and of its content. Both appear in one step (written
+under another name, then renamed), so a reader finds a whole phase or none. Inputs are chained: a
+phase's fingerprint covers the run's own (pi0, key, data, configuration) and the content of every
+phase before it. A result that was made of other inputs is refused by name, never used.
+
+Without a folder, results stay in memory.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax.experimental import multihost_utils
+
+from jax_klrlhf.errors import InputError
+from jax_klrlhf.results import Metric, output_folder, write_json
+from jax_klrlhf.training.metrics import Metrics
+from jax_klrlhf.training.state import path_name
+
+T = TypeVar("T")
+ANY = 0
+"""A leaf of a template whose shape is free; absent from disk, it is None."""
+
+
+class Journal:
+    """The phases of one run, in order.
+
+    Args:
+        folder: where results are left; None: nowhere.
+        identity: fingerprints of what the run is made of, by name.
+
+    Raises:
+        InputError: where the folder cannot be written, or holds a run made of something else,
+            which is named.
+    """
+
+    def __init__(self, folder: str | Path | None, identity: Mapping[str, str]):
+        self.folder = None if folder is None else output_folder(folder)
+        self._chain = _text_digest(json.dumps(dict(identity), sort_keys=True))
+        self.computed: list[str] = []
+        """Phases that this process computed itself, ``round/phase``."""
+        if self.folder is not None:
+            self._claim(dict(identity))
+
+    def phase(
+        self, number: int, name: str, compute: Callable[[], tuple[T, Metrics]], *, like: T
+    ) -> tuple[T, Metrics]:
+        """The result of a phase and its metrics: read where it is there, computed where it isn't.
+
+        ``like`` has the result's structure; a leaf is :data:`ANY`, or an array that gives shape,
+        type and place (a parameter's sharding).
+
+        Raises:
+            InputError: where what is on disk was made of other inputs, or is damaged.
+        """
+        base = None if self.folder is None else round_folder(self.folder, number) / name
+        if base is not None and base.with_suffix(".json").exists():
+            value, metrics, content = self._read(base, like)
+        else:
+            began = time.perf_counter()
+            value, metrics = compute()
+            content = digest(value)
+            self.computed.append(f"{number}/{name}")
+            if base is not None:
+                self._write(base, value, metrics, content, time.perf_counter() - began)
+        self._chain = _text_digest(f"{self._chain} {number} {name} {content}")
+        return value, metrics
+
+    def fold(self, tree: Any) -> None:
+        """Let what follows depend on these arrays too."""
+        self._chain = _text_digest(f"{self._chain} {digest(tree)}")
+
+    def _claim(self, identity: dict[str, str]) -> None:
+        assert self.folder is not None
+        path = self.folder / "run.json"
+        if path.exists():
+            there = json.loads(path.read_text())
+            for part in sorted(identity.keys() | there.keys()):
+                if identity.get(part) != there.get(part):
+                    raise InputError(
+                        f"{self.folder}: holds a run with another {part} "
+                        f"({str(there.get(part))[:60]} there, {str(identity.get(part))[:60]} now); "
+                        "give the same to go on with it, or name another folder."
+                    )
+        elif jax.process_index() == 0:
+            write_json(path, identity)
+        _meet("claim")
+
+    def _write(
+        self, base: Path, value: Any, metrics: Metrics, content: str, seconds: float
+    ) -> None:
+        tensors = {name: _host(leaf) for name, leaf in _leaves(value)}
+        if jax.process_index() == 0:
+            base.parent.mkdir(parents=True, exist_ok=True)
+            target = base.with_suffix(".safetensors")
+            partial = target.with_name(target.name + ".tmp")
+            try:
+                safetensors.numpy.save_file(tensors, partial)
+                os.replace(partial, target)
+            except (OSError, safetensors.SafetensorError) as error:
+                raise InputError(
+                    f"{target}: could not be written ({error}); make room, or name another folder, "
+                    "and start again: the phases before it are kept."
+                ) from None
+            write_json(
+                base.with_suffix(".json"),
+                {
+                    "inputs": self._chain,
+                    "content": content,
+                    "seconds": round(seconds, 3),
+                    "metrics": {key: metric._asdict() for key, metric in metrics.items()},
+                },
+            )
+        _meet(str(base))
+
+    def _read(self, base: Path, like: T) -> tuple[T, Metrics, str]:
+        manifest = json.loads(base.with_suffix(".json").read_text())
+        if manifest["inputs"] != self._chain:
+            raise InputError(
+                f"{base}: made of other inputs than this run's ({manifest['inputs'][:12]} there, "
+                f"{self._chain[:12]} now); name another folder, or delete this round's and later "
+                "ones to compute them again."
+            )
+        try:
+            tensors = safetensors.numpy.load_file(base.with_suffix(".safetensors"))
+        except (OSError, safetensors.SafetensorError) as error:
+            raise _damaged(base, str(error)) from None
+        value = _restore(base, like, tensors)
+        if digest(value) != manifest["content"]:
+            raise _damaged(base, "its content is not what was written")
+        metrics = {
+            key: Metric(float("nan") if m["value"] is None else m["value"], m["stderr"], m["n"])
+            for key, m in manifest["metrics"].items()
+        }
+        return value, metrics, manifest["content"]
+
+    def stored(self, number: int, name: str, like: Any) -> Any:
+        """A result that is on disk, unchecked against the chain: the phases before it were."""
+        assert self.folder is not None
+        base = round_folder(self.folder, number) / name
+        return _restore(base, like, safetensors.numpy.load_file(base.with_suffix(".safetensors")))
+
+
+class Stored(Sequence[Any]):
+    """pi0 and the policy of every round: read from disk when asked for, or held in memory."""
+
+    def __init__(self, journal: Journal, base: Any, *, first: int):
+        self._journal, self._base, self._first = journal, base, first
+        self._held: list[Any] = []
+        self._count = 0
+
+    def append(self, params: Any) -> None:
+        """The policy of the next round."""
+        self._count += 1
+        self._held.append(params)
+        if self._journal.folder is not None:
+            # The last one is in use anyway; the others wait on disk.
+            self._held = [None] * (self._count - 1) + [params]
+
+    def __len__(self) -> int:
+        return 1 + self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        if index == 0:
+            return self._base
+        held = self._held[index - 1]
+        if held is not None:
+            return held
+        return self._journal.stored(self._first + index - 1, "fit", self._base)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+
+def round_folder(folder: Path, number: int) -> Path:
+    """Where a round's phases are left."""
+    return folder / f"round-{number:03d}"
+
+
+def digest(tree: Any) -> str:
+    """Fingerprint of a pytree of arrays: names, shapes, types and every bit."""
+    found = hashlib.sha256()
+    for name, leaf in sorted(_leaves(tree), key=lambda pair: pair[0]):
+        value = _host(leaf)
+        found.update(f"{name} {value.dtype} {value.shape} ".encode())
+        found.update(np.ascontiguousarray(value).tobytes())
+    return found.hexdigest()
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _host(leaf: Any) -> np.ndarray:
+    """The whole array in host memory, of its own rank (safetensors wants it contiguous)."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.array(jax.device_get(leaf), order="C")
+
+
+def _restore(base: Path, like: Any, tensors: Mapping[str, np.ndarray]) -> Any:
+    paths, structure = jax.tree_util.tree_flatten_with_path(like)
+    found = []
+    for path, leaf in paths:
+        name = path_name(path)
+        if isinstance(leaf, int):
+            found.append(tensors.get(name))
+            continue
+        value = tensors.get(name)
+        if value is None or value.shape != leaf.shape or value.dtype != leaf.dtype:
+            there = "absent" if value is None else f"{value.dtype}{list(value.shape)}"
+            raise InputError(
+                f"{base}: {name} is {there}, this run's is {leaf.dtype}{list(leaf.shape)}; give "
+                "the model and belief of the saved run, or name another folder."
+            )
+        found.append(_place(value, leaf))
+    return jax.tree.unflatten(structure, found)
+
+
+def _place(value: np.ndarray, like: Any) -> Any:
+    if not isinstance(like, jax.Array):
+        return value
+    if not like.is_fully_addressable:
+        return jax.make_array_from_callback(value.shape, like.sharding, lambda at: value[at])
+    return jax.device_put(value, like.sharding) if like.committed else jax.numpy.asarray(value)
+
+
+def _damaged(base: Path, reason: str) -> InputError:
+    return InputError(
+        f"{base}.safetensors: damaged ({reason}); delete it and its .json, and what comes after "
+        "it, to compute them again."
+    )
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _meet(name: str) -> None:
+    """Wait for the other processes: what the first one wrote is there for all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

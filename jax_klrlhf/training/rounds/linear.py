@@ -1,0 +1,199 @@
+r"""A linear reward on frozen features of a language model: the theory's own objects, at scale.
+
+.. math:: r(x, y) = \langle \hat\theta, \phi(x, y) \rangle, \qquad
+          \Gamma(x, y) = \beta \|\phi(x, y) - \nu\|_{\Sigma^{-1}}
+
+theta_hat is the core's maximum-likelihood fit on all comparisons and Sigma the core's ellipsoid,
+both unchanged. Features are computed a piece at a time and Sigma is summed over pieces; with a
+mesh the rows of a piece, and the rows that the fit sums over, lie over its devices.
+Source: arXiv 2312.11456, section 2 and Algorithm 1 (Option II).
+
+Axes: ``B`` prompts, ``K`` responses, ``N`` comparisons, ``D`` features.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from jax_klrlhf.core import ellipsoid, estimation
+from jax_klrlhf.core.ellipsoid import Ellipsoid
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.models import reward as rewards
+from jax_klrlhf.models import sampling
+from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.training import mesh as meshes
+from jax_klrlhf.training.rounds.compute import fill, mapped, own_rows
+from jax_klrlhf.training.rounds.parts import Comparisons, Policies, Reward, Scored, join
+
+Features = Callable[[Ragged, Ragged], Float[np.ndarray, "B K D"]]
+"""``features(prompts, responses)``, on the host."""
+
+
+class Linear(NamedTuple):
+    """The belief."""
+
+    theta: Float[Array, " D"]
+    ellipsoid: Ellipsoid
+    origin: Float[Array, " D"]
+    """nu: uncertainty is measured from it, since preferences identify differences alone."""
+    converged: Array
+    """False where the fit did not reach its optimum."""
+
+
+def hidden_features(
+    model: LanguageModel,
+    params: Any,
+    *,
+    scale: float,
+    pooling: Callable[[Array, Array, Array], Array] = rewards.mean,
+    rows: int = 64,
+    mesh: Mesh | None = None,
+) -> Features:
+    """Pooled hidden states over ``scale``, drawn back to the unit ball where they lie outside.
+
+    The theory's ||phi|| <= 1; a ``scale`` of about the largest norm leaves most as they are.
+    """
+
+    def compute(params: Any, prompts: Ragged, responses: Ragged) -> Float[Array, "B K D"]:
+        found = rewards.features(model, params, prompts, responses, pooling=pooling) / scale
+        norm = jnp.sqrt(jnp.sum(found**2, -1, keepdims=True))
+        return found / jnp.maximum(norm, 1)
+
+    program = mapped(compute, rows=rows, mesh=mesh)
+    return lambda prompts, responses: program(params, prompts, responses)
+
+
+def linear(
+    features: Features,
+    *,
+    dim: int,
+    ridge: float,
+    radius: float,
+    bound: float | None = None,
+    origin: Float[np.ndarray, " D"] | None = None,
+    rows: int = 4096,
+    mesh: Mesh | None = None,
+    dtype: Any = np.float32,
+) -> Reward:
+    """Linear reward with its confidence ellipsoid.
+
+    Args:
+        features: of responses; frozen, so that all rounds share them.
+        dim: D.
+        ridge: lambda, of the fit and of Sigma.
+        radius: beta, the scale of the uncertainty in units of reward (:func:`bounds.radius`).
+        bound: B, the largest norm of theta; None: the ridge alone.
+        origin: nu. None: the mean feature of the responses that were compared.
+        rows: comparisons of which Sigma is summed at one time.
+        mesh: rows lie over its devices; one device without.
+        dtype: of the fit and of Sigma, whose factor is sound to (largest eigenvalue) / ridge of
+            about 1 / (D eps).
+    """
+    empty = _empty(dim, ridge, origin, dtype)
+
+    def fit(
+        key: Any, belief: Any, comparisons: Sequence[Comparisons], policies: Policies
+    ) -> Linear:
+        del key, belief, policies
+        if not comparisons:
+            return empty
+        data = join(comparisons)
+        found = np.asarray(features(data.prompts, data.responses), dtype)
+        state = estimate(
+            found[:, 0] - found[:, 1],
+            data.label,
+            data.weight,
+            ridge=ridge,
+            bound=bound,
+            rows=rows,
+            mesh=mesh,
+        )
+        weight = data.weight.astype(found.dtype)
+        centre = np.einsum("nkd,n->d", found, weight) / (2 * max(weight.sum(), 1e-9))
+        return state._replace(origin=jnp.asarray(centre, dtype) if origin is None else empty.origin)
+
+    def score(belief: Any, policies: Policies, prompts: Ragged, responses: Ragged) -> Scored:
+        del policies
+        found = jnp.asarray(features(prompts, responses), dtype)
+        reward, white = _score(belief, found, radius)
+        return Scored(
+            np.asarray(reward),
+            np.asarray(jnp.sqrt(jnp.sum(white**2, -1))),
+            np.asarray(white),
+        )
+
+    return Reward(init=empty, fit=fit, score=score)
+
+
+def estimate(
+    differences: Float[np.ndarray, "N D"],
+    label: Float[np.ndarray, " N"],
+    weight: Float[np.ndarray, " N"],
+    *,
+    ridge: float,
+    bound: float | None = None,
+    rows: int = 4096,
+    mesh: Mesh | None = None,
+) -> Linear:
+    """theta_hat and Sigma of feature differences, with the origin at 0.
+
+    Rows are filled up with rows of weight 0 to one of a few sizes, so that a growing data set does
+    not compile anew each round.
+    """
+    count, dim = differences.shape
+    dtype = differences.dtype
+    parts = 1 if mesh is None else meshes.rows(mesh)
+    size = -(-sampling.bucket(count) // parts) * parts
+    weight = np.concatenate([weight, np.zeros(size - count, weight.dtype)]).astype(dtype)
+    laid = _put(
+        (fill(differences, size), fill(label.astype(dtype), size), weight),
+        mesh,
+    )
+    found = _fit(*laid, ridge, bound)
+    state = ellipsoid.init(dim, ridge=ridge, dtype=dtype)
+    piece = -(-min(rows, size) // parts) * parts
+    for begin in range(0, count, piece):
+        z, w = (fill(x[begin : begin + piece], piece) for x in (differences, weight[:count]))
+        w = np.where(np.arange(piece) < count - begin, w, 0).astype(dtype)
+        state = _update(state, *_put((z, w), mesh))
+    return Linear(found.theta, state, jnp.zeros(dim, dtype), found.converged)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _fit(
+    differences: Array, label: Array, weight: Array, ridge: float, bound: float | None
+) -> estimation.Fit:
+    return estimation.fit(differences, label, ridge=ridge, bound=bound, weights=weight)
+
+
+@jax.jit
+def _update(state: Ellipsoid, directions: Array, weight: Array) -> Ellipsoid:
+    return ellipsoid.update(state, directions, weights=weight)
+
+
+@jax.jit
+def _score(belief: Linear, features: Array, radius: Array) -> tuple[Array, Array]:
+    reward = jnp.einsum("bkd,d->bk", features, belief.theta)
+    shift = features - belief.origin[None, None, :]
+    scale = jnp.asarray(radius, features.dtype)
+    return reward, scale * ellipsoid.whiten(belief.ellipsoid, shift)
+
+
+def _empty(dim: int, ridge: float, origin: Any, dtype: Any) -> Linear:
+    zero = jnp.zeros(dim, dtype)
+    return Linear(
+        zero,
+        ellipsoid.init(dim, ridge=ridge, dtype=dtype),
+        zero if origin is None else jnp.asarray(origin, dtype),
+        jnp.array(True),
+    )
+
+
+def _put(arrays: Any, mesh: Mesh | None) -> Any:
+    return meshes.put_batch(own_rows(arrays) if mesh is not None else arrays, mesh)

@@ -1,0 +1,163 @@
+r"""Who labels: a gold reward through Bradley-Terry, recorded choices of humans, a reward model.
+
+A *judge* is any function ``(prompts, responses) -> reward [B, K]``; an oracle makes preferences of
+it, so that a learner sees labels and never the reward. With ties (Rao and Kupper, 1967), of width
+:math:`\kappa \ge 0`,
+
+.. math:: P(\text{first}) = \sigma(m - \kappa), \quad P(\text{second}) = \sigma(-m - \kappa), \quad
+    P(\text{tie}) = \text{the rest},
+
+which is Bradley-Terry (arXiv 2312.11456, Definition 1) at 0; a tie is the label one half. Noise
+then swaps a decided label at a known rate.
+
+Axes: ``B`` prompts, ``K`` responses, ``N`` pairs.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+
+from jax_klrlhf.core import bradley_terry as bt
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.models import reward as rewards
+from jax_klrlhf.training.rounds.compute import mapped
+from jax_klrlhf.training.rounds.parts import Comparisons, Judge, Labels, Oracle, token_rows
+
+
+def bradley_terry(judge: Judge, *, noise: float = 0.0, tie: float = 0.0) -> Oracle:
+    """Draws preferences between two responses from the rewards of a judge.
+
+    Args:
+        judge: the reward that the annotator has in mind, in nats of the logit.
+        noise: rate at which a decided label is swapped, in [0, 1/2].
+        tie: kappa: at equal rewards a tie has probability tanh(kappa / 2).
+
+    Raises:
+        ValueError: for a rate or a width out of range; when called on rewards that are not finite.
+    """
+    if not 0 <= noise <= 0.5 or not tie >= 0:
+        raise ValueError(f"noise must lie in [0, 0.5] and tie be at least 0: got {noise}, {tie}")
+
+    def oracle(key: Key[Array, ""], prompts: Ragged, responses: Ragged) -> Labels:
+        margin = _margin(judge, prompts, responses)
+        key_label, key_noise = jax.random.split(key)
+        uniform = np.asarray(jax.random.uniform(key_label, margin.shape))
+        wins = np.asarray(jax.nn.sigmoid(margin - tie))
+        loses = np.asarray(jax.nn.sigmoid(-margin - tie))
+        label = np.where(uniform < wins, 1.0, np.where(uniform >= 1 - loses, 0.0, 0.5))
+        swapped = np.asarray(jax.random.bernoulli(key_noise, noise, margin.shape))
+        label = np.where(swapped, 1 - label, label)
+        return Labels(label.astype(np.float32), np.ones(margin.shape, np.float32))
+
+    return oracle
+
+
+def expected(judge: Judge, *, noise: float = 0.0) -> Oracle:
+    """The probability of each preference as a soft label: an annotator asked without end."""
+    if not 0 <= noise <= 0.5:
+        raise ValueError(f"noise must lie in [0, 0.5], got {noise}")
+
+    def oracle(key: Key[Array, ""], prompts: Ragged, responses: Ragged) -> Labels:
+        del key
+        margin = jnp.asarray(_margin(judge, prompts, responses))
+        wins = np.asarray(jnp.exp(bt.log_likelihood(margin)))
+        label = (1 - noise) * wins + noise * (1 - wins)
+        return Labels(label.astype(np.float32), np.ones(label.shape, np.float32))
+
+    return oracle
+
+
+def recorded(comparisons: Comparisons) -> Oracle:
+    """Looks a pair up among recorded ones, in either order; abstains (weight 0) where it is new.
+
+    A pair that was recorded several times has the weighted mean of its labels, and their weight.
+    """
+    sums: dict[Any, list[float]] = {}
+    for asked, label, weight in zip(
+        _pairs(comparisons.prompts, comparisons.responses),
+        comparisons.label.tolist(),
+        comparisons.weight.tolist(),
+        strict=True,
+    ):
+        prompt, first, second = asked
+        for pair, said in (((prompt, first, second), label), ((prompt, second, first), 1 - label)):
+            total = sums.setdefault(pair, [0.0, 0.0])
+            total[0] += weight * said
+            total[1] += weight
+
+    def oracle(key: Key[Array, ""], prompts: Ragged, responses: Ragged) -> Labels:
+        del key
+        found = [sums.get(pair, (0.0, 0.0)) for pair in _pairs(prompts, responses)]
+        label = [total / weight if weight else 0.5 for total, weight in found]
+        weights = [weight for _, weight in found]
+        return Labels(np.array(label, np.float32), np.array(weights, np.float32))
+
+    return oracle
+
+
+def texts(
+    reward: Callable[[Sequence[str]], Any],
+    decode: Callable[[list[int]], str],
+) -> Judge:
+    """A judge that reads the text of a response: ``reward(texts) -> [n]``, ``decode(ids)``."""
+
+    def judge(prompts: Ragged, responses: Ragged) -> np.ndarray:
+        del prompts
+        ids, lengths = np.asarray(responses.ids), np.asarray(responses.lengths)
+        rows = zip(ids.reshape(-1, ids.shape[-1]), lengths.reshape(-1), strict=True)
+        found = reward([decode(row[:length].tolist()) for row, length in rows])
+        return np.asarray(found, np.float32).reshape(lengths.shape)
+
+    return judge
+
+
+def reward_model(
+    path: str | os.PathLike[str],
+    *,
+    pooling: Callable[[Array, Array, Array], Array] = rewards.last,
+    rows: int = 64,
+    mesh: Mesh | None = None,
+) -> Judge:
+    """The reward model in a folder, or of a hub id, as a judge (:func:`models.reward.load`).
+
+    It reads token ids: its tokenizer must be the policy's. Raises ``InputError`` where the folder
+    holds no reward model.
+    """
+    loaded = rewards.load(path, mesh=mesh)
+    score = mapped(
+        lambda params, prompts, responses: rewards.reward(
+            loaded.model, params, prompts, responses, pooling=pooling
+        ),
+        rows=rows,
+        mesh=mesh,
+    )
+    return lambda prompts, responses: score(loaded.params, prompts, responses)
+
+
+def _margin(judge: Judge, prompts: Ragged, responses: Ragged) -> np.ndarray:
+    reward = np.asarray(judge(prompts, responses), np.float32)
+    count = np.asarray(responses.lengths).shape
+    if reward.shape != count or count[-1] != 2:
+        raise ValueError(
+            f"the judge returned shape {reward.shape} for responses {count}; an oracle labels "
+            "pairs, so both must be [N, 2]."
+        )
+    margin = reward[:, 0] - reward[:, 1]
+    if not np.all(np.isfinite(margin)):
+        row = int(np.argmin(np.isfinite(margin)))
+        raise ValueError(f"the judge's rewards of pair {row} are {reward[row]}, not finite.")
+    return margin
+
+
+def _pairs(prompts: Ragged, responses: Ragged) -> list[tuple[Any, Any, Any]]:
+    """(prompt, first, second) of each row, as tuples of ids."""
+    one, two = (
+        token_rows(Ragged(responses.ids[:, index], responses.lengths[:, index])) for index in (0, 1)
+    )
+    return list(zip(token_rows(prompts), one, two, strict=True))

@@ -1,0 +1,262 @@
+r"""Rejection sampling towards the Gibbs policy of what is believed, in one step or several.
+
+.. math:: \pi_0 \to \pi_0 e^{r/\eta_1} \to \dots \to \pi_0 e^{r/\eta_N}, \qquad
+          \eta_1 > \dots > \eta_N = \eta
+
+Step i proposes from the policy fitted in step i - 1 and accepts with probability
+:math:`\exp((1/\eta_i - 1/\eta_{i-1})(r - r_{\max}))`; what is accepted is fitted. One step on pairs
+of accepted responses is RSO (arXiv 2309.06657); several steps are arXiv 2312.11456, section 5.
+
+The acceptance is exact for a bound r_max of every reward. Without one the largest reward at the
+prompt stands in, and the law of what is accepted is another: ``rejection/bound_error`` estimates
+how far it is from the target.
+
+Axes: ``B`` prompts, ``K`` responses.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Key
+
+from jax_klrlhf.core import gibbs, objectives, pairs, rejection
+from jax_klrlhf.core.objectives import Scores
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.results import Metric, mean
+from jax_klrlhf.training import tasks
+from jax_klrlhf.training.metrics import Metrics
+from jax_klrlhf.training.rounds.fitting import Fitted, Fitting, comparisons_deal, deal
+from jax_klrlhf.training.rounds.improve import reference_log_prob, single_responses
+from jax_klrlhf.training.rounds.parts import (
+    Comparisons,
+    Improve,
+    Improved,
+    Mixture,
+    Situation,
+    pick,
+    ragged,
+)
+from jax_klrlhf.training.rounds.samplers import Draw
+
+
+class Accepted(NamedTuple):
+    """What a step accepted of its proposals."""
+
+    responses: Ragged
+    """All proposals, ids ``[B, K, C]``."""
+    accepted: Bool[np.ndarray, "B K"]
+    reward: Float[np.ndarray, "B K"]
+    kl_coef: float
+    """eta of the step's target."""
+
+
+Learn = Callable[[Any, Any, Situation, Accepted], Fitted]
+"""``learn(key, params, situation, accepted) -> Fitted``: a policy from what was accepted."""
+
+
+def rejection_sampling(
+    draw: Draw,
+    learn: Learn,
+    *,
+    kl_coef: float,
+    steps: int = 1,
+    keep: int | None = None,
+    reward_bound: float | None = None,
+) -> Improve:
+    """Improve the policy by rejection sampling from the reference.
+
+    Args:
+        draw: proposals at each prompt; each step draws anew, from its own policy.
+        learn: :func:`likelihood` or :func:`ranked` of what was accepted.
+        kl_coef: eta of the last step's target.
+        steps: N; the coefficients are equally spaced in 1/eta (:func:`rejection.schedule`).
+        keep: at most this many accepted responses of a prompt are learned from, the first ones.
+        reward_bound: r_max, a bound of every reward; None: the largest at each prompt.
+
+    Reports for step i ``rejection/acceptance/i``; without a bound ``rejection/bound_error/i``,
+    the total variation between the target and the law of what is accepted when K proposals' own
+    maximum stands for the bound, both on the K proposals at hand (a plug-in estimate, averaged
+    over prompts); with one ``rejection/bound_violated/i``, the share of prompts with a larger
+    reward.
+
+    Raises:
+        ValueError: where the numbers are out of range, or nothing was accepted.
+    """
+    if steps < 1 or (keep is not None and not 1 <= keep <= draw.samples):
+        raise ValueError(
+            f"steps must be at least 1 and keep between 1 and the {draw.samples} samples, got "
+            f"{steps} and {keep}"
+        )
+    coefs = [float(eta) for eta in rejection.schedule(float(kl_coef), steps)]
+
+    def improve(key: Key[Array, ""], situation: Situation) -> Improved:
+        proposal, start, metrics = situation.policies.reference, situation.start, {}
+        for number, (eta, previous) in enumerate(
+            zip(coefs, [float("inf"), *coefs[:-1]], strict=True), 1
+        ):
+            key_draw, key_accept, key_fit = jax.random.split(jax.random.fold_in(key, number), 3)
+            responses = draw(key_draw, proposal, situation.prompts)
+            reward = situation.score(situation.prompts, responses).reward
+            acceptance = _accept(key_accept, reward, reward_bound, eta, previous)
+            metrics |= _report(acceptance, reward, reward_bound, eta, previous, number)
+            accepted = np.asarray(acceptance.accepted)
+            if keep is not None:
+                accepted = accepted & (np.cumsum(accepted, 1) <= keep)
+            if not accepted.any():
+                raise ValueError(
+                    f"rejection sampling, step {number} of {steps}: none of {accepted.size} "
+                    "proposals was accepted; take more steps, more samples, or a smaller bound."
+                )
+            inner = situation
+            if situation.folder is not None:
+                inner = situation._replace(folder=situation.folder / f"step-{number}")
+            fitted = learn(key_fit, start, inner, Accepted(responses, accepted, reward, eta))
+            proposal = start = fitted.params
+            metrics |= fitted.metrics
+        return Improved(proposal, metrics)
+
+    return improve
+
+
+def rso(
+    model: LanguageModel,
+    draw: Draw,
+    *,
+    kl_coef: float,
+    fitting: Fitting,
+    steps: int = 1,
+    reward_bound: float | None = None,
+    rule: Callable[..., pairs.Pair] = pairs.first_round,
+) -> Improve:
+    """RSO (arXiv 2309.06657): DPO on pairs of accepted responses, labelled by what is believed.
+
+    ``rule`` is :func:`pairs.first_round` or :func:`pairs.tournament`. With ``steps`` beyond 1 it
+    is multi-step RSO, each step's fit with that step's eta.
+    """
+
+    def loss(kl_coef: float) -> Callable[[Scores], Array]:
+        return lambda s: objectives.sigmoid(
+            s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=kl_coef
+        )
+
+    return rejection_sampling(
+        draw,
+        ranked(model, loss, fitting=fitting, rule=rule),
+        kl_coef=kl_coef,
+        steps=steps,
+        reward_bound=reward_bound,
+    )
+
+
+def likelihood(model: LanguageModel, *, fitting: Fitting) -> Learn:
+    """Maximum likelihood on the accepted responses: the projection of their law on the model."""
+    fit = fitting.compile(tasks.likelihood(model))
+
+    def learn(key: Any, params: Any, situation: Situation, accepted: Accepted) -> Fitted:
+        rows = single_responses(
+            situation.prompts, accepted.responses, accepted.accepted.astype(np.float32)
+        )
+        return fit(key, params, deal([rows]), folder=situation.folder)
+
+    return learn
+
+
+def ranked(
+    model: LanguageModel,
+    loss: Callable[[float], Callable[[Scores], Array]],
+    *,
+    fitting: Fitting,
+    rule: Callable[..., pairs.Pair] = pairs.first_round,
+    rows: int = 64,
+) -> Learn:
+    """A preference loss on pairs of accepted responses, the winners drawn by Bradley-Terry.
+
+    ``loss(kl_coef)`` is the loss at a step's eta. The reference is the situation's.
+    """
+    fits: dict[float, Callable[..., Fitted]] = {}
+    reference = reference_log_prob(model, fitting, rows=rows)
+
+    def learn(key: Any, params: Any, situation: Situation, accepted: Accepted) -> Fitted:
+        eta = accepted.kl_coef
+        if eta not in fits:
+            fits[eta] = fitting.compile(tasks.preference(model, loss(eta), kl_coef=eta))
+        key_pair, key_fit = jax.random.split(key)
+        where = jnp.asarray(accepted.accepted) & pairs.distinct(jnp.asarray(accepted.responses.ids))
+        pair = rule(key_pair, jnp.asarray(accepted.reward), where=where)
+        first, second, valid = (np.asarray(f).reshape(len(where), -1) for f in pair)
+        data = comparisons_deal(
+            Mixture([_won(situation.prompts, accepted.responses, first, second, valid)], None)
+        )
+        ref = reference(situation, data)
+        return fits[eta](
+            key_fit,
+            params,
+            data._replace(rows=data.rows._replace(ref_log_prob=ref)),
+            pi0=situation.policies.reference,
+            folder=situation.folder,
+        )
+
+    return learn
+
+
+def _won(prompts: Ragged, responses: Ragged, first: Any, second: Any, valid: Any) -> Comparisons:
+    """Pairs ``[B, M]``, the winner first, as comparisons ``[B M]``."""
+    matches = first.shape[1]
+    one, two = pick(responses, first), pick(responses, second)
+    return Comparisons(
+        ragged(np.repeat(prompts.ids, matches, 0), np.repeat(prompts.lengths, matches, 0)),
+        ragged(
+            np.stack([one.ids, two.ids], 2).reshape(-1, 2, one.ids.shape[-1]),
+            np.stack([one.lengths, two.lengths], 2).reshape(-1, 2),
+        ),
+        np.ones(first.size, np.float32),
+        valid.ravel().astype(np.float32),
+    )
+
+
+def _accept(
+    key: Any, reward: Any, bound: float | None, kl_coef: float, previous: float
+) -> rejection.Acceptance:
+    return rejection.accept(
+        key, jnp.asarray(reward), reward_bound=bound, kl_coef=kl_coef, kl_coef_prev=previous
+    )
+
+
+def _report(
+    acceptance: rejection.Acceptance,
+    reward: Any,
+    bound: float | None,
+    kl_coef: float,
+    previous: float,
+    number: int,
+) -> Metrics:
+    rate = jnp.exp(acceptance.log_prob).mean(-1)
+    found: dict[str, Metric] = {f"rejection/acceptance/{number}": mean(np.asarray(rate))}
+    if bound is None:
+        error = bound_error(jnp.asarray(reward), kl_coef=kl_coef, kl_coef_prev=previous)
+        found[f"rejection/bound_error/{number}"] = mean(np.asarray(error))
+    else:
+        violated = np.asarray(acceptance.bound_violated, np.float64)
+        found[f"rejection/bound_violated/{number}"] = mean(violated)
+    return found
+
+
+def bound_error(
+    reward: Float[Array, "B K"], *, kl_coef: float, kl_coef_prev: float
+) -> Float[Array, " B"]:
+    """Total variation between target and accepted law when K draws' maximum stands for the bound.
+
+    Both laws are on the K draws themselves, each of mass 1 / K in the proposal.
+    """
+    samples = reward.shape[-1]
+    proposal = jnp.full(reward.shape, -np.log(samples), reward.dtype)
+    found = rejection.batch_maximum_log_prob(
+        reward, proposal, samples=samples, kl_coef=kl_coef, kl_coef_prev=kl_coef_prev
+    )
+    tilt = 1 / (1 / kl_coef - 1 / kl_coef_prev)
+    target = gibbs.log_prob(reward, proposal, kl_coef=tilt)
+    return jnp.abs(jnp.exp(found) - jnp.exp(target)).sum(-1) / 2

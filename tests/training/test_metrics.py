@@ -1,0 +1,159 @@
+"""Averages with their standard errors, files that survive a kill, and the optimizers' schedules."""
+
+import json
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from jax_klrlhf.errors import InputError
+from jax_klrlhf.results import Metric
+from jax_klrlhf.training import metrics, optimizers, reference, state, step
+
+
+def moments(values, weights):
+    return step.moments(jnp.asarray(values, jnp.float32), jnp.asarray(weights, jnp.float32))
+
+
+def test_mean_and_standard_error_are_the_samples():
+    x = np.random.default_rng(0).normal(3.0, 2.0, 50)
+    found = metrics.mean(moments(x, np.ones(50)))
+    np.testing.assert_allclose(found.value, x.mean(), rtol=1e-5)
+    np.testing.assert_allclose(found.stderr, x.std(ddof=1) / 50**0.5, rtol=1e-4)
+    assert found.n == 50
+
+
+def test_rows_of_weight_zero_are_not_there():
+    x = np.array([1.0, 2.0, 4.0, np.nan, np.inf])
+    found = metrics.mean(moments(x, [1, 1, 1, 0, 0]))
+    assert found == metrics.mean(moments(x[:3], [1, 1, 1]))
+    assert math.isnan(metrics.mean(moments(x, np.zeros(5))).value)
+
+
+def info(values, tokens, slots):
+    loss = moments(values, np.ones(len(values)))
+    return step.Info(
+        loss=loss,
+        report=(loss, None),
+        grad_norm=jnp.float32(tokens),
+        update_norm=jnp.float32(1.0),
+        finite=jnp.bool_(True),
+        tokens=jnp.int32(tokens),
+        slots=jnp.int32(slots),
+    )
+
+
+def test_summary_of_unequal_steps_is_over_their_rows():
+    infos = [info([1.0, 2.0, 3.0], 60, 100), info([10.0], 30, 100)]
+    found = metrics.summarize(
+        [i._replace(report=_Report(*i.report)) for i in infos],
+        {"margin": "rewards/margins", "absent": "rewards/chosen"},
+        seconds=2.0,
+    )
+    assert found["loss"].value == 4.0  # not the mean of 2 and 10
+    assert found["rewards/margins"].value == 4.0
+    assert "rewards/chosen" not in found
+    assert found["perf/padding_fraction"].value == pytest.approx(1 - 90 / 200)
+    assert found["perf/tokens_per_second"].value == 45
+    assert found["grad_norm"].value == 30  # the last step's
+
+
+class _Report(NamedTuple):
+    margin: object
+    absent: object
+
+
+def test_flops_count_what_is_passed_how_often():
+    params = {"base": jnp.zeros((4, 4)), "lora": jnp.zeros(2)}
+    full = state.init(jax.random.key(0), params, optax.sgd(1.0), ref_params=params)
+    assert metrics.flops_per_token(full) == 6 * 18 + 2 * 18
+    adapted = state.init(
+        jax.random.key(0), params, optax.sgd(1.0), trainable=lambda path: path == "lora"
+    )
+    assert metrics.flops_per_token(adapted) == 6 * 2 + 4 * 16
+
+
+def test_mfu_only_where_the_peak_is_known(monkeypatch):
+    assert metrics.mfu(1e6, 6e9) is None  # a CPU
+
+    class Device:
+        device_kind = "TPU v5 lite"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert metrics.mfu(1e5, 6e9) == pytest.approx(6e14 / (4 * 197e12))
+
+
+def test_json_lines_go_on_where_the_checkpoint_was(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = metrics.json_lines(path)
+    for number in (2, 4, 6):
+        sink(number, {"loss": Metric(number / 2, 0.1, 5), "bad": Metric(math.nan)})
+    with path.open("a") as file:
+        file.write('{"step": 8, "lo')  # killed while writing
+    sink = metrics.json_lines(path, after=4)
+    sink(6, {"loss": Metric(9.0)})
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(2, 1.0), (4, 2.0), (6, 9.0)]
+    assert rows[0]["bad"] is None
+    assert rows[0]["loss/stderr"] == 0.1
+    with pytest.raises(InputError, match="cannot be written"):
+        metrics.json_lines(tmp_path / "absent" / "metrics.jsonl")
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+    sink = metrics.tensorboard(tmp_path)
+    sink(3, {"rewards/margins": Metric(0.5)})
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (event,) = events.Scalars("rewards/margins")
+    assert (event.step, event.value) == (3, 0.5)
+
+
+def test_schedules():
+    rate = optimizers.schedule(1.0, warmup=4, steps=14, decay=optimizers.linear)
+    found = [float(rate(step)) for step in range(15)]
+    np.testing.assert_allclose(found[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(found[4:], np.linspace(1, 0, 11), atol=1e-6)
+    cosine = optimizers.schedule(2.0, warmup=0, steps=10, decay=optimizers.cosine)
+    assert float(cosine(0)) == 2.0
+    np.testing.assert_allclose(float(cosine(10)), 0.2, rtol=1e-5)
+    assert float(optimizers.schedule(0.3, warmup=0, steps=9)(8)) == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="shorter"):
+        optimizers.schedule(1.0, warmup=5, steps=5)
+
+
+@pytest.mark.parametrize("make", [optimizers.adamw, optimizers.adafactor])
+def test_optimizers_clip_the_gradient_not_the_step(make):
+    """Adam's and Adafactor's steps do not depend on a gradient's scale; clipping shows in it."""
+    params, gradient = {"w": jnp.ones(4)}, {"w": jnp.full(4, 100.0)}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for clip in (None, 1.0):
+            optimizer = make(0.1, clip=clip)
+            updates, moved = optimizer.update(gradient, optimizer.init(params), params)
+            np.testing.assert_allclose(updates["w"], -0.1, rtol=1e-3)
+            second = [x for x in jax.tree.leaves(moved) if x.shape == (4,)]
+            largest = max(float(jnp.abs(x).max()) for x in second)
+            assert (largest > 1.0) == (clip is None)
+
+
+def test_a_cache_of_another_model_is_refused_by_name(tmp_path):
+    path = tmp_path / "reference.safetensors"
+    ours = reference.Identity(model="a" * 64, data="b", tokenizer="c", lengths="8+8")
+    table = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
+    reference.save_cache(path, table, ours)
+    np.testing.assert_array_equal(reference.load_cache(path, ours), table)
+    for part in ours._fields:
+        theirs = ours._replace(**{part: "other"})
+        with pytest.raises(InputError, match=f"another {part}: "):
+            reference.load_cache(path, theirs)
+    path.write_text("not a cache")
+    with pytest.raises(InputError, match="not a reference cache"):
+        reference.load_cache(path, ours)
+    with pytest.raises(InputError, match="could not be written"):
+        reference.save_cache(tmp_path / "reference.safetensors" / "x", table, ours)

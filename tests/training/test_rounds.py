@@ -1,0 +1,213 @@
+"""An iterative run: what is on disk, that a killed one goes on to the same bits, and that it learns.
+
+Where the run is broken off: in every phase of every round, before its arrays are written, between
+arrays and manifest, and after both; inside a fit; and by SIGKILL, in a process of its own.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jax_klrlhf.errors import InputError
+from jax_klrlhf.training import rounds
+from jax_klrlhf.training.rounds import journal, oracle, pairing, settings
+from tests.training import rounds_world as world
+
+PHASES = ("sample", "score", "pair", "label", "believe", "fit")
+ALL = ["0/believe", "0/fit"] + [f"{number}/{phase}" for number in (1, 2) for phase in PHASES]
+ROUND = dict(
+    sampler=rounds.main_agent(world.DRAW),
+    reward=rounds.linear(world.counts, dim=world.VOCAB, ridge=1.0, radius=0.5),
+    pair_rule=pairing.by_reward(),
+    oracle=oracle.bradley_terry(world.gold),
+)
+IMPROVE = rounds.pessimistic_dpo(world.MODEL, kl_coef=world.KL_COEF, fitting=world.FITTING)
+
+
+@pytest.fixture(scope="module")
+def offline():
+    return rounds.collect(
+        jax.random.key(9), world.PARAMS, prompts=world.PROMPTS,
+        **{**ROUND, "pair_rule": pairing.by_reward(rounds_sampled())},
+    )  # fmt: skip
+
+
+def rounds_sampled():
+    from jax_klrlhf.core import pairs
+
+    return pairs.sampled
+
+
+def run(output, offline, *, improve=IMPROVE, **changes):
+    return rounds.iterate(
+        jax.random.key(3), world.PARAMS, prompts=world.PROMPTS, improve=improve, rounds=2,
+        setting=settings.hybrid(0.5), offline=offline, output=output,
+        **{**ROUND, "config": {"kl_coef": world.KL_COEF}, **changes},
+    )  # fmt: skip
+
+
+def same(first, second):
+    """Every number that comes out of two runs, to the bit."""
+    trees = [
+        (r.policy, r.belief, list(r.comparisons), list(r.policies), [dict(m) for m in r.metrics])
+        for r in (first, second)
+    ]
+    assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
+    for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.fixture(scope="module")
+def whole(offline):
+    """The run in memory, never interrupted."""
+    return run(None, offline)
+
+
+class Killed(BaseException):
+    """Nothing in the library catches it."""
+
+
+@pytest.mark.parametrize("where", ["before", "between", "after"])
+def test_a_run_broken_off_in_any_phase_goes_on_to_the_same_bits(
+    where, tmp_path, offline, whole, monkeypatch
+):
+    assert whole.computed == ALL
+    write, write_json = journal.Journal._write, journal.write_json
+    for number, broken in enumerate(ALL):
+        folder = tmp_path / str(number)
+        place = folder / f"round-{int(broken[0]):03d}" / broken[2:]
+
+        def breaking(self, base, *rest, place=place):
+            if base != place:
+                return write(self, base, *rest)
+            if where == "before":
+                raise Killed
+            if where == "between":
+                monkeypatch.setattr(journal, "write_json", die)
+            write(self, base, *rest)
+            raise Killed
+
+        def die(*arguments):
+            raise Killed
+
+        monkeypatch.setattr(journal.Journal, "_write", breaking)
+        with pytest.raises(Killed):
+            run(folder, offline)
+        monkeypatch.setattr(journal.Journal, "_write", write)
+        monkeypatch.setattr(journal, "write_json", write_json)
+        resumed = run(folder, offline)
+        left = ALL[number + 1 :] if where == "after" else ALL[number:]
+        assert resumed.computed == left
+        same(resumed, whole)
+
+
+def test_a_finished_run_is_read_and_not_run_again(tmp_path, offline, whole):
+    run(tmp_path, offline)
+    refuse = dataclasses.replace(ROUND["reward"], fit=None, score=None)
+    again = run(tmp_path, offline, reward=refuse, sampler=None, oracle=None, pair_rule=None)
+    assert again.computed == []
+    same(again, whole)
+    manifest = json.loads((tmp_path / "round-001" / "label.json").read_text())
+    assert set(manifest) == {"inputs", "content", "seconds", "metrics"}
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("fits"))
+
+
+def test_another_run_and_a_damaged_result_are_refused_by_name(tmp_path, offline):
+    run(tmp_path, offline)
+    with pytest.raises(InputError, match="another config"):
+        run(tmp_path, offline, config={"kl_coef": 0.1})
+    with pytest.raises(InputError, match="another offline data"):
+        run(tmp_path, offline._replace(label=1 - offline.label))
+    for file, change, error in [
+        ("label.safetensors", lambda b: b[:-3] + bytes([b[-3] ^ 1]) + b[-2:], "damaged"),
+        ("sample.safetensors", lambda b: b[: len(b) // 2], "damaged"),
+    ]:
+        path = tmp_path / "round-001" / file
+        kept = path.read_bytes()
+        path.write_bytes(change(kept))
+        with pytest.raises(InputError, match=error):
+            run(tmp_path, offline)
+        path.write_bytes(kept)
+    (tmp_path / "round-001" / "pair.json").unlink()
+    resumed = run(tmp_path, offline)  # The same inputs give the same pairs: what follows fits.
+    assert resumed.computed == ["1/pair"]
+    path = tmp_path / "round-001" / "score.json"
+    path.write_text(path.read_text().replace('"inputs": "', '"inputs": "x'))
+    with pytest.raises(InputError, match="made of other inputs"):
+        run(tmp_path, offline)
+
+
+def test_a_fit_broken_off_goes_on_from_its_own_checkpoint(tmp_path, offline, whole):
+    seen = []
+
+    def evaluate(state):
+        seen.append(int(state.step))
+        if len(seen) == 2:
+            raise Killed
+        return {}
+
+    fitting = dataclasses.replace(
+        world.FITTING, save_every=2, evaluate_every=2, evaluate=evaluate
+    )
+    improve = rounds.pessimistic_dpo(world.MODEL, kl_coef=world.KL_COEF, fitting=fitting)
+    changes = dict(improve=improve, rounds=0)
+    with pytest.raises(Killed):
+        _offline_only(tmp_path, offline, **changes)
+    resumed = _offline_only(tmp_path, offline, **changes)
+    assert seen == [2, 4, 6]  # Killed when it looked at step 4, which had been saved.
+    assert resumed.computed == ["0/fit"]
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(resumed.policy),
+        jax.device_get(whole.policies[1]),
+    )
+
+
+def _offline_only(output, offline, *, improve, rounds):
+    from jax_klrlhf.training.rounds import iterate
+
+    return iterate(
+        jax.random.key(3), world.PARAMS, prompts=world.PROMPTS, improve=improve, rounds=rounds,
+        offline=offline, output=output, **ROUND,
+    )  # fmt: skip
+
+
+def test_a_run_killed_by_the_system_goes_on_to_the_same_bits(tmp_path, offline, whole):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.test_rounds", str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": "."},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    resumed = run(tmp_path, offline)
+    assert resumed.computed == ALL[ALL.index("1/label") :]
+    same(resumed, whole)
+
+
+def main(folder: str) -> None:
+    """In the child: SIGKILL while the labels of round 1 are being written."""
+    data = offline.__wrapped__() if hasattr(offline, "__wrapped__") else None
+    save = journal.safetensors.numpy.save_file
+
+    def breaking(tensors, path):
+        save(tensors, path)
+        if path.name.startswith("label"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    journal.safetensors.numpy.save_file = breaking
+    run(Path(folder), data)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
