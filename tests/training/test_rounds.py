@@ -1,4 +1,4 @@
-"""An iterative run: what is on disk, that a killed one goes on to the same bits, and that it learns.
+"""An iterative run: what it leaves on disk, and that a killed one goes on to the same bits.
 
 Where the run is broken off: in every phase of every round, before its arrays are written, between
 arrays and manifest, and after both; inside a fit; and by SIGKILL, in a process of its own.
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from jax_klrlhf.core import pairs
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds import journal, oracle, pairing, settings
@@ -23,34 +24,33 @@ from tests.training import rounds_world as world
 
 PHASES = ("sample", "score", "pair", "label", "believe", "fit")
 ALL = ["0/believe", "0/fit"] + [f"{number}/{phase}" for number in (1, 2) for phase in PHASES]
-ROUND = dict(
-    sampler=rounds.main_agent(world.DRAW),
-    reward=rounds.linear(world.counts, dim=world.VOCAB, ridge=1.0, radius=0.5),
-    pair_rule=pairing.by_reward(),
-    oracle=oracle.bradley_terry(world.gold),
-)
+ROUND = {
+    "sampler": rounds.main_agent(world.DRAW),
+    "reward": rounds.linear(world.counts, dim=world.VOCAB, ridge=1.0, radius=0.5),
+    "pair_rule": pairing.by_reward(),
+    "oracle": oracle.bradley_terry(world.gold),
+}
 IMPROVE = rounds.pessimistic_dpo(world.MODEL, kl_coef=world.KL_COEF, fitting=world.FITTING)
+
+
+def make_offline():
+    """Pairs of pi0's own draws, two of its four at random."""
+    return rounds.collect(
+        jax.random.key(9), world.PARAMS, prompts=world.PROMPTS,
+        **{**ROUND, "pair_rule": pairing.by_reward(pairs.sampled)},
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def offline():
-    return rounds.collect(
-        jax.random.key(9), world.PARAMS, prompts=world.PROMPTS,
-        **{**ROUND, "pair_rule": pairing.by_reward(rounds_sampled())},
-    )  # fmt: skip
+    return make_offline()
 
 
-def rounds_sampled():
-    from jax_klrlhf.core import pairs
-
-    return pairs.sampled
-
-
-def run(output, offline, *, improve=IMPROVE, **changes):
+def run(output, offline, **changes):
     return rounds.iterate(
-        jax.random.key(3), world.PARAMS, prompts=world.PROMPTS, improve=improve, rounds=2,
-        setting=settings.hybrid(0.5), offline=offline, output=output,
-        **{**ROUND, "config": {"kl_coef": world.KL_COEF}, **changes},
+        jax.random.key(3), world.PARAMS, prompts=world.PROMPTS, offline=offline, output=output,
+        setting=settings.hybrid(0.5),
+        **{**ROUND, "improve": IMPROVE, "rounds": 2, "config": world.KL_COEF, **changes},
     )  # fmt: skip
 
 
@@ -109,21 +109,26 @@ def test_a_run_broken_off_in_any_phase_goes_on_to_the_same_bits(
         same(resumed, whole)
 
 
+def refuse(*arguments):
+    raise AssertionError("asked to compute what is on disk")
+
+
 def test_a_finished_run_is_read_and_not_run_again(tmp_path, offline, whole):
     run(tmp_path, offline)
-    refuse = dataclasses.replace(ROUND["reward"], fit=None, score=None)
-    again = run(tmp_path, offline, reward=refuse, sampler=None, oracle=None, pair_rule=None)
+    parts = dict.fromkeys(("sampler", "oracle", "pair_rule", "improve"), refuse)
+    reward = dataclasses.replace(ROUND["reward"], fit=refuse, score=refuse)
+    again = run(tmp_path, offline, reward=reward, **parts)
     assert again.computed == []
     same(again, whole)
     manifest = json.loads((tmp_path / "round-001" / "label.json").read_text())
     assert set(manifest) == {"inputs", "content", "seconds", "metrics"}
-    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("fits"))
+    assert not [*tmp_path.rglob("*.tmp"), *tmp_path.rglob("fits")]
 
 
 def test_another_run_and_a_damaged_result_are_refused_by_name(tmp_path, offline):
     run(tmp_path, offline)
     with pytest.raises(InputError, match="another config"):
-        run(tmp_path, offline, config={"kl_coef": 0.1})
+        run(tmp_path, offline, config=0.1)
     with pytest.raises(InputError, match="another offline data"):
         run(tmp_path, offline._replace(label=1 - offline.label))
     for file, change, error in [
@@ -154,14 +159,12 @@ def test_a_fit_broken_off_goes_on_from_its_own_checkpoint(tmp_path, offline, who
             raise Killed
         return {}
 
-    fitting = dataclasses.replace(
-        world.FITTING, save_every=2, evaluate_every=2, evaluate=evaluate
-    )
+    fitting = dataclasses.replace(world.FITTING, save_every=2, evaluate_every=2, evaluate=evaluate)
     improve = rounds.pessimistic_dpo(world.MODEL, kl_coef=world.KL_COEF, fitting=fitting)
-    changes = dict(improve=improve, rounds=0)
+    changes = {"improve": improve, "rounds": 0}
     with pytest.raises(Killed):
-        _offline_only(tmp_path, offline, **changes)
-    resumed = _offline_only(tmp_path, offline, **changes)
+        run(tmp_path, offline, **changes)
+    resumed = run(tmp_path, offline, **changes)
     assert seen == [2, 4, 6]  # Killed when it looked at step 4, which had been saved.
     assert resumed.computed == ["0/fit"]
     jax.tree.map(
@@ -169,15 +172,6 @@ def test_a_fit_broken_off_goes_on_from_its_own_checkpoint(tmp_path, offline, who
         jax.device_get(resumed.policy),
         jax.device_get(whole.policies[1]),
     )
-
-
-def _offline_only(output, offline, *, improve, rounds):
-    from jax_klrlhf.training.rounds import iterate
-
-    return iterate(
-        jax.random.key(3), world.PARAMS, prompts=world.PROMPTS, improve=improve, rounds=rounds,
-        offline=offline, output=output, **ROUND,
-    )  # fmt: skip
 
 
 def test_a_run_killed_by_the_system_goes_on_to_the_same_bits(tmp_path, offline, whole):
@@ -197,7 +191,6 @@ def test_a_run_killed_by_the_system_goes_on_to_the_same_bits(tmp_path, offline, 
 
 def main(folder: str) -> None:
     """In the child: SIGKILL while the labels of round 1 are being written."""
-    data = offline.__wrapped__() if hasattr(offline, "__wrapped__") else None
     save = journal.safetensors.numpy.save_file
 
     def breaking(tensors, path):
@@ -206,7 +199,7 @@ def main(folder: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     journal.safetensors.numpy.save_file = breaking
-    run(Path(folder), data)
+    run(Path(folder), make_offline())
 
 
 if __name__ == "__main__":
