@@ -38,7 +38,7 @@ _EVENTS = {
         "{name} was afraid and sad.",
     ),
 }
-_MOODS = (("happy", 0.25), ("plain", 0.4), ("sad", 0.35))
+_MOODS = {"happy": 0.25, "plain": 0.4, "sad": 0.35}
 
 _HAPPY = ("lovely", "laughed", "friend", "bright", "danced", "joy", "happy", "shared", "kind")
 _SAD = ("lost", "cried", "broken", "dirty", "lonely", "dark", "cruel", "afraid", "sad")
@@ -58,11 +58,10 @@ def stories(count: int, *, seed: int) -> list[tuple[str, str]]:
 def _story(draw: random.Random) -> tuple[str, str]:
     name, kind, place = draw.choice(_NAMES), draw.choice(_KINDS), draw.choice(_PLACES)
     prompt = f"{name} was a {draw.choice(_TRAITS)} {kind} in a {draw.choice(_TRAITS)} {place}."
-    moods, weights = zip(*_MOODS, strict=True)
     events = [
         draw.choice(_EVENTS[mood]).format(
             name=name, kind=draw.choice(_KINDS), place=place, thing=draw.choice(_THINGS)
         )
-        for mood in draw.choices(moods, weights, k=draw.randint(2, 4))
+        for mood in draw.choices(list(_MOODS), list(_MOODS.values()), k=draw.randint(2, 4))
     ]
     return prompt, " " + " ".join(events)

@@ -1,0 +1,3 @@
+from experiments.quickstart.run import cli
+
+cli()
