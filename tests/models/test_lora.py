@@ -16,6 +16,7 @@ from jax_klrlhf.models import partition
 from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.models.lora import Lora
 from jax_klrlhf.models.transformer import language_model
+from tests.models import tiny
 
 CONFIG = ModelConfig(
     vocab_size=31,
@@ -28,7 +29,6 @@ CONFIG = ModelConfig(
     max_length=32,
     family="qwen2",
     qkv_bias=True,
-    init_scale=0.3,
 )
 LORA = Lora(rank=3, alpha=12.0)
 PROMPTS = Ragged(jnp.arange(10, dtype=jnp.int32).reshape(2, 5), jnp.array([5, 3], jnp.int32))
@@ -47,19 +47,26 @@ adapted_logits = jax.jit(lambda params: logits(ADAPTED, params))
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(ADAPTED.init)(jax.random.key(0))
+    return {
+        "base": tiny.params(CONFIG),
+        "lora": lora_lib.init(jax.random.key(0), CONFIG, LORA),
+    }
 
 
 @pytest.fixture(scope="module")
 def moved(params):
     """As after some training: no factor is zero."""
-    leaves, structure = jax.tree.flatten(params["lora"])
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return params | {"lora": jax.tree.unflatten(structure, noisy)}
+    rng = np.random.default_rng(1)
+
+    def noisy(x):
+        return jnp.asarray(x + 0.2 * rng.normal(size=x.shape), x.dtype)
+
+    return params | {"lora": jax.tree.map(noisy, params["lora"])}
 
 
 def test_policy_is_the_base_at_the_start(params):
+    shapes = jax.eval_shape(ADAPTED.init, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
     np.testing.assert_array_equal(adapted_logits(params), plain_logits(params["base"]))
 
 

@@ -14,6 +14,7 @@ from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import pretrained
 from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.models.transformer import language_model
+from tests.models import tiny
 
 CONFIG = ModelConfig(
     vocab_size=13,
@@ -24,13 +25,12 @@ CONFIG = ModelConfig(
     kv_heads=1,
     head_dim=4,
     max_length=16,
-    init_scale=0.3,
 )
 
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(language_model(CONFIG).init)(jax.random.key(0))
+    return tiny.params(CONFIG)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_the_text_part_of_gemma_3_with_vision(tmp_path, prefix):
         activation="gelu_tanh",
         windows=(4, None),
     )
-    params = jax.jit(language_model(config).init)(jax.random.key(0))
+    params = tiny.params(config)
     folder = pretrained.save(tmp_path / "text", config, params)
     file = folder / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)

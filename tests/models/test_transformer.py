@@ -10,6 +10,7 @@ import pytest
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models.config import ModelConfig, Rope
 from jax_klrlhf.models.transformer import language_model
+from tests.models import tiny
 
 CONFIG = ModelConfig(
     vocab_size=29,
@@ -25,7 +26,6 @@ CONFIG = ModelConfig(
     attention_softcap=3.0,
     final_softcap=5.0,
     tied=False,
-    init_scale=0.3,
 )
 B, P, K, C = 2, 7, 3, 6
 LENGTHS = (7, 4)
@@ -37,7 +37,7 @@ def inputs():
     prompts = Ragged(
         jnp.asarray(rng.integers(0, 29, (B, P)), jnp.int32), jnp.asarray(LENGTHS, jnp.int32)
     )
-    params = jax.jit(language_model(CONFIG).init)(jax.random.key(0))
+    params = tiny.params(CONFIG)
     return params, prompts, jnp.asarray(rng.integers(0, 29, (B, K, C)), jnp.int32)
 
 
@@ -67,7 +67,7 @@ def test_decoding_is_extending_is_reading_each_row_alone(inputs):
     config = dataclasses.replace(CONFIG, dtype=jnp.float64, param_dtype=jnp.float64)
     model = language_model(config)
     with jax.enable_x64(True):
-        params = jax.jit(model.init)(jax.random.key(0))
+        params = tiny.params(config)
         first, after = jax.jit(lambda *args: whole(config, *args))(params, prompts, ids)
         assert after.dtype == model.unembed(params, first).dtype == jnp.float64
         steps = jax.jit(lambda *args: stepwise(config, *args))(params, prompts, ids)
@@ -83,16 +83,35 @@ def test_decoding_is_extending_is_reading_each_row_alone(inputs):
                 np.testing.assert_allclose(alone.hidden[0], expected, atol=1e-13)
 
 
-def test_remat_changes_nothing(inputs):
-    def grads(remat):
-        config = dataclasses.replace(CONFIG, remat=remat)
-        return jax.jit(jax.grad(lambda *args: jnp.square(whole(config, *args)[1]).mean()))(*inputs)
+def test_remat_recomputes_and_changes_nothing(inputs):
+    """``"full"`` is what the parity tests run with."""
 
-    plain = grads(None)
-    policies = jax.checkpoint_policies
-    for remat in ("full", policies.dots_with_no_batch_dims_saveable):
-        for a, b in zip(jax.tree.leaves(grads(remat)), jax.tree.leaves(plain), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-4)
+    def program(remat):
+        config = dataclasses.replace(CONFIG, remat=remat)
+        return jax.grad(lambda *args: jnp.square(whole(config, *args)[1]).mean())
+
+    named, policy = "dots_saveable", jax.checkpoint_policies.dots_saveable
+    products = {
+        remat: str(jax.make_jaxpr(program(remat))(*inputs)).count("dot_general")
+        for remat in (None, "full", named, policy)
+    }
+    # Products that are not kept are computed again.
+    assert products["full"] > products[None] == products[named] == products[policy]
+    plain, saved = (jax.jit(program(remat))(*inputs) for remat in (None, policy))
+    for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-4)
+
+
+def test_init():
+    """Matrices of their stated spread and not alike in any two layers; norms at one."""
+    params = jax.jit(language_model(CONFIG).init)(jax.random.key(0))
+    layers = params["layers"]
+    assert (layers["mlp_norm"]["scale"] == 1).all()
+    kernel = np.asarray(layers["up"]["kernel"])
+    # The sample deviation of n normals has standard error sigma / sqrt(2 n); 5 of them: 6e-7.
+    error = CONFIG.init_scale / np.sqrt(2 * kernel.size)
+    assert abs(kernel.std() - CONFIG.init_scale) < 5 * error
+    assert np.abs(np.corrcoef(kernel.reshape(3, -1)) - np.eye(3)).max() < 5 / np.sqrt(16 * 24)
 
 
 def test_the_program_holds_one_block_however_deep(inputs):
@@ -115,6 +134,7 @@ def test_in_bfloat16_logits_are_float32_and_near(inputs):
     assert first.dtype == after.dtype == jnp.bfloat16
     logits = model.unembed(params, after)
     assert logits.dtype == jnp.float32
-    exact = language_model(CONFIG).unembed(params, whole(CONFIG, *inputs)[1])
+    _, after = jax.jit(lambda *args: whole(CONFIG, *args))(*inputs)
+    exact = language_model(CONFIG).unembed(params, after)
     # Three layers of products rounded to 8 bits: a few percent of the logits' spread.
     assert np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
