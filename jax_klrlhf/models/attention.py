@@ -330,19 +330,38 @@ def step(
     """
     batch, samples, heads, size = query.shape
     groups = own.key.shape[2]
-    split = query.reshape(batch, samples, groups, heads // groups, 1, size)
+    dtype = wide(query.dtype)
+    query = query * jnp.asarray(scale, query.dtype)
+    split = query.reshape(batch, samples, groups, heads // groups, size)
+
+    def scores(equation, query, keys, keep):
+        raw = jnp.einsum(equation, query, keys, preferred_element_type=dtype)
+        if softcap is not None:
+            raw = softcap * jnp.tanh(raw / softcap)
+        return jnp.where(keep, raw, jnp.finfo(dtype).min)
+
+    def together(x):  # [B, K, N, G, ...] -> [B, N, K G, ...]: a prompt's queries as one matrix
+        return x.swapaxes(1, 2).reshape(batch, groups, -1, x.shape[-1])
+
+    def apart(x):
+        shape = (batch, groups, samples, heads // groups, x.shape[-1])
+        return x.reshape(shape).swapaxes(1, 2)
+
     back = index - jnp.arange(own.key.shape[-2], dtype=jnp.int32)
-    mask = ((back >= 0) & (back < window))[None, None, None, None, None]
-    rows = index[None]
-    out = _joint(
-        split,
-        own,
-        mask,
-        prompt,
-        _prompt_mask(prompt, rows, window),
-        scale=scale,
-        softcap=softcap,
-    )
+    mask = ((back >= 0) & (back < window))[None, None, None, None]
+    prompt_mask = _prompt_mask(prompt, index[None], window)[:, :, 0, 0]
+    mine = scores("bkngd,bknsd->bkngs", split, own.key, mask)
+    shared = scores("bnrd,bnsd->bnrs", together(split), prompt.keys.key, prompt_mask)
+    shared = apart(shared)
+    # One softmax over both parts, without an array that holds them side by side.
+    largest = jnp.maximum(mine.max(-1), shared.max(-1))[..., None]
+    mine, shared = jnp.exp(mine - largest), jnp.exp(shared - largest)
+    total = mine.sum(-1) + shared.sum(-1)
+    settings = {"preferred_element_type": dtype}
+    out = jnp.einsum("bkngs,bknsd->bkngd", mine.astype(query.dtype), own.value, **settings)
+    weights = together(shared.astype(query.dtype))
+    out += apart(jnp.einsum("bnrs,bnsd->bnrd", weights, prompt.keys.value, **settings))
+    out = (out / total[..., None]).astype(query.dtype)
     return out.reshape(batch, samples, heads, size)
 
 

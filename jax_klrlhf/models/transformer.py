@@ -16,6 +16,7 @@ size, ``H`` query heads, ``N`` key heads, ``D`` head size, ``V`` vocabulary, ``L
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -95,7 +96,8 @@ class Projection(nn.Module):
         kernel = self.param("kernel", init, (*inputs, *self.features), config.param_dtype)
         axes = tuple(range(x.ndim - self.contract, x.ndim))
         dims = ((axes, tuple(range(self.contract))), ((), ()))
-        out = jax.lax.dot_general(x, kernel.astype(config.dtype), dims)
+        kernel = partition.gathered(f"layers/{self.name}/kernel", kernel.astype(config.dtype))
+        out = jax.lax.dot_general(x, kernel, dims)
         if self.has_variable("lora", "a"):
             a, b = (self.get_variable("lora", n).astype(config.dtype) for n in ("a", "b"))
             low = x.reshape(*lead, -1) @ a
@@ -174,7 +176,8 @@ class Decoder(nn.Module):
         """``(hidden [B, K, T, E], cache, kept)``.
 
         ``cache`` is carried from layer to layer, ``memory`` is scanned over its first axis, and
-        ``shared`` is the same for all; ``kept`` stacks what each layer returns.
+        ``shared`` is the same for all; ``kept`` stacks what each layer returns. A cache that is a
+        list, one for each layer, unrolls the layers.
         """
         config = self.config
         init = nn.initializers.normal(config.init_scale)
@@ -194,6 +197,14 @@ class Decoder(nn.Module):
             self.param(
                 "unembedding", init, (config.hidden_size, config.vocab_size), config.param_dtype
             )
+        layer, tables = _facts(config), _tables(config, positions)
+        if isinstance(cache, list):
+            stacked = {name: tree["layers"] for name, tree in self.variables.items()}
+            block = Block(config, self.attend, self.constrain, self.lora_scale, parent=None)
+            x, cache = _unrolled(
+                block, stacked, (self.constrain(x), cache), layer, memory, tables, shared
+            )
+            return Norm(config, name="final_norm")(x), cache, None
         block = Block
         if config.remat is not None:
             block = nn.remat(Block, prevent_cse=False, policy=_policy(config.remat))
@@ -205,7 +216,6 @@ class Decoder(nn.Module):
             length=config.layers,
         )
         blocks = scanned(config, self.attend, self.constrain, self.lora_scale, name="layers")
-        layer, tables = _facts(config), _tables(config, positions)
         (x, cache), kept = blocks((self.constrain(x), cache), layer, memory, tables, shared)
         return Norm(config, name="final_norm")(x), cache, kept
 
@@ -250,16 +260,24 @@ def language_model(
     def advance(query, own, layer, cache, memory, shared):
         """One token of every response: written into the cache, then attended from it."""
         lengths, index = shared
-        # The whole cache is carried and one token of it written: a scanned-out cache would be
-        # copied at every step.
         zero = jnp.int32(0)
-        start = (layer.number, zero, zero, zero, index, zero)
-        cache = jax.tree.map(
-            lambda whole, new: jax.lax.dynamic_update_slice(whole, new[None], start), cache, own
-        )
-        mine = jax.tree.map(
-            lambda whole: jax.lax.dynamic_index_in_dim(whole, layer.number, keepdims=False), cache
-        )
+        start = (zero, zero, zero, index, zero)
+        if cache.key.ndim == own.key.ndim:
+            cache = jax.tree.map(
+                lambda mine, new: jax.lax.dynamic_update_slice(mine, new, start), cache, own
+            )
+            mine = cache
+        else:
+            # The whole cache is carried and one token of it written: a scanned-out cache would be
+            # copied at every step.
+            start = (layer.number, *start)
+            cache = jax.tree.map(
+                lambda whole, new: jax.lax.dynamic_update_slice(whole, new[None], start), cache, own
+            )
+            mine = jax.tree.map(
+                lambda whole: jax.lax.dynamic_index_in_dim(whole, layer.number, keepdims=False),
+                cache,
+            )
         prompt = Prompt(memory, lengths)
         out = attention.step(query[:, :, 0], mine, prompt, index, window=layer.window, **settings)
         return out[:, :, None], cache, None
@@ -282,13 +300,19 @@ def language_model(
         hidden, _, _ = run(params, read, ids, positions, None, prefix.cache, prefix.lengths)
         return hidden
 
-    def start(params, prefix: Prefix, samples: int, max_new_tokens: int) -> Keys:
+    def start(params, prefix: Prefix, samples: int, max_new_tokens: int) -> Keys | list[Keys]:
         del params
-        shape = (config.layers, prefix.lengths.shape[0], samples, config.kv_heads)
-        empty = jnp.zeros((*shape, max_new_tokens, config.head_dim), config.dtype)
+        shape = (prefix.lengths.shape[0], samples, config.kv_heads, max_new_tokens, config.head_dim)
+        if jax.default_backend() == "cpu":
+            # XLA's CPU compiler copies a layer out of a stacked cache, and a layer's prompt out of
+            # the stacked prompts, at every step. Layers unrolled over arrays of their own read in
+            # place; elsewhere the scan keeps the program small.
+            empty = jnp.zeros(shape, config.dtype)
+            return [Keys(empty, empty) for _ in range(config.layers)]
+        empty = jnp.zeros((config.layers, *shape), config.dtype)
         return Keys(empty, empty)
 
-    def decode(params, prefix: Prefix, cache: Keys, ids: Int[Array, "B K"], step: Int[Array, ""]):
+    def decode(params, prefix: Prefix, cache: Any, ids: Int[Array, "B K"], step: Int[Array, ""]):
         step = jnp.asarray(step, prefix.lengths.dtype)
         positions = (prefix.lengths + step)[:, None, None]
         hidden, cache, _ = run(
@@ -302,9 +326,8 @@ def language_model(
             table, axis = params["embedding"], 1
         else:
             table, axis = params["unembedding"], 0
-        dims = (((hidden.ndim - 1,), (axis,)), ((), ()))
-        logits = jax.lax.dot_general(
-            hidden, table.astype(hidden.dtype), dims, preferred_element_type=wide(config.dtype)
+        logits = partition.project(
+            hidden, table.astype(hidden.dtype), axis=axis, dtype=wide(config.dtype)
         )
         if config.final_softcap is not None:
             logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
@@ -320,6 +343,17 @@ def language_model(
         decode=decode,
         unembed=unembed,
     )
+
+
+def _unrolled(block, stacked, carry, layer, memory, tables, shared) -> Any:
+    """The blocks one by one, from stacked weights and a list of caches: ``(x, caches)``."""
+    x, caches = carry
+    written = []
+    for number, mine in enumerate(caches):
+        variables, facts, read = jax.tree.map(operator.itemgetter(number), (stacked, layer, memory))
+        (x, mine), _ = block.apply(variables, (x, mine), facts, read, tables, shared)
+        written.append(mine)
+    return x, written
 
 
 def _policy(remat: str | Callable[..., bool]) -> Callable[..., bool] | None:
