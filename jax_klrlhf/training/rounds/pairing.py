@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from jax_klrlhf.core import ellipsoid, pairs
+from jax_klrlhf.core.numerics import Scalar
 from jax_klrlhf.core.pairs import Pair
 from jax_klrlhf.training.rounds.parts import Chosen, Drawn, PairRule, Scored
 
@@ -86,7 +87,7 @@ def choose_enhancer(
     key: Key[Array, ""],
     features: Float[Array, "B K D"],
     *,
-    kl_coef: float,
+    kl_coef: Scalar,
     where: Bool[Array, "B K"],
 ) -> Enhancer:
     r"""Option I of online GSHF on samples of the main agent.

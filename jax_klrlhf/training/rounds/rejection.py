@@ -185,7 +185,10 @@ def ranked(
         if eta not in fits:
             fits[eta] = fitting.compile(tasks.preference(model, loss(eta), kl_coef=eta))
         key_pair, key_fit = jax.random.split(key)
-        where = jnp.asarray(accepted.accepted) & pairs.distinct(jnp.asarray(accepted.responses.ids))
+        taken = jnp.asarray(accepted.accepted)
+        # Copies count once among the accepted: the first copy of all may be one that was not.
+        marked = jnp.concatenate([accepted.responses.ids, taken[..., None].astype(jnp.int32)], -1)
+        where = taken & pairs.distinct(marked)
         pair = rule(key_pair, jnp.asarray(accepted.reward), where=where)
         first, second, valid = (np.asarray(f).reshape(len(where), -1) for f in pair)
         data = comparisons_deal(

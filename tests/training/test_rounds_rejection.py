@@ -1,0 +1,139 @@
+"""Rejection sampling as policy improvement: rates, the error of an unknown bound, and the fits."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_klrlhf.core import divergence, gibbs, pairs
+from jax_klrlhf.core import rejection as core
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.models import enumerate as enumerated
+from jax_klrlhf.training import rounds
+from jax_klrlhf.training.rounds import rejection
+from tests.training import rounds_world as world
+
+
+def situation(score=None, start=None):
+    def believed(prompts, responses):
+        reward = world.gold(prompts, responses)
+        return rounds.Scored(reward, np.zeros_like(reward))
+
+    return rounds.Situation(
+        policies=world.policies(), start=start or world.PARAMS, data=rounds.Mixture([], None),
+        prompts=world.PROMPTS, score=score or believed, folder=None,
+    )  # fmt: skip
+
+
+def remember(seen):
+    """Learns nothing and keeps what it was given."""
+
+    def learn(key, params, situation, accepted):
+        seen.append((params, accepted))
+        return rejection.Fitted(jax.tree.map(lambda x: 0.9 * x, params), {})
+
+    return learn
+
+
+def test_each_step_proposes_from_the_policy_fitted_before_and_reports_its_rate():
+    seen = []
+    improve = rounds.rejection_sampling(
+        world.DRAW, remember(seen), kl_coef=0.5, steps=3, reward_bound=3.0, keep=2
+    )
+    found = improve(jax.random.key(0), situation())
+    etas = [accepted.kl_coef for _, accepted in seen]
+    np.testing.assert_allclose(etas, core.schedule(0.5, 3), rtol=1e-6)
+    policy = world.PARAMS
+    for number, (start, accepted) in enumerate(seen, 1):
+        jax.tree.map(np.testing.assert_array_equal, start, policy)
+        key = jax.random.split(jax.random.fold_in(jax.random.key(0), number), 3)[0]
+        proposals = world.DRAW(key, policy, world.PROMPTS)
+        np.testing.assert_array_equal(accepted.responses.ids, proposals.ids)
+        inverse = 1 / etas[number - 1] - (1 / etas[number - 2] if number > 1 else 0)
+        rate = np.exp(inverse * (world.gold(None, proposals) - 3.0)).mean()
+        metric = found.metrics[f"rejection/acceptance/{number}"]
+        np.testing.assert_allclose(metric.value, rate, rtol=1e-5)
+        assert found.metrics[f"rejection/bound_violated/{number}"].value == 0
+        assert accepted.accepted.sum(1).max() <= 2
+        policy = jax.tree.map(lambda x: 0.9 * x, start)
+    jax.tree.map(np.testing.assert_array_equal, found.params, policy)
+
+
+def test_the_error_of_an_unknown_bound_is_the_enumerated_one():
+    """Every ordered list of 4 draws from the 4 at hand: the law of what each accepts, averaged."""
+    reward, inverse = np.array([0.3, -0.2, 1.4, 0.5]), 1 / 0.5 - 1 / 2.0
+    mass = np.zeros(4)
+    for draws in itertools.product(range(4), repeat=4):
+        r = reward[list(draws)]
+        np.add.at(mass, list(draws), np.exp(inverse * (r - r.max())) / 4**4)
+    found = mass / mass.sum()
+    target = np.exp(inverse * reward) / np.exp(inverse * reward).sum()
+    expected = np.abs(found - target).sum() / 2
+    assert expected > 0.02  # There is an error to be seen.
+    error = rejection.bound_error(
+        jnp.asarray(reward[None], jnp.float32), kl_coef=0.5, kl_coef_prev=2.0
+    )
+    np.testing.assert_allclose(error, [expected], rtol=1e-4)
+    flat = rejection.bound_error(jnp.ones((1, 4)), kl_coef=0.5, kl_coef_prev=float("inf"))
+    np.testing.assert_allclose(flat, [0.0], atol=1e-6)
+
+
+def test_one_step_without_a_bound_accepts_each_prompts_best_and_reports_the_error():
+    seen = []
+    found = rounds.rejection_sampling(world.DRAW, remember(seen), kl_coef=0.5)(
+        jax.random.key(1), situation()
+    )
+    accepted = seen[0][1]
+    best = accepted.reward.argmax(1)
+    assert np.all(accepted.accepted[np.arange(len(best)), best])
+    assert 0 < found.metrics["rejection/bound_error/1"].value < 1
+
+
+def test_nothing_accepted_is_an_error_with_the_remedy():
+    improve = rounds.rejection_sampling(world.DRAW, remember([]), kl_coef=0.01, reward_bound=1000.0)
+    with pytest.raises(ValueError, match="none of 24 proposals was accepted; take more steps"):
+        improve(jax.random.key(0), situation())
+
+
+MANY = rounds.Draw(
+    model=world.MODEL, samples=1024, max_new_tokens=world.LENGTH, stop=(world.STOP,), rows=6
+)
+
+
+def test_likelihood_of_what_is_accepted_approaches_the_gibbs_law():
+    """On all 85 responses: the divergence from the target falls to less than half of pi0's."""
+    fitting = rounds.Fitting(optimizer=world.FITTING.optimizer, steps=60, batch_size=64)
+    learn = rejection.likelihood(world.MODEL, fitting=fitting)
+    improve = rounds.rejection_sampling(MANY, learn, kl_coef=1.0, steps=2, reward_bound=3.0)
+    found = improve(jax.random.key(0), situation()).params
+    every = enumerated.responses(
+        vocab_size=world.VOCAB, max_new_tokens=world.LENGTH, stop=(world.STOP,)
+    )
+    reward = jnp.asarray(world.gold(None, every))
+    prompts = Ragged(*map(jnp.asarray, world.PROMPTS))
+    base, after = (
+        enumerated.log_prob(world.MODEL, params, prompts, every) for params in (world.PARAMS, found)
+    )
+    target = gibbs.log_prob(jnp.broadcast_to(reward, base.shape), base, kl_coef=1.0)
+    before = divergence.categorical(target, base).mean()
+    assert divergence.categorical(target, after).mean() < before / 2
+
+
+def test_rso_ranks_accepted_responses_by_what_is_believed():
+    seen = []
+
+    def rule(key, reward, *, where):
+        seen.append((np.asarray(reward), np.asarray(where)))
+        return pairs.tournament(key, reward, where=where)
+
+    fitting = rounds.Fitting(optimizer=world.FITTING.optimizer, steps=30, batch_size=32)
+    improve = rounds.rso(
+        world.MODEL, MANY, kl_coef=1.0, fitting=fitting, rule=rule, reward_bound=3.0
+    )
+    found = improve(jax.random.key(0), situation())
+    reward, where = seen[0]
+    # Accepted responses have more reward than the proposals they were chosen from.
+    assert reward[where].mean() > reward.mean() + 4 * reward.std() / np.sqrt(where.sum())
+    assert found.metrics["rewards/margins"].value > 4 * found.metrics["rewards/margins"].stderr
