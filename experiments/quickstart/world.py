@@ -19,6 +19,7 @@ from rich.progress import Progress
 from experiments import gold, prompts
 from experiments.quickstart import grammar
 from jax_klrlhf import models
+from jax_klrlhf.core import sequence
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.models.base import LanguageModel
@@ -42,7 +43,7 @@ class World:
 
     def encode(self, texts: list[str]) -> Ragged:
         """Prompts as token ids ``[len(texts), P]``."""
-        return pad([self.encoder.prompt(text) for text in texts], pad_id=self.pad_id)
+        return sequence.pad([self.encoder.prompt(text) for text in texts], pad_id=self.pad_id)
 
     def reward(self, responses: Ragged) -> Float[np.ndarray, "B K"]:
         """Gold reward of every response ``[B, K]``, in nats."""
@@ -52,15 +53,6 @@ class World:
             for row, length in zip(ids.reshape(-1, ids.shape[-1]), lengths.reshape(-1), strict=True)
         ]
         return self.gold(texts).reshape(lengths.shape)
-
-
-def pad(rows: list[list[int]], *, pad_id: int) -> Ragged:
-    """Token rows as one array, padded on the right to the longest."""
-    lengths = np.array([len(row) for row in rows], np.int32)
-    ids = np.full((len(rows), int(lengths.max())), pad_id, np.int32)
-    for row, target in zip(rows, ids, strict=True):
-        target[: len(row)] = row
-    return Ragged(ids, lengths)  # pyright: ignore[reportArgumentType]  # NumPy: on the host
 
 
 def real(model: Path, prompt_file: Path, gold_folder: Path) -> World:
@@ -118,8 +110,10 @@ def embedded(*, stories: int, steps: int, progress: Progress) -> World:
 def _fit(world: World, rows: list[tuple[str, str]], *, steps: int, progress: Progress) -> Any:
     """Maximum likelihood of the responses given their prompts."""
     questions = world.encode([prompt for prompt, _ in rows])
-    answers = pad([world.encoder.response(text) for _, text in rows], pad_id=world.pad_id)
+    answers = sequence.pad([world.encoder.response(text) for _, text in rows], pad_id=world.pad_id)
     answers = Ragged(answers.ids[:, None], answers.lengths[:, None])
+    # On the host, where picking the rows of a step costs nothing.
+    data = jax.tree.map(np.asarray, (questions, answers))
     schedule = optax.warmup_cosine_decay_schedule(0.0, 4e-3, steps // 20, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
     train_step = make_step(tasks.likelihood(world.model), optimizer)
@@ -129,7 +123,7 @@ def _fit(world: World, rows: list[tuple[str, str]], *, steps: int, progress: Pro
     bar = progress.add_task("pi0: maximum likelihood", total=steps)
     for _ in range(steps):
         chosen = order.choice(len(rows), 64, replace=False)
-        picked = jax.tree.map(lambda x, at=chosen: x[at], (questions, answers))
+        picked = jax.tree.map(lambda x, at=chosen: x[at], data)
         batch = Batch(*picked, weight=jnp.ones(64))
         current, _ = train_step(current, batch)
         progress.advance(bar)

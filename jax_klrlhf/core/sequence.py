@@ -6,9 +6,11 @@ Rows are padded on the right and carry their lengths. A mask comes from lengths,
 Axes: ``batch`` (free leading axes), ``length`` (token positions).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -29,6 +31,28 @@ class Ragged(NamedTuple):
         """True at the true tokens of each row."""
         positions = jnp.arange(self.ids.shape[-1], dtype=self.lengths.dtype)
         return jnp.broadcast_to(positions, self.ids.shape) < self.lengths[..., None]
+
+
+def pad(rows: Sequence[Sequence[int]], *, length: int | None = None, pad_id: int = 0) -> Ragged:
+    """Token rows as one :class:`Ragged` ``[rows, length]``.
+
+    ``length`` is that of the longest row by default. ValueError where a row is longer.
+
+    >>> pad([[5, 6, 7], [8]]).ids.tolist()
+    [[5, 6, 7], [8, 0, 0]]
+    """
+    lengths = np.array([len(row) for row in rows], np.int32)
+    longest = int(lengths.max(initial=0))
+    if length is None:
+        length = longest
+    if longest > length:
+        raise ValueError(
+            f"a row has {longest} tokens, more than length={length}: cut it or raise the length."
+        )
+    ids = np.full((len(rows), length), pad_id, np.int32)
+    for row, target in zip(rows, ids, strict=True):
+        target[: len(row)] = row
+    return Ragged(jnp.asarray(ids), jnp.asarray(lengths))
 
 
 def token_log_prob(

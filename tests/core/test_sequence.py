@@ -96,3 +96,14 @@ def test_padding_leaves_no_trace_in_value_or_gradient():
 def test_mask_counts_an_end_token_that_equals_the_pad_token():
     rows = sequence.Ragged(jnp.array([[[5, 7, 0, 0], [5, 0, 0, 0]]]), jnp.array([[3, 2]]))
     np.testing.assert_array_equal(rows.mask.sum(axis=-1), rows.lengths)
+
+
+def test_pad_keeps_every_row_and_refuses_one_too_long():
+    rows = [[3, 1], [], [2, 2, 2]]
+    padded = sequence.pad(rows, length=4, pad_id=9)
+    assert padded.ids.shape == (3, 4)
+    kept = [ids[:n].tolist() for ids, n in zip(padded.ids, padded.lengths, strict=True)]
+    assert kept == rows
+    assert np.asarray(padded.ids)[~np.asarray(padded.mask)].tolist() == [9] * 7
+    with pytest.raises(ValueError, match="a row has 3 tokens, more than length=2"):
+        sequence.pad(rows, length=2)

@@ -133,6 +133,7 @@ def test_every_public_function_is_in_the_table():
             and not isinstance(value, type)
             and getattr(value, "__module__", None) == module.__name__
         }
+        public.discard("pad")  # of Python lists: makes arrays, takes none
         assert public <= done | members, f"{module.__name__}: add to the table {public - done}"
 
 
