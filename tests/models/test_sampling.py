@@ -46,6 +46,9 @@ def words(samples: sampling.Samples, row: int) -> list[tuple[int, ...]]:
     return [tuple(word[:length].tolist()) for word, length in zip(ids, lengths, strict=True)]
 
 
+score = jax.jit(scoring.token_log_prob)
+
+
 ALL = {"temperature": 1.0, "top_k": V, "top_p": 1.0, "min_p": 0.0}
 
 
@@ -90,7 +93,7 @@ def test_model_log_probs_are_those_of_scoring():
     for warp in ({}, {"temperature": 0.6}, {"temperature": 0.0}):
         drawn = generate(jax.random.key(1), **warp)
         prompts = jax.tree.map(jnp.asarray, PROMPTS)
-        scored = scoring.token_log_prob(MODEL, PARAMS, prompts, drawn.responses)
+        scored = score(MODEL, PARAMS, prompts, drawn.responses)
         np.testing.assert_allclose(drawn.token_log_prob, scored, atol=1e-5)
     np.testing.assert_array_equal(drawn.sampling_token_log_prob, 0)
 
@@ -158,9 +161,13 @@ def test_a_prompt_with_its_key_draws_the_same_in_any_batch():
 
 
 def test_keys_decide():
-    one, same, other = (generate(jax.random.key(k), samples=32) for k in (0, 0, 1))
+    one, same, other = (
+        generate(jax.random.key(k), ragged([IDS[0]] * 3), samples=3, max_new_tokens=6)
+        for k in (0, 0, 1)
+    )
     assert words(one, 0) == words(same, 0) != words(other, 0)
-    assert words(one, 0) != words(generate(jax.random.key(0), ragged([IDS[0]] * 3), samples=32), 1)
+    assert words(one, 0) != words(one, 1)
+    assert len(set(words(one, 0))) > 1
     with pytest.raises(ValueError, match="3 prompts need one key or 3"):
         generate(jax.random.split(jax.random.key(0), 2))
 
@@ -179,8 +186,7 @@ def test_one_trace_serves_a_bucket_and_every_value_of_a_warp():
     run(ragged([[1], [1]], width=30), max_new_tokens=4, temperature=3.0)
     assert traces == [(2, 8)]
     run(ragged([[1] * 9, [1]]), max_new_tokens=4, temperature=0.5)
-    run(ragged([[1] * 9, [1]]), max_new_tokens=4)
-    assert traces == [(2, 8), (2, 16), (2, 16)]
+    assert traces == [(2, 8), (2, 16)]
 
 
 def test_buckets_are_few_and_tight():
@@ -230,7 +236,7 @@ def test_half_precision():
         jax.random.key(0), model, params, PROMPTS, samples=4, max_new_tokens=6, stop=(STOP,)
     )
     prompts = jax.tree.map(jnp.asarray, PROMPTS)
-    scored = scoring.token_log_prob(model, params, prompts, drawn.responses)
+    scored = score(model, params, prompts, drawn.responses)
     assert drawn.token_log_prob.dtype == scored.dtype == jnp.float32
     np.testing.assert_allclose(drawn.token_log_prob, scored, atol=0.05)
 
@@ -241,7 +247,7 @@ def test_float64(x64):
         jax.random.key(0), MODEL, params, PROMPTS, samples=2, max_new_tokens=4, top_p=0.8
     )
     prompts = jax.tree.map(jnp.asarray, PROMPTS)
-    scored = scoring.token_log_prob(MODEL, params, prompts, drawn.responses)
+    scored = score(MODEL, params, prompts, drawn.responses)
     np.testing.assert_allclose(drawn.token_log_prob, scored, atol=1e-5)
 
 
@@ -274,6 +280,7 @@ def stories(stories_model):
 def test_greedy_text_is_that_of_transformers(stories, stories_model):
     torch = pytest.importorskip("torch", reason="the parity extra is not installed")
     transformers = pytest.importorskip("transformers")
+    torch.set_num_threads(1)  # a pool that spins would slow the other programs of this machine
     loaded, rows = stories
     drawn = sampling.generate(
         jax.random.key(0), loaded.model, loaded.params, ragged(rows), samples=1,
@@ -291,6 +298,7 @@ def test_scores_of_a_real_model_are_those_of_torch(stories, stories_model):
     """Value, and gradient of the tied embedding, of samples from the model itself."""
     torch = pytest.importorskip("torch", reason="the parity extra is not installed")
     transformers = pytest.importorskip("transformers")
+    torch.set_num_threads(1)  # a pool that spins would slow the other programs of this machine
     loaded, rows = stories
     prompts = jax.tree.map(jnp.asarray, ragged(rows))
     drawn = sampling.generate(
