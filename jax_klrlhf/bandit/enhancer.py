@@ -11,7 +11,7 @@ Source: Xiong et al., arXiv 2312.11456, Algorithm 2 (Option I). How it is solved
   union over v of the convex sets ``eta KL <= beta <v, g> / ||v||_Sigma``.
 * In one such set the best policy is a Gibbs tilt of pi_1, ``pi_1 exp(s <v, phi>)``. Along the tilt
   ``d<v, g> = Var ds`` and ``d KL = s Var ds``, so KL / <v, g> is a weighted mean of s and
-  increases: the largest strength s is found by bisection.
+  increases: the largest strength s is a root in one variable.
 * Taking ``v = Sigma^{-1} g`` at that policy makes the inequality tight, so the policy lies in the
   next set as well and the next norm isn't smaller. Repeat: a monotone ascent.
 
@@ -51,7 +51,7 @@ def option_one(
     radius: Scalar,
     starts: int = 4,
     iterations: int = 6,
-    bisections: int = 12,
+    refinements: int = 8,
 ) -> Enhancer:
     """The best of several monotone ascents over tilts of the main agent's policy.
 
@@ -65,8 +65,8 @@ def option_one(
     dim = setting.features.shape[-1]
     if starts % 2 or not 2 <= starts <= 2 * dim:
         raise ValueError(f"starts must be even and in 2..{2 * dim} (both signs), got {starts}")
-    if iterations < 1 or bisections < 1:
-        raise ValueError(f"need iterations, bisections >= 1, got {iterations}, {bisections}")
+    if iterations < 1 or refinements < 1:
+        raise ValueError(f"need iterations, refinements >= 1, got {iterations}, {refinements}")
     precision = estimate.ellipsoid.precision
     inverse = jax.scipy.linalg.cho_solve(
         (jnp.linalg.cholesky(precision), True), jnp.eye(dim, dtype=precision.dtype)
@@ -79,13 +79,13 @@ def option_one(
     def ascend(direction: Float[Array, " dim"]) -> Enhancer:
         for _ in range(iterations - 1):
             tilted = _strongest_tilt(
-                setting, main_log_prob, direction, precision, radius=radius, bisections=bisections
+                setting, main_log_prob, direction, precision, radius=radius, refinements=refinements
             )
             g = setting.context_prob @ setting.mean_features(tilted) - mean
             # Where the tilt does nothing (radius 0) the direction stays.
             direction = jnp.where(jnp.any(g != 0), inverse @ g, direction)
         tilted = _strongest_tilt(
-            setting, main_log_prob, direction, precision, radius=radius, bisections=bisections
+            setting, main_log_prob, direction, precision, radius=radius, refinements=refinements
         )
         g = setting.context_prob @ setting.mean_features(tilted) - mean
         uncertainty = numerics.safe_sqrt(g @ inverse @ g)
@@ -107,39 +107,54 @@ def _strongest_tilt(
     precision: Float[Array, "dim dim"],
     *,
     radius: Scalar,
-    bisections: int,
+    refinements: int,
 ) -> Float[Array, "contexts actions"]:
     r"""``pi_1 exp(s u)`` with ``u = <v, phi> / ||v||_Sigma``, for the largest s within the budget.
 
-    The answer is ``s = t radius / eta`` with t in [1, inf): KL <= s <v, g> always, as <v, g> is
-    increasing; so t = 1 is feasible. It is capped where tilting further changes nothing.
+    Sought is the s at which R(s) = KL / E[u(pi') - u(pi_1)] reaches ``radius / eta``. R(s) <= s, so
+    that is a start within the budget. Newton's method, with R'(s) = Var (s - R) / E[...], where it
+    falls between the last points within and beyond the budget, and their geometric mean
+    otherwise. The strongest s that was seen within the budget is used.
     """
     u = setting.features @ (direction / numerics.safe_sqrt(direction @ precision @ direction))
-    unit = radius / setting.kl_coef
+    prob = jnp.exp(jnp.where(setting.where, main_log_prob, -jnp.inf))
+    centred = jnp.where(setting.where, u - jnp.sum(prob * u, -1, keepdims=True), 0)
+    unit = jnp.asarray(radius, u.dtype) / setting.kl_coef
+    largest = jnp.maximum(jnp.max(jnp.abs(centred)), jnp.finfo(u.dtype).tiny)
+    # Beyond this tilt a policy of ordinary probabilities is deterministic, and exp overflows.
+    high = jnp.minimum(LARGEST_TILT * unit, 80 / largest)
+    low = jnp.minimum(unit, high)
 
-    def tilt(strength: Float[Array, ""]) -> Float[Array, "contexts actions"]:
-        return gibbs.log_prob(
-            strength * u, main_log_prob, kl_coef=jnp.ones((), u.dtype), where=setting.where
-        )
+    square = centred**2
+    variance = jnp.sum(prob * square, -1)
 
-    start = setting.context_prob @ numerics.expectation(main_log_prob, u, where=setting.where)
+    def ratio(strength: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        # With u centred under pi_1 all terms are of the size of the result: no cancellation.
+        extra = prob * jnp.expm1(strength * centred)
+        log_z = jnp.log1p(jnp.sum(extra, -1))
+        moved = jnp.sum(extra * centred, -1) * jnp.exp(-log_z)
+        spread = (variance + jnp.sum(extra * square, -1)) * jnp.exp(-log_z) - moved**2
+        gained = setting.context_prob @ moved
+        per_gain = jnp.where(gained > 0, 1 / jnp.where(gained > 0, gained, 1), 0)
+        here = (setting.context_prob @ (strength * moved - log_z)) * per_gain
+        slope = (setting.context_prob @ spread) * per_gain * (strength - here)
+        return here, slope
 
-    def feasible(strength: Float[Array, ""]) -> Array:
-        tilted = tilt(strength)
-        moved = setting.context_prob @ numerics.expectation(tilted, u, where=setting.where) - start
-        kl = setting.context_prob @ divergence.categorical(
-            tilted, main_log_prob, where=setting.where
-        )
-        return kl <= unit * moved
+    def refine(_: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        low, high, strength = state
+        here, slope = ratio(strength)
+        within = here <= unit
+        low, high = jnp.where(within, strength, low), jnp.where(within, high, strength)
+        guess = strength + (unit - here) / jnp.where(slope > 0, slope, 1)
+        inside = (slope > 0) & (guess > low) & (guess < high)
+        return low, high, jnp.where(inside, guess, jnp.sqrt(low * high))
 
-    def halve(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bracket
-        middle = (low + high) / 2
-        good = feasible(middle)
-        return jnp.where(good, middle, low), jnp.where(good, high, middle)
-
-    low, _ = jax.lax.fori_loop(0, bisections, halve, (unit, LARGEST_TILT * unit))
-    return tilt(low)
+    # The end of the range first: where even that is within the budget there is nothing to seek.
+    start = (low, high, high)
+    low, _, _ = jax.lax.fori_loop(0, refinements, refine, start)
+    return gibbs.log_prob(
+        low * centred, main_log_prob, kl_coef=jnp.ones((), u.dtype), where=setting.where
+    )
 
 
 LARGEST_TILT = 16.0

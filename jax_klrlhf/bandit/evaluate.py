@@ -88,7 +88,7 @@ def coverage(
     second_log_prob: Float[Array, "contexts actions"] | None = None,
     *,
     ridge: Scalar,
-    nu: Float[Array, " dim"] | Float[Array, "contexts dim"] | None = None,
+    nu: Float[Array, "..."] | None = None,
 ) -> Float[Array, ""]:
     r"""Coverage coefficient of a policy by a design, in the limit of much data.
 

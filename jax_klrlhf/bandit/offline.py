@@ -18,7 +18,7 @@ from jax_klrlhf.bandit.problem import Setting
 from jax_klrlhf.core.numerics import Scalar
 
 Propose = Callable[[Key[Array, ""], Setting, Estimate, Int[Array, " batch"]], Proposal]
-Nu = Float[Array, " dim"] | Float[Array, "contexts dim"] | None
+Nu = Float[Array, "..."] | None  # [dim] or [contexts, dim]
 Behaviour = Float[Array, "contexts actions"] | None
 
 

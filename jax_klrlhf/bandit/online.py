@@ -27,7 +27,7 @@ def gshf(
     bound: Scalar | None = None,
     starts: int = 4,
     iterations: int = 6,
-    bisections: int = 12,
+    refinements: int = 8,
 ) -> Learner:
     """Online iterative GSHF with the Option I enhancer (arXiv 2312.11456, Algorithm 2).
 
@@ -47,7 +47,7 @@ def gshf(
             radius=radius,
             starts=starts,
             iterations=iterations,
-            bisections=bisections,
+            refinements=refinements,
         )
         return draw(key, main, opponent.log_prob, context)
 

@@ -39,7 +39,7 @@ def bonus(
     setting: Setting,
     estimate: Estimate,
     *,
-    nu: Float[Array, " dim"] | Float[Array, "contexts dim"] | None = None,
+    nu: Float[Array, "..."] | None = None,
 ) -> Float[Array, "contexts actions"]:
     r"""Pointwise uncertainty :math:`\|\phi(x, a) - \nu\|_{\Sigma^{-1}}`, per unit of radius."""
     return ellipsoid.norm(estimate.ellipsoid, setting.features - origin(setting, nu)[:, None, :])
@@ -50,7 +50,7 @@ def option_two(
     estimate: Estimate,
     *,
     radius: Scalar,
-    nu: Float[Array, " dim"] | Float[Array, "contexts dim"] | None = None,
+    nu: Float[Array, "..."] | None = None,
 ) -> Float[Array, "contexts actions"]:
     """Gibbs policy of the reward less ``radius`` times the pointwise bonus.
 
@@ -76,7 +76,7 @@ def option_one(
     estimate: Estimate,
     *,
     radius: Scalar,
-    nu: Float[Array, " dim"] | Float[Array, "contexts dim"] | None = None,
+    nu: Float[Array, "..."] | None = None,
     max_iterations: int = 60,
 ) -> Saddle:
     r"""The policy that maximizes the value less ``radius`` times its expected uncertainty.
@@ -137,9 +137,11 @@ def option_one(
         safe = jnp.where(size > 0, jnp.log1p(size) / jnp.where(size > 0, size, 1), 1)
         lengths = jnp.append(2.0 ** -jnp.arange(8, dtype=dtype), safe)
         values = jax.vmap(lambda length: dual(u + length * move))(lengths)
-        better = jnp.min(values) < dual(u)
+        now = dual(u)
+        better = jnp.min(values) < now
         # So near the end values are rounding, and the full step is better than comparing them.
-        small = size <= jnp.sqrt(eps)
+        decrease = -(gradient @ move + 0.5 * move @ hessian @ move)
+        small = decrease <= 100 * eps * (1 + jnp.abs(now))
         length = jnp.where(small, 1, jnp.where(better, lengths[jnp.argmin(values)], 0))
         return u + length * move, small | ~better, iterations + 1
 
@@ -178,9 +180,7 @@ def _ball_minimum(
     return u / jnp.maximum(jnp.sqrt(u @ u), 1)
 
 
-def origin(
-    setting: Setting, nu: Float[Array, " dim"] | Float[Array, "contexts dim"] | None
-) -> Float[Array, "contexts dim"]:
+def origin(setting: Setting, nu: Float[Array, "..."] | None) -> Float[Array, "contexts dim"]:
     """The reference vector of each context: ``nu`` (of all, or of each), by default the usual one.
 
     ValueError where its shape is neither ``[dim]`` nor ``[contexts, dim]``.

@@ -140,18 +140,20 @@ def compare(
 
 
 def from_arrays(
-    features: Float[Array, "contexts actions dim"],
-    reward_or_theta: Float[Array, "contexts actions"] | Float[Array, " dim"],
+    features: Float[Array, "..."],
+    reward_or_theta: Float[Array, "..."],
     *,
     kl_coef: Scalar,
-    ref_log_prob: Float[Array, "contexts actions"] | None = None,
-    context_prob: Float[Array, " contexts"] | None = None,
-    where: Bool[Array, "contexts actions"] | None = None,
+    ref_log_prob: Float[Array, "..."] | None = None,
+    context_prob: Float[Array, "..."] | None = None,
+    where: Bool[Array, "..."] | None = None,
     label_noise: Scalar = 0.0,
 ) -> Problem:
     """A problem from the user's own arrays.
 
-    ``reward_or_theta`` is the true reward ``[contexts, actions]`` or the true parameter ``[dim]``.
+    ``features`` are ``[contexts, actions, dim]``, ``reward_or_theta`` is the true reward
+    ``[contexts, actions]`` or the true parameter ``[dim]``, ``ref_log_prob`` and ``where`` are
+    ``[contexts, actions]``, ``context_prob`` is ``[contexts]``.
     A reward that isn't linear in the features makes a misspecified problem, whose ``theta`` is
     the least-squares fit of feature differences within contexts. The reference policy and the
     context distribution are uniform by default; ``where`` (True keeps) masks actions.

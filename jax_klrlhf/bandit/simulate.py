@@ -76,8 +76,8 @@ def simulate(
     dtype = problem.reward.dtype
     in_use = jnp.arange(batch) < (batch if used is None else used)
 
-    def play(carry: tuple[Any, Any], index: Array) -> tuple[tuple[Any, Any], Any]:
-        state, sums = carry
+    def play(carry: tuple[Any, Any, Array], _: None) -> tuple[tuple[Any, Any, Array], Any]:
+        state, sums, index = carry
         key_context, key_propose, key_label = jax.random.split(jax.random.fold_in(key, index), 3)
         context = draw_contexts(key_context, setting, batch=batch)
         pair = learner.propose(key_propose, setting, state, context)
@@ -88,7 +88,7 @@ def simulate(
         recorded = None if record is None else record(problem, this)
         if total is not None:
             sums = jax.tree.map(jnp.add, sums, total(problem, this))
-        return (learner.update(setting, state, data), sums), recorded
+        return (learner.update(setting, state, data), sums, index + 1), recorded
 
     sums = None
     if total is not None:
@@ -98,7 +98,8 @@ def simulate(
         sums = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(total, problem, start)
         )
-    (state, sums), records = jax.lax.scan(play, (state, sums), jnp.arange(rounds))
+    begin = (state, sums, jnp.zeros((), jnp.int32))
+    (state, sums, _), records = jax.lax.scan(play, begin, length=rounds)
     log_prob = learner.policy(setting, state)
     return Run(state, log_prob, evaluate.gap(problem, log_prob), records, sums)
 

@@ -1,0 +1,202 @@
+"""The refit, Option I, the enhancer and the policy class against independent solutions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import optimize
+
+from jax_klrlhf import bandit
+from jax_klrlhf.bandit import enhancer, history, pessimism, policy_class, refit
+from jax_klrlhf.core import estimation, objectives
+from tests.bandit.toolbox import awkward_problem, quick_jit
+
+
+@pytest.fixture
+def learned(x64):
+    """An awkward problem and a greedy learner's state after 30 comparisons, in float64."""
+    del x64
+    problem = awkward_problem()
+    setting = problem.setting
+    algorithm = bandit.offline_greedy()
+    flat = jnp.where(setting.where, -jnp.log(4.0), -jnp.inf)
+    data = bandit.compare(jax.random.key(0), problem, flat, flat, batch=30)
+    state = algorithm.update(setting, algorithm.init(setting, capacity=30), data)
+    return problem, data, state
+
+
+def test_refit_is_the_core_fit(learned):
+    problem, data, state = learned
+    x = problem.setting.features
+    z = x[data.context, data.first] - x[data.context, data.second]
+    fit = estimation.fit(z, data.label, ridge=1.0)
+    np.testing.assert_allclose(state.theta, fit.theta, atol=1e-10)
+    far = refit.newton(z, data.label, 1 - data.label, jnp.full(3, 50.0), ridge=1.0)
+    np.testing.assert_allclose(far.theta, fit.theta, atol=1e-10)
+    assert bool(far.converged)
+    warm = refit.newton(z, data.label, 1 - data.label, fit.theta, ridge=1.0)
+    assert int(warm.iterations) == 1
+    separable = refit.newton(z, jnp.ones(30), jnp.zeros(30), jnp.zeros(3), ridge=1e-3)
+    assert bool(separable.converged)
+    assert np.isfinite(separable.theta).all()
+
+
+def test_bound_is_the_core_bound(learned):
+    problem, data, _ = learned
+    setting = problem.setting
+    algorithm = bandit.offline_greedy(bound=0.4)
+    state = algorithm.update(setting, algorithm.init(setting, capacity=30), data)
+    x = setting.features
+    z = x[data.context, data.first] - x[data.context, data.second]
+    fit = estimation.fit(z, data.label, ridge=1.0, bound=0.4)
+    np.testing.assert_allclose(state.theta, fit.theta, atol=1e-9)
+    np.testing.assert_allclose(jnp.linalg.norm(state.theta), 0.4, rtol=1e-9)
+
+
+@pytest.mark.parametrize("axes", [(None, 0), (0, None), (0, 0)])
+def test_gram_under_vmap(axes):
+    rng = np.random.default_rng(0)
+    z, w = rng.normal(size=(2, 7, 3)), rng.uniform(size=(2, 7))
+    z, w = (v if axis == 0 else v[0] for v, axis in zip((z, w), axes, strict=True))
+    got = jax.vmap(refit.gram, axes)(jnp.asarray(z, jnp.float32), jnp.asarray(w, jnp.float32))
+    z, w = (v if axis == 0 else np.stack([v, v]) for v, axis in zip((z, w), axes, strict=True))
+    np.testing.assert_allclose(got, np.einsum("sr,sri,srj->sij", w, z, z), rtol=1e-5)
+
+
+def pessimistic_value(problem, state, log_prob, radius, nu):
+    """Option I's objective, in NumPy."""
+    s = jax.tree.map(np.asarray, problem.setting)
+    prob = np.where(s.where, np.exp(log_prob), 0)
+    ratio = np.where(prob > 0, np.log(np.where(prob > 0, prob, 1)) - s.ref_log_prob, 0)
+    kl = np.sum(np.where(s.where, prob * ratio, 0), -1)
+    mean = s.context_prob @ np.einsum("xa,xad->xd", prob, s.features)
+    away = mean - nu
+    norm = np.sqrt(away @ np.linalg.solve(np.asarray(state.ellipsoid.precision), away))
+    return mean @ np.asarray(state.theta) - float(s.kl_coef) * s.context_prob @ kl - radius * norm
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.7, 20.0])
+def test_option_one_is_the_maximum(learned, radius):
+    """Against SciPy over all policies, with the certificate; radius 0 is greedy."""
+    problem, _, state = learned
+    s = problem.setting
+    nu = np.asarray(pessimism.reference_vector(s))
+    saddle = quick_jit(pessimism.option_one)(s, state, radius=radius)
+    reached = pessimistic_value(problem, state, saddle.log_prob, radius, nu)
+    assert 0 <= float(saddle.duality_gap) + 1e-12 < 1e-9
+    assert float(jnp.linalg.norm(saddle.direction)) <= 1 + 1e-9
+    where = np.asarray(s.where)
+
+    def loss(logits):
+        table = np.where(where, 0.0, -np.inf)
+        table[where] = logits
+        table -= np.log(np.exp(table).sum(-1, keepdims=True))
+        return -pessimistic_value(problem, state, table, radius, nu)
+
+    best = -optimize.minimize(loss, np.asarray(saddle.log_prob)[where], method="Powell").fun
+    assert reached >= best - 1e-8
+    if radius == 0:
+        greedy = bandit.offline_greedy().policy(s, state)
+        np.testing.assert_allclose(np.exp(saddle.log_prob), np.exp(greedy), atol=1e-9)
+
+
+def test_option_two_is_its_formula(learned):
+    """With nu of each context, in NumPy; and KL-PCB is that with the context means of pi0."""
+    problem, _, state = learned
+    s = problem.setting
+    nu = np.einsum("xa,xad->xd", np.exp(s.ref_log_prob), s.features)
+    sigma = np.asarray(state.ellipsoid.precision)
+    away = np.asarray(s.features) - nu[:, None, :]
+    bonus = np.sqrt(np.einsum("xad,de,xae->xa", away, np.linalg.inv(sigma), away))
+    weight = s.ref_log_prob + (s.features @ state.theta - 0.6 * bonus) / s.kl_coef
+    expected = np.exp(weight) / np.exp(weight).sum(-1, keepdims=True)
+    got = np.exp(pessimism.option_two(s, state, radius=0.6, nu=jnp.asarray(nu)))
+    np.testing.assert_allclose(got, expected, atol=1e-10)
+    np.testing.assert_allclose(
+        np.exp(bandit.kl_pcb(radius=0.6).policy(s, state)), expected, atol=1e-10
+    )
+
+
+def test_strongest_tilt_meets_its_budget(learned):
+    """Along one direction: cost = radius <v, g> / ||v||_Sigma."""
+    problem, _, state = learned
+    s = problem.setting
+    main = bandit.offline_greedy().policy(s, state)
+    v = jnp.array([0.3, -1.0, 0.5])
+    sigma = state.ellipsoid.precision
+    for radius in (0.01, 0.3):
+        tilted = enhancer._strongest_tilt(s, main, v, sigma, radius=radius, refinements=30)
+        g = s.context_prob @ (s.mean_features(tilted) - s.mean_features(main))
+        budget = radius * (v @ g) / jnp.sqrt(v @ sigma @ v)
+        cost = s.kl_coef * bandit.kl(s._replace(ref_log_prob=main), tilted)
+        np.testing.assert_allclose(cost, budget, rtol=1e-6)
+    nothing = enhancer.option_one(s, state, main, radius=0.0)
+    np.testing.assert_allclose(np.exp(nothing.log_prob), np.exp(main), atol=1e-12)
+
+
+def test_dpo_is_the_greedy_learner(learned):
+    """L6, solved: the exact DPO policy on the softmax-linear class is the MLE's Gibbs policy."""
+    problem, data, state = learned
+    s = problem.setting
+    algorithm = bandit.dpo()
+    policy = algorithm.update(s, algorithm.init(s, capacity=30), data)
+    assert bool(policy.converged)
+    np.testing.assert_allclose(policy.theta, state.theta, atol=1e-9)
+
+
+def test_policy_class_losses_are_the_core_objectives(learned):
+    """On rows, one comparison at a time: XPO is `objectives.exploratory`; optimism shows."""
+    problem, data, _ = learned
+    s = problem.setting
+    algorithm = bandit.xpo(optimism=0.3)
+    fitted = algorithm.update(s, algorithm.init(s, capacity=30), data)
+
+    def by_rows(theta, optimism):
+        log_prob = policy_class.policy_log_prob(s, theta)
+        ratio = log_prob - s.ref_log_prob
+        first, second = ratio[data.context, data.first], ratio[data.context, data.second]
+        won = data.label == 1
+        loss = objectives.exploratory(
+            jnp.where(won, first, second),
+            jnp.where(won, second, first),
+            log_prob[data.context, data.second],
+            kl_coef=s.kl_coef,
+            optimism=optimism,
+        )
+        return jnp.sum(loss) + 0.5 * theta @ theta
+
+    theta = jnp.array([0.2, -0.3, 0.1])
+    rows = history.view(fitted.history)
+    total = policy_class.total_loss(
+        s, theta, rows, fitted.opponents, loss=policy_class._dpo_loss, optimism=0.3, ridge=1.0
+    )
+    # A comparison of an action with itself isn't counted; by rows it is the constant log 2.
+    same = int(jnp.sum(data.first == data.second))
+    np.testing.assert_allclose(total + same * np.log(2), by_rows(theta, 0.3), rtol=1e-10)
+    np.testing.assert_allclose(jax.grad(by_rows)(fitted.theta, 0.3), 0, atol=1e-6)
+    assert bool(fitted.converged)
+    # Optimism moves probability away from what pi0 drew.
+    plain = bandit.dpo().update(s, bandit.dpo().init(s, capacity=30), data)
+    drawn = fitted.opponents
+    logs = [policy_class.policy_log_prob(s, t) for t in (fitted.theta, plain.theta)]
+    away = [float(jnp.sum(jnp.where(drawn > 0, drawn * log, 0))) for log in logs]
+    assert away[0] < away[1]
+
+
+def test_chi_po_ends_at_a_stationary_point(learned):
+    problem, data, _ = learned
+    s = problem.setting
+    algorithm = bandit.chi_po(reward_bound=1.5)
+    fitted = algorithm.update(s, algorithm.init(s, capacity=30), data)
+
+    def by_rows(theta):
+        ratio = policy_class.policy_log_prob(s, theta) - s.ref_log_prob
+        first, second = ratio[data.context, data.first], ratio[data.context, data.second]
+        won = data.label == 1
+        winner, loser = jnp.where(won, first, second), jnp.where(won, second, first)
+        loss = objectives.chi_po(winner, loser, kl_coef=s.kl_coef, clip=3.0)
+        return jnp.sum(loss) + 0.5 * theta @ theta
+
+    assert bool(fitted.converged)
+    np.testing.assert_allclose(jax.grad(by_rows)(fitted.theta), 0, atol=1e-6)
+    assert float(by_rows(fitted.theta)) < float(by_rows(jnp.zeros(3)))
