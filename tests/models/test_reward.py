@@ -67,13 +67,14 @@ def test_ensembles_are_vmaps(params):
     scores = jax.vmap(reward.score, in_axes=(0, None))(heads, found)
     models = jax.vmap(TOY.init)(keys)
     stacked = reward.RewardParams(model=models, head=heads)
+    jitted = jax.jit(reward.reward, static_argnums=0)
     whole = jax.vmap(reward.reward, in_axes=(None, 0, None, None))
-    rewards = whole(TOY, stacked, PROMPTS, RESPONSES)
+    rewards = jax.jit(whole, static_argnums=0)(TOY, stacked, PROMPTS, RESPONSES)
     assert scores.shape == rewards.shape == (3, 2, 2)
     for i in range(3):
         np.testing.assert_allclose(scores[i], found @ heads[i], atol=1e-6)
         one = jax.tree.map(lambda x, i=i: x[i], stacked)
-        alone = reward.reward(TOY, one, PROMPTS, RESPONSES)
+        alone = jitted(TOY, one, PROMPTS, RESPONSES)
         np.testing.assert_allclose(rewards[i], alone, atol=1e-6)
 
 
