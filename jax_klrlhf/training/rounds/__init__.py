@@ -15,6 +15,7 @@ from jax_klrlhf.training.rounds.beliefs import (
     uncertainty_weighted,
     worst,
 )
+from jax_klrlhf.training.rounds.features import Linear, hidden_features, linear
 from jax_klrlhf.training.rounds.fitting import Fitting
 from jax_klrlhf.training.rounds.improve import (
     best_of_n,
@@ -23,8 +24,6 @@ from jax_klrlhf.training.rounds.improve import (
     preference,
     weighted_likelihood,
 )
-from jax_klrlhf.training.rounds.iterate import Outcome, collect, iterate, pi0, previous
-from jax_klrlhf.training.rounds.linear import Linear, hidden_features, linear
 from jax_klrlhf.training.rounds.parts import (
     Chosen,
     Comparisons,
@@ -39,6 +38,7 @@ from jax_klrlhf.training.rounds.parts import (
     join,
 )
 from jax_klrlhf.training.rounds.rejection import rejection_sampling, rso
+from jax_klrlhf.training.rounds.run import Outcome, collect, iterate, pi0, previous
 from jax_klrlhf.training.rounds.samplers import (
     Agent,
     Draw,

@@ -118,7 +118,7 @@ def iterate(
         policy: pi0's parameters.
         prompts: ids ``[B, P]``, or ``prompts(round)`` with rounds counted from 1 (0: offline).
         sampler: who answers (:mod:`.samplers`).
-        reward: what the learner believes (:mod:`.beliefs`, :mod:`.linear`).
+        reward: what the learner believes (:mod:`.beliefs`, :mod:`.features`).
         pair_rule: which two responses are compared (:mod:`.pairing`).
         oracle: who prefers (:mod:`.oracle`).
         improve: from comparisons to the next policy (:mod:`.improve`, :mod:`.rejection`).
