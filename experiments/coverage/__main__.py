@@ -1,0 +1,3 @@
+from experiments.coverage.run import cli
+
+cli()

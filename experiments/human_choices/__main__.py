@@ -1,0 +1,3 @@
+from experiments.human_choices.run import cli
+
+cli()

@@ -1,0 +1,3 @@
+from experiments.online.run import cli
+
+cli()

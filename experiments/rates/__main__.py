@@ -1,0 +1,3 @@
+from experiments.rates.run import cli
+
+cli()
