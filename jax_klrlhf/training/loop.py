@@ -152,6 +152,7 @@ def train(
     console = (console or Console()) if leader else Console(quiet=True)
     flops = metrics.flops_per_token(state)
     seen, last, infos = health.Seen(), {}, []
+    shapes, rated, seconds = set(), [], 0.0
     number = first = int(state.step)
 
     def save(state: TrainState) -> None:
@@ -164,13 +165,15 @@ def train(
             for sink in sinks:
                 sink(number, found)
             shown = "  ".join(f"{k} {_short(found[k])}" for k in SHOWN if k in found)
-            console.print(f"step {number}/{steps}  {shown}", highlight=False)
+            console.print(f"step {number}/{steps}  {shown}", highlight=False, soft_wrap=True)
 
     def warn(findings: Sequence[health.Finding]) -> None:
         for finding in findings:
             if finding.stop:
                 raise Stopped(finding.message)
-            console.print(f"[yellow]warning[/yellow] {finding.name}: {finding.message}")
+            console.print(
+                f"[yellow]warning[/yellow] {finding.name}: {finding.message}", soft_wrap=True
+            )
 
     with _progress(console, steps, number) as advance, _signals() as asked:
         clock = time.perf_counter()
@@ -178,30 +181,41 @@ def train(
             host = next(batches)
             if number == first:
                 warn(health.check_batch(host, begin=tokens[0], end=tokens[1]))
+            shape = tuple(leaf.shape for leaf in jax.tree.leaves(host))
+            if shape not in shapes:
+                # A new shape compiles: its step is taken out of the rates.
+                jax.block_until_ready(state.step)
+                seconds += time.perf_counter() - clock
             state, info = step(state, put_batch(host, mesh))
             infos.append(info)
+            if shape in shapes:
+                rated.append(info)
+            else:
+                shapes.add(shape)
+                jax.block_until_ready(info)
+                clock = time.perf_counter()
             number += 1
             advance(number)
             final = number == steps
             if final or number % log_every == 0:
                 jax.block_until_ready(info)
-                found = metrics.summarize(
-                    infos, names, seconds=max(time.perf_counter() - clock, 1e-9)
+                seconds += time.perf_counter() - clock
+                found = metrics.summarize(infos, names) | metrics.rates(
+                    rated, seconds=seconds, flops=flops
                 )
-                share = metrics.mfu(found["perf/tokens_per_second"].value, flops)
-                if share is not None:
-                    found["perf/mfu"] = Metric(share)
                 if learning_rate is not None:
                     found["learning_rate"] = Metric(float(learning_rate(number - 1)))
                 publish(number, found)
                 seen, findings = health.observe(seen, number, found, limits)
                 warn(findings)
-                infos, clock = [], time.perf_counter()
+                infos, rated, seconds, clock = [], [], 0.0, time.perf_counter()
             # Saved before it is evaluated: an evaluation that fails loses no training.
             if final or (save_every is not None and number % save_every == 0):
                 save(state)
             due = evaluate_every is not None and number % evaluate_every == 0
             if evaluate is not None and due and not final:
+                jax.block_until_ready(state.step)
+                seconds += time.perf_counter() - clock
                 publish(number, evaluate(state))
                 clock = time.perf_counter()
             if not final and _agreed(asked, number % log_every == 0):

@@ -66,8 +66,8 @@ def mean(moments: Moments) -> Metric:
     return Metric(value, math.sqrt(variance / (n - 1)), round(n))
 
 
-def summarize(infos: Sequence[Info], names: Mapping[str, str], *, seconds: float) -> Metrics:
-    """Named numbers of consecutive steps that took ``seconds`` together.
+def summarize(infos: Sequence[Info], names: Mapping[str, str]) -> Metrics:
+    """Named numbers of consecutive steps.
 
     Averages run over all rows of the steps; norms are the last step's.
     """
@@ -85,9 +85,23 @@ def summarize(infos: Sequence[Info], names: Mapping[str, str], *, seconds: float
         "grad_norm": Metric(float(host[-1].grad_norm)),
         "update_norm": Metric(float(host[-1].update_norm)),
         "perf/padding_fraction": Metric(1 - tokens / slots),
-        "perf/tokens_per_second": Metric(tokens / seconds),
-        "perf/steps_per_second": Metric(len(host) / seconds),
     }
+
+
+def rates(infos: Sequence[Info], *, seconds: float, flops: float) -> Metrics:
+    """Speed of steps that took ``seconds`` together; nothing where there are none.
+
+    ``flops`` are those of a token (:func:`flops_per_token`).
+    """
+    if not infos:
+        return {}
+    tokens = sum(int(info.tokens) for info in jax.device_get(list(infos)))
+    found = {
+        "perf/tokens_per_second": Metric(tokens / seconds),
+        "perf/steps_per_second": Metric(len(infos) / seconds),
+    }
+    share = mfu(tokens / seconds, flops)
+    return found if share is None else found | {"perf/mfu": Metric(share)}
 
 
 def flops_per_token(state: Any) -> float:

@@ -109,11 +109,14 @@ def init(
     pi0 = params if ref_params is None else ref_params
     trained, frozen = split(params, trainable or (lambda _: True))
     trained = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), trained)
+    # Optax mixes types and ranks freely, whatever the session is set to.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        opt_state = optimizer.init(trained)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=trained,
         frozen=frozen,
-        opt_state=optimizer.init(trained),
+        opt_state=opt_state,
         ref_params=ref_params,
         key=jnp.copy(key),
         fingerprint=digest(pi0) if fingerprint is None else jnp.copy(fingerprint),

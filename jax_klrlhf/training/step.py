@@ -121,7 +121,7 @@ def make_step(
         def differentiate(params: Any, part: Any) -> tuple[Sums, Any]:
             (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params, part)
             if shardings is not None:
-                # Left to itself the compiler hands gradients back whole on every device.
+                # Whatever the optimizer does: each device keeps its part of the sum alone.
                 grads = jax.lax.with_sharding_constraint(grads, shardings.params)
             return sums, grads
 

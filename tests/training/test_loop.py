@@ -62,7 +62,7 @@ def child(folder: Path, kill: str) -> subprocess.CompletedProcess:
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 

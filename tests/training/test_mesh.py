@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_klrlhf.core import objectives
+from jax_klrlhf.models import ModelConfig, language_model, partition
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import reference, state, step, tasks
 from tests.training import toy
@@ -181,16 +182,18 @@ def test_steps_on_a_mesh_equal_one_device_and_everything_is_sharded_alike(shape)
 
 
 def test_gradients_are_reduced_into_their_shards():
-    """The compiled fsdp step holds no whole gradient of the largest parameter."""
+    """By the step itself: this optimizer's updates do not depend on the gradient, so no layout
+    flows back to it from the parameters.
+    """
     mesh, shardings = layout(MESHES[1])
     params = MODEL.init(jax.random.key(0))
     kept = {}
 
-    def spy(grads, opt_state, params=None):
+    def spy(grads, opt_state, params):
         jax.debug.inspect_array_sharding(
             grads["block"]["mix"], callback=lambda s: kept.update(mix=s)
         )
-        return jax.tree.map(jnp.negative, grads), opt_state
+        return jax.tree.map(jnp.zeros_like, params), opt_state
 
     optimizer = optax.GradientTransformation(lambda params: optax.EmptyState(), spy)
     spread, laid = meshes.init(jax.random.key(1), params, optimizer, shardings=shardings)
@@ -202,13 +205,51 @@ def test_gradients_are_reduced_into_their_shards():
 def test_adafactor_lays_out_what_has_a_parameters_shape():
     optimizer = optax.adafactor(1e-2, min_dim_size_to_factor=8)
     mesh, shardings = layout(MESHES[3])
-    with jax.numpy_dtype_promotion("standard"):
-        spread, laid = meshes.init(
-            jax.random.key(1), MODEL.init(jax.random.key(0)), optimizer, shardings=shardings
-        )
+    spread, laid = meshes.init(
+        jax.random.key(1), MODEL.init(jax.random.key(0)), optimizer, shardings=shardings
+    )
     step.make_train_step(MODEL, optimizer, loss, shardings=laid)(
         spread, meshes.put_batch(toy.batch(0), mesh)
     )
+
+
+def test_the_librarys_decoder_by_its_own_partition_rules():
+    config = ModelConfig(
+        vocab_size=toy.VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        max_length=32,
+        tied=False,
+    )
+    model = language_model(config, constrain=partition.constrain)
+    params = model.init(jax.random.key(0))
+    optimizer = optax.adam(1e-2, eps=1e-3)
+    mesh = meshes.make(**MESHES[3])
+    plain = state.init(jax.random.key(1), params, optimizer, ref_params=params)
+    spread, laid = meshes.init(
+        jax.random.key(1),
+        params,
+        optimizer,
+        shardings=partition.shardings(params, mesh),
+        ref_params=params,
+    )
+    kernel = spread.opt_state[0].mu["layers"]["up"]["kernel"]
+    assert kernel.sharding.spec == P(None, "fsdp", "tensor")
+    one = step.make_train_step(model, optimizer, loss, reference=reference.live)
+    many = step.make_train_step(
+        model, optimizer, loss, reference=reference.live, shardings=laid, micro_batches=2
+    )
+    for seed in range(2):
+        plain, info = one(plain, toy.batch(seed))
+        spread, told = many(spread, meshes.put_batch(toy.batch(seed), mesh))
+        np.testing.assert_allclose(told.loss.total, info.loss.total, rtol=1e-5)
+        np.testing.assert_allclose(told.grad_norm, info.grad_norm, rtol=1e-5)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, spread.params, plain.params)
 
 
 def test_mesh_sizes():

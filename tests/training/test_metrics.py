@@ -53,13 +53,14 @@ def test_summary_of_unequal_steps_is_over_their_rows():
     found = metrics.summarize(
         [i._replace(report=_Report(*i.report)) for i in infos],
         {"margin": "rewards/margins", "absent": "rewards/chosen"},
-        seconds=2.0,
     )
+    found |= metrics.rates(infos, seconds=2.0, flops=1.0)
     assert found["loss"].value == 4.0  # not the mean of 2 and 10
     assert found["rewards/margins"].value == 4.0
     assert "rewards/chosen" not in found
     assert found["perf/padding_fraction"].value == pytest.approx(1 - 90 / 200)
     assert found["perf/tokens_per_second"].value == 45
+    assert metrics.rates([], seconds=0.0, flops=1.0) == {}
     assert found["grad_norm"].value == 30  # the last step's
 
 

@@ -96,7 +96,7 @@ def test_two_processes_give_the_same_run(tmp_path):
     ]
     try:
         # Together: where one fails, the other waits for it.
-        texts = [child.communicate(timeout=300)[0] for child in children]
+        texts = [child.communicate(timeout=600)[0] for child in children]
     finally:
         for child in children:
             child.kill()

@@ -92,9 +92,13 @@ def test_accumulation_equals_the_full_batch_however_unequal_the_parts():
 
 
 def test_rows_without_weight_are_as_if_deleted_even_when_degenerate():
-    # The last row of toy.batch has weight 0 and empty responses: 0/0 in a per-token loss.
-    loss = lambda s: -s.chosen_log_prob / s.length[..., 0].astype(jnp.float32)  # noqa: E731
+    # The row of weight 0 has an empty rejected response: this loss divides by its length, and
+    # 0 * (1 / 0) would reach the parameters through the chosen one.
+    loss = lambda s: -s.chosen_log_prob / s.length[..., 1].astype(jnp.float32)  # noqa: E731
     batch = toy.batch(2)
+    lengths = batch.responses.lengths.copy()
+    lengths[-1] = [3, 0]
+    batch = batch._replace(responses=batch.responses._replace(lengths=lengths))
     train = step.make_train_step(MODEL, SGD, loss, reference=reference.free)
     kept, info = train(fresh(), batch)
     deleted, _ = train(fresh(), jax.tree.map(lambda x: x[:-1], batch))
@@ -150,6 +154,15 @@ def test_frozen_parameters_have_no_moments_and_do_not_move():
     third, told = train(same, expected)
     close(parameters(second), parameters(third), rtol=1e-5, atol=1e-6)
     close(info.loss, told.loss, rtol=1e-5)
+
+
+def test_no_gradient_passes_through_the_reference():
+    # The reference is the policy itself, held still: the loss is ln 2, and must not stay there.
+    itself = reference.base(lambda params: params)
+    train = step.make_train_step(MODEL, SGD, LOSS, reference=itself)
+    _, info = train(fresh(), toy.batch(0))
+    np.testing.assert_allclose(float(info.loss.total / info.loss.weight), np.log(2), rtol=1e-6)
+    assert float(info.grad_norm) > 1e-2
 
 
 def test_bfloat16_compute_keeps_float32_masters():
