@@ -224,8 +224,9 @@ def sphere(
     uses the last ``hidden`` of the ``dim`` coordinates, so what is hidden is learned from rare
     actions only: comparisons of two draws from pi0 inform about it in proportion to ``coverage``,
     while the optimum plays rare actions wherever they are good. ``hidden = 0`` is isotropic:
-    there no two of offline and online learning differ much, whatever pi0 (theory, warning 1).
-    The coefficient itself is :func:`jax_klrlhf.bandit.evaluate.coverage`.
+    there offline and online learning hardly differ, whatever pi0 (theory, warning 1).
+    The coefficient itself is :func:`jax_klrlhf.bandit.evaluate.coverage`; that of pi* also depends
+    on kl_coef, as pi* follows pi0 where kl_coef is large.
 
     ``misspecification`` adds a non-linear part of that size to the reward (independent
     Rademacher signs). ``label_noise`` flips labels. Numbers may be traced, sizes are static.
