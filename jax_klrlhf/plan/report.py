@@ -28,6 +28,7 @@ _REFUSED = re.compile(
     r"|Used (?P<need2>[\d.]+)(?P<need2_unit>[KMGT]?) of "
     r"(?P<have2>[\d.]+)(?P<have2_unit>[KMGT]?) hbm"
 )
+_WHOLE = ("all-gather", "all-reduce", "reduce-scatter", "collective-broadcast")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
@@ -119,9 +120,13 @@ class Plan:
 
     @property
     def largest(self) -> Collective | None:
-        """The collective with the most entries."""
+        """The collective with the most entries, of those that hold a whole array on each chip.
+
+        An all-to-all or a permutation moves shards.
+        """
         found = self.work.collectives if self.work else []
-        return max(found, key=lambda collective: collective.elements, default=None)
+        found = [one for one in found if one.kind in _WHOLE]
+        return max(found, key=lambda one: one.elements, default=None)
 
     @property
     def gathers_too_much(self) -> bool:
@@ -279,7 +284,7 @@ def _received(plan: Plan) -> float:
 def _landmark_lines(plan: Plan) -> list[str]:
     largest, program = plan.largest, plan.program
     if largest is None:
-        return ["  no collective"]
+        return ["  no collective holds a whole array"]
     source = largest.source[-72:] or "no source"
     size, whole, stack = (
         f"{n / 1e6:.1f} M" for n in (largest.elements, program.vocabulary, program.stack)
