@@ -128,7 +128,11 @@ def sample(
 ) -> Samples:
     """The program behind :func:`generate`: pure, for use inside another compiled one.
 
-    The loop ends when every response has.
+    The loop ends when every response has. Until then finished rows ride along: on real stories
+    (64 prompts x 8 samples) gathering the live prompts and samples every 32 steps would save no
+    work at 128 new tokens and 9 % at 256, for a compilation at each new shape. Whole stories, whose
+    longest is twice the mean, would take 0.58 of the work: cap ``max_new_tokens`` near the lengths
+    that are wanted.
     """
     rows = prompts.ids.shape[0]
     uniform = _uniform(keys, samples, max_new_tokens)
