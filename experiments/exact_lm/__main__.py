@@ -1,0 +1,3 @@
+from experiments.exact_lm.run import cli
+
+cli()
