@@ -48,6 +48,9 @@ class PlanConfig:
     reference: Literal["cached", "live"] = "cached"
     """Reference log-probabilities: computed before, or in the step (from a second copy; with
     --lora, from the frozen base)."""
+    frozen_dtype: Literal["bfloat16", "float32"] = "float32"
+    """In which an adapter's base, or a live reference's second copy, lies in memory; `klrlhf dpo`
+    loads float32."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the computation; master parameters and moments are float32."""
     remat: str | None = "full"
@@ -158,6 +161,7 @@ def _programs(config: PlanConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -
                 micro_batches=config.micro_batches,
                 live_reference=config.reference == "live",
                 adapter=None if config.lora is None else Lora(rank=config.lora),
+                frozen_dtype=jnp.dtype(config.frozen_dtype),
             )
         )
     if config.program in ("sample", "both"):

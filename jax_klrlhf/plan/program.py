@@ -80,6 +80,7 @@ def train_step(
     micro_batches: int = 1,
     live_reference: bool = False,
     adapter: lora.Lora | None = None,
+    frozen_dtype: Any = jnp.float32,
 ) -> Program:
     """The step of preference training (sigmoid loss), of all parameters or of an adapter.
 
@@ -88,23 +89,23 @@ def train_step(
         mesh: of real devices or of a topology's.
         shapes: of the global batch.
         optimizer: any Optax transformation.
-        compute_dtype: what the parameters are cast to before the model runs, and the type in
-            which an adapter's frozen base and a live reference lie in memory.
+        compute_dtype: what the parameters are cast to before the model runs.
         chunk: tokens projected on the vocabulary at one time.
         micro_batches: pieces of the batch.
         live_reference: pi0 is scored in the step (from a second copy of the parameters; with an
             adapter, from its base), in place of log-probabilities computed before.
         adapter: train low-rank updates only.
+        frozen_dtype: in which an adapter's base and a second copy lie in memory.
     """
     model = language_model(config) if adapter is None else lora.language_model(config, adapter)
     params = parameters(model)
     copied = live_reference and adapter is None
     if adapter is not None:
-        base = jax.tree.map(lambda leaf: _like(leaf, dtype=compute_dtype), params["base"])
+        base = jax.tree.map(lambda leaf: _like(leaf, dtype=frozen_dtype), params["base"])
         params = params | {"base": base}
     ref_params = None
     if copied:
-        ref_params = jax.tree.map(lambda leaf: _like(leaf, dtype=compute_dtype), params)
+        ref_params = jax.tree.map(lambda leaf: _like(leaf, dtype=frozen_dtype), params)
 
     def init(key: Any, params: Any, ref_params: Any) -> states.TrainState:
         trainable = None if adapter is None else lambda path: path.startswith("lora/")

@@ -257,6 +257,7 @@ def test_an_adapter_trains_itself_alone():
         chunk=64,
         live_reference=True,
         adapter=Lora(rank=4),
+        frozen_dtype=jnp.bfloat16,
     )
     sizes = {kind: program.shard_bytes(tree) for kind, tree in made.arguments.items()}
     kernels = 24 * (32 * 64 + 32 * 32 + 3 * 32 * 64)
