@@ -39,6 +39,8 @@ DATASETS = ("train_tickets", "cars")
 KINDS = ("mixed", "one group")
 METHODS = ("pi0", "greedy", "Option I", "Option II", "KL-PCB")
 BINS = 4
+ROUNDING = 1e-5
+"""A gain below this is no gain: two policies that are the same but for rounding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -308,7 +310,7 @@ def _numbers(panel: str, world: World, splits: list[ByPerson]) -> dict[str, resu
                 gain = lambda p, k=k, inside=inside: (p.gap[1] - p.gap[k])[inside(p)]  # noqa: E731
                 metrics[f"{at}/gain over greedy, {group}"] = _over_splits(splits, gain)
                 metrics[f"{at}/share of people better off, {group}"] = _over_splits(
-                    splits, lambda p, gain=gain: gain(p) > 0
+                    splits, lambda p, gain=gain: gain(p) > ROUNDING
                 )
         for number in range(BINS):
             metrics[f"{panel}/{method}/gap, uncertainty quartile {number + 1}"] = _over_splits(

@@ -370,11 +370,11 @@ def _race_figure(
 
 
 def _spent(points: Sequence[int], pick, eps: float) -> np.ndarray:
-    """Comparisons to the target, ``[seeds, points]``."""
+    """Comparisons to the target, ``[seeds, points]``; at least 1, so that a logarithm shows it."""
     columns = []
     for point in points:
         values, m = pick(point)
-        columns.append(first_below(values, eps)[0] * m)
+        columns.append(np.maximum(1, first_below(values, eps)[0] * m))
     return np.stack(columns, 1)
 
 
