@@ -117,7 +117,6 @@ def samplers(world: World, config: Config, key: Any) -> dict[str, Metric]:
     row = len(world.prompts.lengths) - 1
     prompt = ragged(world.prompts.ids[row:], world.prompts.lengths[row:])
     reward, base = world.reward[row], world.base[row]
-    bound = float(world.reward.max())
     cold = enumerated.log_prob(
         enumerated.tempered(world.model, 0.7), world.params,
         jax.tree.map(jax.numpy.asarray, prompt), world.every,
@@ -141,15 +140,13 @@ def samplers(world: World, config: Config, key: Any) -> dict[str, Metric]:
     best = enumerated.best_of(jax.numpy.asarray(base), jax.numpy.asarray(reward), n=n)
     compare(f"best of {n}", pick(groups, of.argmax(1)[:, None]), best)
     at = _numbers(world, drawn)
-    eta = world.config.kl_coef
     taken = rejection.accept(
-        keys[2], jax.numpy.asarray(reward[at], jax.numpy.float32), reward_bound=bound, kl_coef=eta
-    )
+        keys[2], jax.numpy.asarray(reward[at], jax.numpy.float32), reward_bound=float(reward.max()),
+        kl_coef=1.0,
+    )  # fmt: skip
     kept = np.asarray(taken.accepted)
-    accepted = ragged(
-        np.asarray(drawn.ids)[0][kept][None], np.asarray(drawn.lengths)[0][kept][None]
-    )
-    compare("rejection", accepted, optimum(world)[row])
+    accepted = ragged(drawn.ids[:, kept], np.asarray(drawn.lengths)[:, kept])
+    compare("rejection at kl_coef 1", accepted, optimum(world, kl_coef=1.0)[row])
     return found
 
 
@@ -157,13 +154,13 @@ def rejection_chain(world: World, config: Config, key: Any) -> dict[str, Metric]
     """Multi-step rejection with maximum likelihood at every step, against its exact targets."""
     eta, bound = world.config.kl_coef, float(world.reward.max())
     found: dict[str, Metric] = {}
+    fitted = rejections.likelihood(
+        world.model, fitting=fitting_of(config.steps * 2, config.learning_rate)
+    )
     for steps in config.rejection_steps:
         policies: list[Any] = []
-        fitted = rejections.likelihood(
-            world.model, fitting=fitting_of(config.steps * 2, config.learning_rate)
-        )
 
-        def learn(key: Any, params: Any, situation: Any, accepted: Any, fitted=fitted, to=policies):
+        def learn(key: Any, params: Any, situation: Any, accepted: Any, to: Any = policies):
             outcome = fitted(key, params, situation, accepted)
             to.append(outcome.params)
             return outcome
@@ -202,8 +199,9 @@ def rejection_chain(world: World, config: Config, key: Any) -> dict[str, Metric]
         )  # fmt: skip
         error = np.abs(law - star).sum(1) / 2
         found[f"rejection/unknown bound, {samples} draws/total_variation"] = mean(error)
-        drawn = draw_of(world, samples)(jax.random.key(samples), world.params, repeated(world, 60))
-        reward = jax.numpy.asarray(world.judge(repeated(world, 60), drawn))
+        rows = np.arange(60) % len(world.base)
+        number = _draw_exactly(np.random.default_rng(samples), world, rows, samples)
+        reward = jax.numpy.asarray(world.reward[rows[:, None], number], jax.numpy.float32)
         estimated = rejections.bound_error(reward, kl_coef=eta, kl_coef_prev=float("inf"))
         found[f"rejection/unknown bound, {samples} draws/estimated"] = mean(np.asarray(estimated))
     return found
@@ -326,17 +324,11 @@ def coverage(world: World, config: Config, key: Any) -> dict[str, Metric]:
         )
     )  # fmt: skip
     found: dict[str, Metric] = {}
-    cumulative = np.cumsum(np.exp(world.base), 1)
     for count in config.coverage_rows:
         inside, theory, ratio = [], [], []
         for _ in range(config.coverage_trials):
             prompt = rng.integers(0, rows, count)
-            drawn = [
-                np.array(
-                    [np.searchsorted(cumulative[p], u) for p, u in zip(prompt, us, strict=True)]
-                )
-                for us in rng.uniform(size=(2, count)) * cumulative[prompt, -1]
-            ]
+            drawn = _draw_exactly(rng, world, prompt, 2).T
             z = (world.phi[prompt, drawn[0]] - world.phi[prompt, drawn[1]]).astype(np.float32)
             label = (rng.uniform(size=count) < _sigmoid(z @ world.theta)).astype(np.float32)
             belief = estimate(z, label, np.ones(count, np.float32), ridge=ridge)
@@ -365,6 +357,18 @@ def _acceptance(
     proposal: Any, reward: Any, bound: float, kl_coef: float, previous: float
 ) -> Float[np.ndarray, " B"]:
     return (np.exp(proposal + (1 / kl_coef - 1 / previous) * (reward - bound))).sum(1)
+
+
+def _draw_exactly(
+    rng: np.random.Generator, world: World, prompt: np.ndarray, samples: int
+) -> np.ndarray:
+    """Numbers of responses drawn from the exact law of pi0 at each prompt, ``[rows, samples]``."""
+    cumulative = np.cumsum(np.exp(world.base), 1)
+    uniform = rng.uniform(size=(len(prompt), samples)) * cumulative[prompt, -1][:, None]
+    found = np.zeros((len(prompt), samples), int)
+    for row in np.unique(prompt):
+        found[prompt == row] = np.searchsorted(cumulative[row], uniform[prompt == row])
+    return found
 
 
 def _numbers(world: World, responses: Any) -> np.ndarray:

@@ -45,9 +45,12 @@ def small(config: Config) -> Config:
     return dataclasses.replace(
         config,
         seeds=2,
-        world=worlds.Config(vocab=4, length=4, prompts=4, hidden=16, layers=1, sft_steps=100),
+        world=worlds.Config(
+            vocab=4, length=4, prompts=4, hidden=16, layers=1, kl_coef=1.0, sft_steps=100
+        ),
         sizes=measures.Config(
-            fixed_point_pairs=1200, fixed_point_steps=400, evaluations=4, rejection_steps=(1, 2),
+            learning_rate=1e-2,
+            fixed_point_pairs=2000, fixed_point_steps=500, evaluations=4, rejection_steps=(1, 2),
             proposals=2048, labels_per_round=48, rounds=2, steps=60, draws=5000,
             coverage_rows=(1000,), coverage_trials=40,
         ),
