@@ -1,0 +1,217 @@
+"""This library on the job's pairs: ``training.loop.train`` over batches collated as they come.
+
+``without`` names what is switched off, for the breakdown: ``cache`` (the reference is scored in
+each step), ``buckets`` (every row padded to the two lengths), ``sharing`` (each response reads its
+own copy of the prompt), ``projection`` (that, and the logits of every position at once, prompts
+included), ``blocks`` (attention as one masked product), ``remat`` (all activations kept).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from experiments.benchmarks.dpo_peers.serve import Contender, serve
+from jax_klrlhf import models
+from jax_klrlhf.core import objectives, sequence
+from jax_klrlhf.core.objectives import Scores
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.data.batch import collate
+from jax_klrlhf.data.buckets import Shape
+from jax_klrlhf.data.rows import Row
+from jax_klrlhf.models import attention, scoring
+from jax_klrlhf.programs.run import pairs as as_pairs
+from jax_klrlhf.training import loop, make_step, optimizers, reference, state, tasks
+
+REMAT = "dots_with_no_batch_dims_saveable"
+WHOLE = 2**30
+"""A chunk or block that holds everything."""
+
+
+class Collated:
+    """Batches collated when they are asked for, in order, again and again."""
+
+    def __init__(self, rows: Sequence[Row], batches: Sequence[tuple[Shape, list[int]]], table: Any):
+        self._rows, self._batches, self._table = rows, batches, table
+        self._next = 0
+
+    def __next__(self) -> Any:
+        """The next batch."""
+        shape, held = self._batches[self._next % len(self._batches)]
+        self._next += 1
+        return as_pairs(collated(self._rows, shape, held), self._table)
+
+    def state(self) -> int:
+        """Batches given so far."""
+        return self._next
+
+    def restore(self, state: int) -> None:
+        """Go on after ``state`` batches."""
+        self._next = state
+
+
+def collated(rows: Sequence[Row], shape: Shape, held: list[int]) -> Any:
+    """The rows held, and copies of the first of them at weight 0, as one data batch."""
+    numbers = np.array(held + [held[0]] * (shape.rows - len(held)), np.int32)
+    weight = (np.arange(shape.rows) < len(held)).astype(np.float32)
+    return collate([rows[n] for n in numbers], shape, numbers=numbers, weight=weight)
+
+
+def make(job: dict[str, Any]) -> Contender:
+    """The training of a job."""
+    without = set(job["without"])
+    if "blocks" in without:
+        attention.CHUNK = WHOLE
+    loaded = models.load(job["model"], remat=None if "remat" in without else REMAT)
+    score = {"sharing": unshared, "projection": everywhere}
+    switched = [score[name] for name in ("projection", "sharing") if name in without]
+    log_prob = switched[0] if switched else scoring.log_prob
+    kl_coef = job["kl_coef"]
+
+    def scores(params: Any, ref_params: Any, batch: Any) -> tasks.Preference:
+        ours = log_prob(loaded.model, params, batch.prompts, batch.responses)
+        if "cache" in without:
+            theirs = log_prob(loaded.model, ref_params, batch.prompts, batch.responses)
+            theirs = jax.lax.stop_gradient(theirs)
+        else:
+            theirs = batch.ref_log_prob
+        return tasks.Preference(Scores(ours, theirs, batch.responses.lengths), batch.label)
+
+    def sigmoid(given: Scores) -> jax.Array:
+        return objectives.sigmoid(
+            given.chosen_log_ratio, given.rejected_log_ratio, kl_coef=kl_coef
+        )
+
+    optimizer = optimizers.adamw(job["learning_rate"])
+    task = tasks.preference(loaded.model, sigmoid, kl_coef=kl_coef)
+    step = make_step(dataclasses.replace(task, score=scores), optimizer)
+
+    def begin(data: Sequence[Row], batches: Any) -> tuple[Any, Collated]:
+        live = "cache" in without
+        first = state.init(
+            jax.random.key(0), loaded.params, optimizer, ref_params=loaded.params if live else None
+        )
+        table = None
+        if not live:
+            table = reference.tabulate(
+                loaded.model,
+                loaded.params,
+                (collated(data, shape, held) for shape, held in batches),
+                rows=len(data),
+                responses=2,
+            )
+        return first, Collated(data, batches, table)
+
+    def check() -> list[float]:
+        data = rows_of(job["check"])
+        batches = fixed(data, job["batch_size"], multiple=8)
+        carried, feed = begin(data, batches)
+        losses = []
+        for _ in batches:
+            carried, info = step(carried, next(feed))
+            losses.append(float(info.loss.total / info.loss.weight))
+        return losses
+
+    data = rows_of(job["pairs"])
+    if "buckets" in without:
+        batches = fixed(data, job["batch_size"], lengths=job["lengths"])
+    else:
+        batches = [(Shape(*shape), list(held)) for shape, held in job["batches"]]
+    carried: list[Any] = []
+
+    def turn() -> None:
+        if not carried:
+            carried.extend(begin(data, batches))
+        outcome = loop.train(
+            step,
+            carried[0],
+            carried[1],
+            steps=int(carried[0].step) + len(batches),
+            names=task.names,
+            console=Console(quiet=True),
+        )
+        carried[0] = outcome.state
+
+    copied = bool(without & {"sharing", "projection"})
+    slots = sum(
+        shape.rows * (shape.prompt * (2 if copied else 1) + 2 * shape.response)
+        for shape, _ in batches
+    )
+    return Contender(check, turn, slots)
+
+
+def rows_of(pairs: Sequence[Sequence[list[int]]]) -> list[Row]:
+    """Rows of the data half from the job's token ids."""
+    return [
+        Row(prompt, [chosen, rejected], [1.0, 0.0], 1.0, 1.0, number)
+        for number, (prompt, chosen, rejected) in enumerate(pairs)
+    ]
+
+
+def fixed(
+    data: Sequence[Row], size: int, *, lengths: Sequence[int] | None = None, multiple: int = 1
+) -> list[tuple[Shape, list[int]]]:
+    """Batches of ``size`` rows in order, all of one shape: ``lengths``, or what holds all rows."""
+    if lengths is None:
+        prompt = max(len(row.prompt) for row in data)
+        response = max(len(response) for row in data for response in row.responses)
+        lengths = [-(-n // multiple) * multiple for n in (prompt, response)]
+    shape = Shape(size, lengths[0], 2, lengths[1])
+    return [
+        (shape, list(range(begin, min(begin + size, len(data)))))
+        for begin in range(0, len(data), size)
+    ]
+
+
+def unshared(
+    model: Any, params: Any, prompts: Ragged, responses: Ragged, *, chunk: int = scoring.CHUNK
+) -> jax.Array:
+    """Log-probabilities ``[B, 2]`` with each prompt read once for each of its responses."""
+    batch, count, length = responses.ids.shape
+    found = scoring.log_prob(
+        model,
+        params,
+        Ragged(jnp.repeat(prompts.ids, count, 0), jnp.repeat(prompts.lengths, count)),
+        Ragged(
+            responses.ids.reshape(batch * count, 1, length),
+            responses.lengths.reshape(batch * count, 1),
+        ),
+        chunk=chunk,
+    )
+    return found.reshape(batch, count)
+
+
+def everywhere(model: Any, params: Any, prompts: Ragged, responses: Ragged) -> jax.Array:
+    """The same from whole rows, prompt and response one text, and logits at all positions.
+
+    The prompt's first token stands for the prompt, and all that follows for the response.
+    """
+    batch, count, length = responses.ids.shape
+    width = prompts.ids.shape[1]
+    prompt = jnp.repeat(prompts.ids, count, 0)
+    begin = jnp.repeat(prompts.lengths, count)
+    end = begin + responses.lengths.reshape(-1)
+    place = jnp.broadcast_to(
+        jnp.arange(1, width + length, dtype=jnp.int32), (batch * count, width + length - 1)
+    )
+    answers = responses.ids.reshape(batch * count, length)
+    asked = jnp.take_along_axis(prompt, jnp.minimum(place, width - 1), 1)
+    index = jnp.clip(place - begin[:, None], 0, length - 1)
+    ids = jnp.where(place < begin[:, None], asked, jnp.take_along_axis(answers, index, 1))
+    per_token = scoring.token_log_prob(
+        model,
+        params,
+        Ragged(prompt[:, :1], jnp.ones_like(begin)),
+        Ragged(ids[:, None], (end - 1)[:, None]),
+        chunk=WHOLE,
+    )[:, 0]
+    answered = (place >= begin[:, None]) & (place < end[:, None])
+    return sequence.sum_log_prob(per_token, where=answered).reshape(batch, count)
+
+
+if __name__ == "__main__":
+    serve(make)
