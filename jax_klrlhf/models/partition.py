@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 ROWS = ("data", "fsdp")
 """Axes that the rows of a batch are cut along."""
@@ -105,6 +105,25 @@ def gathered(path: str, kernel: jax.Array) -> jax.Array:
     return _resharded(kernel, P(*whole), P(*cut))
 
 
+def look_up(table: Float[Array, "V E"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch E"]:
+    """``table[ids]``, each device of ``fsdp`` and ``tensor`` giving its part of the hidden size.
+
+    The embedding lies cut along the vocabulary too where there is ``tensor``. Cut so, its gradient
+    would gather the hidden gradients of the whole batch on every device.
+    """
+    sizes = _auto_axes()
+    wanted = tuple(a for a in ("tensor", "fsdp") if sizes.get(a, 1) > 1)
+    if "fsdp" not in wanted or table.shape[1] % math.prod(sizes[a] for a in wanted):
+        return table[ids]
+    here, rows = _rows(ids.shape[0], sizes)
+    between = (None,) * (ids.ndim - 1)
+    table = jax.lax.with_sharding_constraint(table, P(None, wanted))
+    x = jax.lax.with_sharding_constraint(table[ids], P(here, *between, wanted))
+    # `fsdp` moves from the hidden size to the rows by itself: in one step with `tensor` the
+    # compiler would gather everything and cut it again.
+    return jax.lax.with_sharding_constraint(x, P(rows, *between, wanted[:-1]))
+
+
 def project(
     hidden: Float[Array, "*batch E"], table: Float[Array, "_ _"], *, axis: int, dtype: Any
 ) -> Float[Array, "*batch V"]:
@@ -125,16 +144,20 @@ def project(
     )
     if "fsdp" not in wanted or hidden.ndim < 2 or table.shape[1 - axis] % parts:
         return product(hidden, table)
-    here = tuple(a for a in ("data",) if a in sizes and hidden.shape[0] % sizes[a] == 0)
-    rows = tuple(a for a in ROWS if a in sizes)
-    if hidden.shape[0] % math.prod(sizes[a] for a in rows):
-        rows = here
+    here, rows = _rows(hidden.shape[0], sizes)
     between = (None,) * (hidden.ndim - 2)
     hidden = _resharded(hidden, P(here, *between, None), P(rows, *between, None))
     table = jax.lax.with_sharding_constraint(
         table, P(*((None, wanted) if axis == 0 else (wanted,)))
     )
     return jax.lax.with_sharding_constraint(product(hidden, table), P(here, *between, wanted))
+
+
+def _rows(count: int, sizes: dict[str, int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What ``count`` rows are cut along without ``fsdp``, and with it where it divides them."""
+    here = tuple(a for a in ("data",) if a in sizes and count % sizes[a] == 0)
+    rows = tuple(a for a in ROWS if a in sizes)
+    return here, here if count % math.prod(sizes[a] for a in rows) else rows
 
 
 def _auto_axes() -> dict[str, int]:

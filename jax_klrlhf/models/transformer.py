@@ -184,7 +184,7 @@ class Decoder(nn.Module):
         table = self.param(
             "embedding", init, (config.vocab_size, config.hidden_size), config.param_dtype
         )
-        x = table[ids].astype(config.dtype)
+        x = partition.look_up(table, ids).astype(config.dtype)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, config.dtype)
         if config.learned_positions:
