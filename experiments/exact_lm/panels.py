@@ -33,9 +33,9 @@ class Config:
     rejection_steps: tuple[int, ...] = (1, 2, 4, 8)
     proposals: int = 8192
     """Per prompt, shared by the steps of a chain."""
-    labels_per_round: int = 96
+    labels_per_round: int = 480
     rounds: int = 5
-    steps: int = 200
+    steps: int = 300
     """Optimizer steps of every fit of the comparison."""
     learning_rate: float = 3e-3
     draws: int = 20_000
@@ -53,10 +53,13 @@ class Path(NamedTuple):
     kl: list[float]
 
 
-def draw_of(world: World, samples: int, *, temperature: float = 1.0) -> rounds.Draw:
+def draw_of(
+    world: World, samples: int, *, temperature: float = 1.0, rows: int | None = None
+) -> rounds.Draw:
+    """How policies of this world are sampled from; ``rows`` prompts at one time."""
     return rounds.Draw(
         model=world.model, samples=samples, max_new_tokens=world.config.length, stop=(STOP,),
-        temperature=temperature, rows=max(1, 65_536 // samples),
+        temperature=temperature, rows=rows or max(1, 65_536 // samples),
     )  # fmt: skip
 
 
@@ -178,15 +181,17 @@ def rejection_chain(world: World, config: Config, key: Any) -> dict[str, Metric]
         metrics = improve(jax.random.fold_in(key, steps), situation).metrics
         name = f"{steps} step" + "s" * (steps > 1)
         coefs = [float("inf"), *(float(c) for c in rejection.schedule(eta, steps))]
-        proposal = world.base
+        proposal, rates = world.base, []
         for number in range(1, steps + 1):
             exact = _acceptance(proposal, world.reward, bound, coefs[number], coefs[number - 1])
             found[f"rejection/{name}/acceptance exact {number}"] = mean(exact)
             found[f"rejection/{name}/acceptance {number}"] = metrics[
                 f"rejection/acceptance/{number}"
             ]
+            rates.append(exact)
             policy = evaluate(world, policies[number - 1])
             proposal = policy.log_prob
+        found[f"rejection/{name}/proposals per accepted"] = mean(sum(1 / rate for rate in rates))
         found[f"rejection/{name}/total_variation"] = mean(policy.variation)
         found[f"rejection/{name}/gap"] = mean(policy.gap)
     star = np.exp(optimum(world))
@@ -215,7 +220,8 @@ def comparison(
     improve = rounds.dpo(
         world.model, kl_coef=eta, fitting=fitting_of(config.steps, config.learning_rate)
     )
-    pair, eight = draw_of(world, 2), draw_of(world, 8)
+    # Pieces of one size, whatever the number of labels: one compilation.
+    single, pair, eight = (draw_of(world, samples, rows=m) for samples in (1, 2, 8))
     implicit = rounds.implicit(world.model, kl_coef=eta, rows=m)
     plain = rounds.known(lambda prompts, responses: np.zeros(responses.lengths.shape, np.float32))
     linear = rounds.linear(world.features, dim=world.theta.size, ridge=1.0, radius=1.0)
@@ -227,7 +233,7 @@ def comparison(
             "sampler": rounds.main_agent(pair), "reward": plain, "pair_rule": random_pair,
         },
         "online, against pi0": {
-            "sampler": rounds.against_base(draw_of(world, 1)), "reward": plain,
+            "sampler": rounds.against_base(single), "reward": plain,
             "pair_rule": pairing.between_agents(),
         },
         "online, best and worst of 8": {

@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
@@ -74,7 +75,8 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         f"{len(here.every.lengths)} responses to each of {config.world.prompts} prompts; "
         f"KL(pi*||pi0) = {_kl(here):.2f} nats"
     )
-    keys = dict(zip(PANELS, jax.random.split(jax.random.key(1), len(PANELS)), strict=True))
+    split = jax.random.split(jax.random.key(1), len(PANELS))
+    keys: dict[str, Any] = dict(zip(PANELS, split, strict=True))
     metrics: dict[str, results.Metric] = {}
     path, paths = [], {}
     for panel in (p for p in PANELS if p in config.panels):
@@ -110,6 +112,8 @@ def _table(panel: str, metrics: Mapping[str, results.Metric], console: Console) 
     rows: dict[str, dict[str, results.Metric | str]] = {}
     for name, metric in metrics.items():
         _, method, column = name.split("/")
+        if column.startswith("acceptance"):
+            continue  # One per step: in results.json.
         tiny = abs(metric.value) < 1e-3 and metric.value != 0
         rows.setdefault(method, {})[column] = f"{metric.value:.1e}" if tiny else metric
     results.print_table(panel, rows, console=console, caption="± one standard error")

@@ -135,7 +135,7 @@ def law(config: Config, params: Any, prompts: Ragged, every: Ragged) -> Float[np
     """
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), params)
-        found = _law(_shape(config, jnp.float64), wide, prompts, Ragged(*map(np.asarray, every)))
+        found = _law(_shape(config, jnp.float64), wide, prompts, ragged(*every))
         return np.asarray(found)
 
 
@@ -208,4 +208,8 @@ def _chains(config: Config, chain: Float[np.ndarray, "V V"], rng: np.random.Gene
             if token == STOP:
                 break
     weight = np.ones(rows, np.float32)
-    return Batch(ragged(prompts, np.full(rows, 3)), ragged(ids, lengths), weight=weight)
+    return Batch(
+        ragged(prompts, np.full(rows, 3)),
+        ragged(ids, lengths),
+        weight=weight,  # pyright: ignore[reportArgumentType]  # NumPy: on the host
+    )

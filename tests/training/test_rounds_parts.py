@@ -106,11 +106,12 @@ def test_a_reward_model_in_a_folder_judges_as_the_model_in_memory(tmp_path, draw
     )  # fmt: skip
     model = language_model(config)
     params = rewards.RewardParams(
-        model.init(jax.random.key(0)), rewards.init_head(jax.random.key(1), dim=8)
+        jax.jit(model.init)(jax.random.key(0)), rewards.init_head(jax.random.key(1), dim=8)
     )
     rewards.save(tmp_path / "judge", config, params)
     judge = oracle.reward_model(tmp_path / "judge", rows=4)
-    expected = rewards.reward(model, params, jax_rows(drawn.prompts), jax_rows(drawn.responses))
+    direct = jax.jit(partial(rewards.reward, model))
+    expected = direct(params, jax_rows(drawn.prompts), jax_rows(drawn.responses))
     found = judge(drawn.prompts, drawn.responses)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     decode = lambda ids: "".join(map(str, ids))  # noqa: E731

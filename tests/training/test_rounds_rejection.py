@@ -13,6 +13,7 @@ from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import enumerate as enumerated
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds import rejection
+from jax_klrlhf.training.rounds.parts import ragged
 from tests.training import rounds_world as world
 
 
@@ -97,6 +98,9 @@ def test_nothing_accepted_is_an_error_with_the_remedy():
         improve(jax.random.key(0), situation())
 
 
+FEW = rounds.Draw(
+    model=world.MODEL, samples=64, max_new_tokens=world.LENGTH, stop=(world.STOP,), rows=6
+)
 MANY = rounds.Draw(
     model=world.MODEL, samples=1024, max_new_tokens=world.LENGTH, stop=(world.STOP,), rows=6
 )
@@ -121,19 +125,50 @@ def test_likelihood_of_what_is_accepted_approaches_the_gibbs_law():
     assert divergence.categorical(target, after).mean() < before / 2
 
 
-def test_rso_ranks_accepted_responses_by_what_is_believed():
+def test_rso_ranks_accepted_responses_by_what_is_believed(monkeypatch):
     seen = []
+    won = rejection._won
 
-    def rule(key, reward, *, where):
-        seen.append((np.asarray(reward), np.asarray(where)))
-        return pairs.tournament(key, reward, where=where)
+    def spy(prompts, responses, first, second, valid):
+        seen.append((responses, first, second, valid))
+        return won(prompts, responses, first, second, valid)
 
+    monkeypatch.setattr(rejection, "_won", spy)
     fitting = rounds.Fitting(optimizer=world.FITTING.optimizer, steps=30, batch_size=32)
-    improve = rounds.rso(
-        world.MODEL, MANY, kl_coef=1.0, fitting=fitting, rule=rule, reward_bound=3.0
-    )
+    improve = rounds.rso(world.MODEL, FEW, kl_coef=1.0, fitting=fitting, rule=pairs.tournament)
     found = improve(jax.random.key(0), situation())
-    reward, where = seen[0]
-    # Accepted responses have more reward than the proposals they were chosen from.
-    assert reward[where].mean() > reward.mean() + 4 * reward.std() / np.sqrt(where.sum())
+    responses, first, second, valid = seen[0]
+    reward = world.gold(None, responses)
+    ids = np.asarray(responses.ids)
+    winners, losers = set(), set()
+    for row, match in np.argwhere(valid):
+        one, two = first[row, match], second[row, match]
+        assert np.any(ids[row, one] != ids[row, two])
+        winners.add((row, one))
+        losers.add((row, two))
+    # Everyone who was accepted plays, once for all copies; n players play n - 1 matches.
+    key = jax.random.split(jax.random.fold_in(jax.random.key(0), 1), 3)[1]
+    accepted = core.accept(key, jnp.asarray(reward), reward_bound=None, kl_coef=1.0).accepted
+    players = winners | losers
+    for row in range(len(ids)):
+        texts = {tuple(ids[row, at]) for at in np.flatnonzero(accepted[row])}
+        played = [tuple(ids[row, at]) for number, at in players if number == row]
+        assert sorted(played) == sorted(texts if len(texts) > 1 else ())
+    assert len(players) == valid.sum() + valid.any(1).sum()
     assert found.metrics["rewards/margins"].value > 4 * found.metrics["rewards/margins"].stderr
+
+
+def test_a_copy_is_ranked_where_only_a_later_one_was_accepted():
+    ids = np.array([[[1], [2], [1], [3]]])
+    responses = ragged(ids, np.ones((1, 4)))
+    accepted = rejection.Accepted(
+        responses, np.array([[False, True, True, False]]), np.zeros((1, 4), np.float32), 1.0
+    )
+    prompts = ragged([[1, 2]], [2])
+    fitting = rounds.Fitting(optimizer=world.FITTING.optimizer, steps=1, batch_size=1)
+    learn = rejection.ranked(world.MODEL, lambda eta: lambda s: s.log_prob[:, 0], fitting=fitting)
+    here = situation()._replace(prompts=prompts)
+    learn(jax.random.key(0), world.PARAMS, here, accepted)  # There is a pair to learn from.
+    none = accepted._replace(accepted=np.array([[True, False, True, False]]))
+    with pytest.raises(ValueError, match="no comparison"):
+        learn(jax.random.key(0), world.PARAMS, here, none)

@@ -180,17 +180,19 @@ def ranked(
     fits: dict[float, Callable[..., Fitted]] = {}
     reference = reference_log_prob(model, fitting, rows=rows)
 
+    @jax.jit
+    def choose(key: Key[Array, ""], reward: Array, ids: Array, accepted: Array) -> pairs.Pair:
+        # Copies count once among the accepted: the first copy of all may be one that was not.
+        marked = jnp.concatenate([ids, accepted[..., None].astype(ids.dtype)], -1)
+        return rule(key, reward, where=accepted & pairs.distinct(marked))
+
     def learn(key: Any, params: Any, situation: Situation, accepted: Accepted) -> Fitted:
         eta = accepted.kl_coef
         if eta not in fits:
             fits[eta] = fitting.compile(tasks.preference(model, loss(eta), kl_coef=eta))
         key_pair, key_fit = jax.random.split(key)
-        taken = jnp.asarray(accepted.accepted)
-        # Copies count once among the accepted: the first copy of all may be one that was not.
-        marked = jnp.concatenate([accepted.responses.ids, taken[..., None].astype(jnp.int32)], -1)
-        where = taken & pairs.distinct(marked)
-        pair = rule(key_pair, jnp.asarray(accepted.reward), where=where)
-        first, second, valid = (np.asarray(f).reshape(len(where), -1) for f in pair)
+        pair = choose(key_pair, accepted.reward, accepted.responses.ids, accepted.accepted)
+        first, second, valid = (np.asarray(f).reshape(len(accepted.reward), -1) for f in pair)
         data = comparisons_deal(
             Mixture([_won(situation.prompts, accepted.responses, first, second, valid)], None)
         )
