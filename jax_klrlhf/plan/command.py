@@ -104,6 +104,8 @@ def main(config: PlanConfig) -> list[report.Plan]:
             metrics={key: value for plan in plans for key, value in report.metrics(plan).items()},
         )
         for plan in plans:
+            if plan.refusal is not None:
+                continue  # There is no compiled program.
             name = plan.program.name.replace(" ", "_")
             (path.parent / f"{name}.hlo.txt").write_text(plan.text)
     return plans

@@ -210,7 +210,7 @@ def verdict(plan: Plan) -> str:
 def table(plan: Plan) -> str:
     """The whole plan as text."""
     lines = [f"{plan.program.name} on {plan.topology.name} ({plan.topology.size} devices)"]
-    lines += [f"  {verdict(plan)}; compiled in {plan.seconds:.0f} s", ""]
+    lines += [f"  {verdict(plan)}; the compiler took {plan.seconds:.0f} s", ""]
     kinds = plan.memory if plan.memory is not None else plan.arguments
     title = "memory per chip" if plan.memory is not None else "arguments per chip"
     lines.append(f"  {title:<34}{'GiB':>10}")
