@@ -181,27 +181,29 @@ def rejection_chain(world: World, config: Config, key: Any) -> dict[str, Metric]
         metrics = improve(jax.random.fold_in(key, steps), situation).metrics
         name = f"{steps} step" + "s" * (steps > 1)
         coefs = [float("inf"), *(float(c) for c in rejection.schedule(eta, steps))]
-        proposal, rates = world.base, []
+        policy, rates = evaluate(world, world.params), []
         for number in range(1, steps + 1):
-            exact = _acceptance(proposal, world.reward, bound, coefs[number], coefs[number - 1])
+            exact = _acceptance(
+                policy.log_prob, world.reward, bound, coefs[number], coefs[number - 1]
+            )
             found[f"rejection/{name}/acceptance exact {number}"] = mean(exact)
             found[f"rejection/{name}/acceptance {number}"] = metrics[
                 f"rejection/acceptance/{number}"
             ]
             rates.append(exact)
             policy = evaluate(world, policies[number - 1])
-            proposal = policy.log_prob
         found[f"rejection/{name}/proposals per accepted"] = mean(sum(1 / rate for rate in rates))
         found[f"rejection/{name}/total_variation"] = mean(policy.variation)
         found[f"rejection/{name}/gap"] = mean(policy.gap)
     star = np.exp(optimum(world))
     for samples in (8, 64, 512):
-        law = np.exp(
-            rejection.batch_maximum_log_prob(
-                jax.numpy.asarray(world.reward, jax.numpy.float32),
-                jax.numpy.asarray(world.base, jax.numpy.float32), samples=samples, kl_coef=eta,
-            )
-        )  # fmt: skip
+        # In float64: sums of thousands of probabilities in float32 do not rise monotonically.
+        with jax.enable_x64(True):
+            log_law = rejection.batch_maximum_log_prob(
+                jax.numpy.asarray(world.reward), jax.numpy.asarray(world.base), samples=samples,
+                kl_coef=eta,
+            )  # fmt: skip
+            law = np.exp(np.asarray(log_law))
         error = np.abs(law - star).sum(1) / 2
         found[f"rejection/unknown bound, {samples} draws/total_variation"] = mean(error)
         rows = np.arange(60) % len(world.base)
