@@ -174,6 +174,54 @@ def test_a_fit_broken_off_goes_on_from_its_own_checkpoint(tmp_path, offline, who
     )
 
 
+def test_every_part_is_handed_the_policies_and_data_of_its_round(offline):
+    seen = []
+
+    def improve(key, situation):
+        seen.append(situation)
+        params = jax.tree.map(lambda x: x + 1, situation.policies.current)
+        return rounds.Improved(params, {})
+
+    def at(number):
+        """pi0 after so many rounds, each of which adds 1."""
+        return jax.tree.map(lambda x: x + np.float32(number), world.PARAMS)
+
+    def same(first, second):
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)  # noqa: E731
+        jax.tree.map(close, first, second)
+
+    asked = []
+
+    def prompts(number):
+        asked.append(number)
+        return world.PROMPTS
+
+    found = {}
+    for name, reference in (("pi0", rounds.pi0), ("previous", rounds.previous)):
+        seen.clear()
+        found[name] = rounds.iterate(
+            jax.random.key(3), world.PARAMS, prompts=prompts, offline=offline, rounds=2,
+            reference=reference, **{**ROUND, "improve": improve},
+        )  # fmt: skip
+        for number, situation in enumerate(seen):
+            # The reference is pi0 in every round, unless the run is the named ablation.
+            anchor = at(number if name == "previous" else 0)
+            same(situation.policies.reference, anchor)
+            same(situation.start, anchor)
+            same(situation.policies.current, at(number))
+            same(situation.policies.base, world.PARAMS)
+            assert len(situation.data.sources) == 1 + number
+            assert len(situation.policies.earlier) == 4  # Looked at after the run: all there are.
+    assert set(asked) == {0, 1, 2}
+    for number, params in enumerate(found["pi0"].policies):
+        same(params, at(number))
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        rounds.iterate(
+            jax.random.key(0), world.PARAMS, prompts=world.PROMPTS, rounds=0,
+            **{**ROUND, "improve": improve},
+        )  # fmt: skip
+
+
 def test_a_run_killed_by_the_system_goes_on_to_the_same_bits(tmp_path, offline, whole):
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.test_rounds", str(tmp_path)],

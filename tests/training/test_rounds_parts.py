@@ -278,6 +278,18 @@ def test_settings_choose_their_data(comparisons):
         settings.hybrid(0.4)(None, history)
 
 
+def test_recorded_batches_are_comparisons_without_their_fill_rows():
+    batches = [source(3, 1), source(2, 4)._replace(weight=np.float32([2, 0]), label=None)]
+    found = rounds.recorded(batches)
+    assert found.prompts.ids[:, 0].tolist() == [1, 1, 1, 4]
+    assert (found.weight.tolist(), found.label.tolist()) == ([1, 1, 1, 2], [1] * 4)
+    one = jax.tree.map(lambda x: x, batches[0])._replace(
+        responses=ragged(np.ones((3, 1, 1)), [[1]] * 3)
+    )
+    with pytest.raises(ValueError, match="a comparison has two"):
+        rounds.recorded([one])
+
+
 # --- what is believed
 
 

@@ -36,6 +36,7 @@ from jax_klrlhf.training.rounds.parts import (
     Scored,
     Situation,
     join,
+    recorded,
 )
 from jax_klrlhf.training.rounds.rejection import rejection_sampling, rso
 from jax_klrlhf.training.rounds.run import Outcome, collect, iterate, pi0, previous
@@ -95,6 +96,7 @@ __all__ = [
     "pool",
     "preference",
     "previous",
+    "recorded",
     "rejection",
     "rejection_sampling",
     "resampled",

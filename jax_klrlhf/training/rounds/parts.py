@@ -19,7 +19,7 @@ Axes: ``B`` prompts, ``K`` responses to a prompt, ``P`` prompt and ``C`` respons
 features, ``N`` comparisons, ``M`` pairs made of one prompt's responses.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,6 +173,38 @@ def pick(responses: Ragged, index: Int[np.ndarray, "B M"]) -> Ragged:
     """Responses ``[B, M, C]`` by their number at each prompt."""
     ids = np.take_along_axis(np.asarray(responses.ids), index[..., None], 1)
     return ragged(ids, np.take_along_axis(np.asarray(responses.lengths), index, 1))
+
+
+def recorded(batches: Iterable[Any]) -> Comparisons:
+    """Recorded choices as comparisons: offline data, or what :func:`.oracle.recorded` looks up.
+
+    ``batches`` have ``prompts [B, P]``, ``responses [B, 2, C]``, ``label`` and ``weight`` (a
+    ``data.Loader``'s, one epoch of them); rows of weight 0 are left out.
+
+    Raises:
+        ValueError: where a row has another number of responses than two.
+    """
+    found = []
+    for batch in batches:
+        ids = np.asarray(batch.responses.ids)
+        if ids.ndim != 3 or ids.shape[1] != 2:
+            raise ValueError(
+                f"recorded: responses have shape {ids.shape}; a comparison has two, [B, 2, C]. "
+                "Take pairs of ranked responses first (data.arrange)."
+            )
+        keep = np.asarray(batch.weight) > 0
+        label = np.ones(keep.shape) if batch.label is None else np.asarray(batch.label)
+        found.append(
+            Comparisons(
+                ragged(
+                    np.asarray(batch.prompts.ids)[keep], np.asarray(batch.prompts.lengths)[keep]
+                ),
+                ragged(ids[keep], np.asarray(batch.responses.lengths)[keep]),
+                label[keep].astype(np.float32),
+                np.asarray(batch.weight, np.float32)[keep],
+            )
+        )
+    return join(found)
 
 
 def join(sets: Sequence[Comparisons]) -> Comparisons:
