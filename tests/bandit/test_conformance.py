@@ -7,7 +7,7 @@ import pytest
 
 from jax_klrlhf import bandit
 from jax_klrlhf.bandit import history
-from tests.bandit.toolbox import awkward_problem, quick_jit
+from tests.bandit.toolbox import awkward_problem
 
 LEARNERS = {
     "chi_po": lambda: bandit.chi_po(reward_bound=1.0),
@@ -65,7 +65,7 @@ def test_learner(problem, name):
         )
 
     keys = jax.random.split(jax.random.key(0), 2)[jnp.array([0, 1, 0])]
-    run = quick_jit(jax.vmap(program))(keys, jnp.array([0.5, 0.5, 0.5]))
+    run = jax.jit(jax.vmap(program))(keys, jnp.array([0.5, 0.5, 0.5]))
 
     # Shapes, and a state whose structure survives the scan (or scan would have raised).
     assert run.log_prob.shape == (3, CONTEXTS, ACTIONS)
@@ -113,7 +113,7 @@ def test_what_the_state_is_made_of(x64, monkeypatch, name, advantage):
     data = bandit.compare(jax.random.key(1), problem, uniform, uniform, batch=12)
     junk = data._replace(weight=jnp.zeros(12), label=1 - data.label)
 
-    @quick_jit
+    @jax.jit
     def learn(batches):
         state = learner.init(setting, capacity=24)
         for batch in batches:

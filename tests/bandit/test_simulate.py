@@ -8,7 +8,6 @@ import pytest
 from jax_klrlhf import bandit
 from jax_klrlhf.bandit import human
 from jax_klrlhf.errors import InputError
-from tests.bandit.toolbox import quick_jit
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +18,7 @@ def problem():
 def test_gap_shrinks_the_same_on_eight_devices(problem):
     """Six lines for a user; the gap falls; sharded over devices the seeds come out the same."""
     learner = bandit.gshf(radius=1.0)
-    run = quick_jit(
+    run = jax.jit(
         jax.vmap(
             lambda key: bandit.simulate(
                 key, problem, learner, rounds=8, batch=32, record=bandit.record_gap
@@ -49,7 +48,7 @@ def test_used_and_offline(problem):
     def count(state):
         return jnp.sum(state.history.wins + state.history.losses)
 
-    @quick_jit
+    @jax.jit
     def sizes(used):
         def record(_, this):
             return jnp.sum(jnp.where(this.data.first != this.data.second, this.data.weight, 0))
@@ -66,7 +65,7 @@ def test_used_and_offline(problem):
     data = bandit.compare(jax.random.key(3), problem, ref, ref, batch=200)
     apart = int(jnp.sum(data.first != data.second))
 
-    @quick_jit
+    @jax.jit
     def hybrid():
         return bandit.simulate(
             jax.random.key(2),
@@ -91,9 +90,7 @@ def test_memory_does_not_grow_with_rounds(problem):
         def run(key):
             return bandit.simulate(key, problem, bandit.greedy(), rounds=rounds, batch=4).gap
 
-        return (
-            quick_jit(run).lower(jax.random.key(0)).compile().memory_analysis().temp_size_in_bytes
-        )
+        return jax.jit(run).lower(jax.random.key(0)).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(500) <= temporary(5)
 
@@ -101,7 +98,7 @@ def test_memory_does_not_grow_with_rounds(problem):
 def test_moving_the_reference_loses_the_regularization(problem):
     """The ablation: its KL to pi0 keeps growing beyond the optimum's; from pi0 it doesn't."""
 
-    @quick_jit
+    @jax.jit
     def end(key):
         runs = [
             bandit.simulate(key, problem, learner, rounds=12, batch=32)
@@ -129,7 +126,7 @@ def test_train_tickets(data_dir):
     data = human.comparisons(human.take(choices, known))
     for learner in (bandit.offline_greedy(), bandit.offline_gshf_two(radius=1.0)):
         state = learner.init(seen.setting, capacity=len(known))
-        state = quick_jit(learner.update)(seen.setting, state, data)
+        state = jax.jit(learner.update)(seen.setting, state, data)
         assert bool(state.converged)
         gap = bandit.gap(test, learner.policy(test.setting, state))
         assert float(gap) < 0.2 * float(bandit.gap(test, test.setting.ref_log_prob))

@@ -9,7 +9,7 @@ from scipy import optimize
 from jax_klrlhf import bandit
 from jax_klrlhf.bandit import enhancer, history, pessimism, policy_class, refit
 from jax_klrlhf.core import estimation, objectives
-from tests.bandit.toolbox import awkward_problem, quick_jit
+from tests.bandit.toolbox import awkward_problem
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_option_one_is_the_maximum(learned, radius):
     problem, _, state = learned
     s = problem.setting
     nu = np.asarray(pessimism.reference_vector(s))
-    saddle = quick_jit(pessimism.option_one)(s, state, radius=radius)
+    saddle = jax.jit(pessimism.option_one)(s, state, radius=radius)
     reached = pessimistic_value(problem, state, saddle.log_prob, radius, nu)
     assert 0 <= float(saddle.duality_gap) + 1e-12 < 1e-9
     assert float(jnp.linalg.norm(saddle.direction)) <= 1 + 1e-9

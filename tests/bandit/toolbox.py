@@ -1,14 +1,9 @@
-"""What the bandit tests share: a quick compiler, and an awkward small problem."""
-
-from functools import partial
+"""What the bandit tests share: an awkward small problem."""
 
 import jax
 import jax.numpy as jnp
 
 from jax_klrlhf import bandit
-
-# Compile time is what these tests cost: the same program, less polished machine code.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
 
 def awkward_problem() -> bandit.Problem:

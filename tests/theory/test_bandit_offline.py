@@ -8,7 +8,6 @@ import pytest
 from jax_klrlhf import bandit
 from jax_klrlhf.bandit import pessimism
 from jax_klrlhf.core import bounds, ellipsoid, gibbs
-from tests.bandit.toolbox import quick_jit
 
 DELTA = 0.1
 
@@ -36,7 +35,7 @@ def errors():
 
     keys = jax.random.split(jax.random.key(1), seeds)
     many = jax.vmap(one, (0, None, None))
-    grid = quick_jit(jax.vmap(jax.vmap(many, (None, 0, None)), (None, None, 0)))
+    grid = jax.jit(jax.vmap(jax.vmap(many, (None, 0, None)), (None, None, 0)))
     in_sigma, euclidean, converged = grid(keys, jnp.array(sizes), jnp.array([0.0, 0.4]))
     assert bool(jnp.all(converged))
     return np.asarray(in_sigma), np.asarray(euclidean)
@@ -125,7 +124,7 @@ def test_t1_offline_guarantees(x64):
             saddle.duality_gap,
         )
 
-    excess, duality_gap = quick_jit(jax.vmap(one))(jax.random.split(jax.random.key(2), 200))
+    excess, duality_gap = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(2), 200))
     kept, flipped = excess[:, 0], excess[:, 1]
     assert float(jnp.max(duality_gap)) < 1e-9
     assert float(jnp.max(kept)) <= 1e-9
@@ -154,7 +153,7 @@ def test_four_arms_of_2301_11270():
         state = learner.update(s, learner.init(s, capacity=size), data)
         return [bandit.reward_gap(problem, one.policy(s, state)) for one in learners.values()]
 
-    gaps = quick_jit(jax.vmap(one))(jax.random.split(jax.random.key(4), seeds))
+    gaps = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(4), seeds))
     greedy, origin, first = (float(jnp.mean(g)) for g in gaps)
     stderr = float(jnp.std(gaps[0])) / seeds**0.5
     assert 0.22 - 3 * stderr < greedy < 0.31 + 3 * stderr, (greedy, stderr)

@@ -8,7 +8,6 @@ import pytest
 from jax_klrlhf import bandit
 from jax_klrlhf.bandit import enhancer, learner
 from jax_klrlhf.core import bounds, ellipsoid
-from tests.bandit.toolbox import quick_jit
 
 DIM, ROUNDS, SEEDS = 4, 24, 48
 
@@ -55,7 +54,7 @@ def rounds(request):
         )
         return run.record
 
-    record = quick_jit(jax.vmap(one))(jax.random.split(jax.random.key(5), SEEDS))
+    record = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(5), SEEDS))
     return {name: np.asarray(value) for name, value in record.items()}, request.param
 
 
@@ -134,13 +133,13 @@ def test_t2_control_and_batch_size():
         )
         return run.record, run.total
 
-    gap, gain = quick_jit(jax.vmap(lambda key: curve(key, nothing, 64)))(keys)
+    gap, gain = jax.jit(jax.vmap(lambda key: curve(key, nothing, 64)))(keys)
     np.testing.assert_array_equal(gain, 0)
     assert (np.asarray(gap).min(1) > 0).all(), "bound 0 is violated in every run"
 
     needed = {}
     for batch in (4, 32):
-        gap, _ = quick_jit(jax.vmap(lambda key, m=batch: curve(key, bandit.gshf(radius=1.0), m)))(
+        gap, _ = jax.jit(jax.vmap(lambda key, m=batch: curve(key, bandit.gshf(radius=1.0), m)))(
             keys
         )
         reached = np.asarray(gap) <= epsilon
@@ -189,7 +188,7 @@ def test_t3_hybrid():
         added = ellipsoid.norm(run.state.ellipsoid, direction)
         return jnp.min(gaps), bound, gaps[0], added
 
-    run = quick_jit(jax.vmap(jax.vmap(one, (0, None)), (None, 0)))
+    run = jax.jit(jax.vmap(jax.vmap(one, (0, None)), (None, 0)))
     least, bound, first, added = run(
         jax.random.split(jax.random.key(7), 64), jnp.array([False, True])
     )
