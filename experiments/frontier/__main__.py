@@ -1,0 +1,3 @@
+from experiments.frontier.run import cli
+
+cli()

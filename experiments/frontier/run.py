@@ -1,0 +1,375 @@
+"""The paper's comparison on a real model: offline, online, hybrid and rejection sampling.
+
+Reward-KL frontiers of every method at the same label budget, in and out of distribution. Source:
+Xiong et al., arXiv 2312.11456, section 6; the moving reference is the ablation of 2409.02392.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from experiments.frontier import cells, evaluate, methods, proxy, report
+from experiments.frontier import world as worlds
+from experiments.quickstart import world as quickstart
+from jax_klrlhf import results
+from jax_klrlhf.errors import InputError, reported
+from jax_klrlhf.training import rounds
+from jax_klrlhf.training.health import Stopped
+from jax_klrlhf.training.rounds import journal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How large everything is; a folder of results goes on only with the same sizes."""
+
+    labels: int = 1536
+    """Label budget of every method, a multiple of twice the rounds."""
+    rounds: int = 3
+    """Of the online and hybrid methods, and steps of multi-step RSO."""
+    train_prompts: int = 512
+    held_out_prompts: int = 256
+    """As many out-of-distribution prompts are judged."""
+    max_prompt_tokens: int = 32
+    """Longer prompts are left out."""
+    new_tokens: int = 48
+    """Longest response."""
+    explore: int = 8
+    """Responses of which online methods compare the best and the worst."""
+    propose: int = 8
+    """Proposals at a prompt in each step of multi-step RSO; RSO draws all of them in one."""
+    eval_samples: int = 4
+    """Responses to each prompt that a policy is judged by."""
+    steps: int = 64
+    """Optimizer steps of a fit; a multi-step chain has them in total."""
+    batch: int = 64
+    """Pairs in a step."""
+    learning_rate: float = 5e-4
+    gold_scale: float = 2.0
+    """Nats of the annotator's logit to a nat of the fitted gold reward."""
+    ridge: float = 2.0
+    """Of the proxy and of its ellipsoid."""
+    radius: float = 2.0
+    """beta: at 2 the uncertainty is about a posterior standard deviation of the proxy."""
+    stories: int = 4000
+    """Embedded default: stories that pi0 is trained on."""
+    sft_steps: int = 400
+    """Embedded default: optimizer steps that make pi0."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Run every cell that is not on disk yet; without files an embedded world is used."""
+
+    model: Path | None = None
+    """Folder of a pretrained model in Hugging Face's format (safetensors and tokenizer)."""
+    prompts: Path | None = None
+    """Text file of stories; the first sentence of each is a prompt."""
+    gold: Path | None = None
+    """Folder with positive.txt and negative.txt, on which the gold reward is fitted."""
+    ood: Path | None = None
+    """Prompts of another source: a JSON list of records, or a text file of lines."""
+    ood_column: str = "instruction"
+    """Where the prompt of a record is."""
+    output: Path = Path("results/frontier")
+    """Where cells, results.json, the figures and report.html go; started again, a run goes on."""
+    seeds: int = 3
+    methods: tuple[str, ...] = methods.DEFAULT
+    """Methods with a coefficient; pi0 and best-of-n are always there."""
+    coefficients: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
+    """kl_coef of the sweep."""
+    best_of: tuple[int, ...] = (2, 4, 8, 16)
+    small: bool = False
+    """A run of a few minutes: other sizes, two seeds, two coefficients."""
+    sizes: Sizes = dataclasses.field(default_factory=Sizes)
+
+    def check(self) -> None:
+        """Refuse what cannot run, before any compute is spent."""
+        given = {
+            "--model": self.model,
+            "--prompts": self.prompts,
+            "--gold": self.gold,
+            "--ood": self.ood,
+        }
+        missing = [flag for flag, value in given.items() if value is None]
+        if 0 < len(missing) < len(given):
+            raise InputError(
+                f"{', '.join(missing)} missing: --model, --prompts, --gold and --ood go together; "
+                "give all four for a real model, or none for the embedded default."
+            )
+        unknown = sorted(set(self.methods) - set(methods.METHODS))
+        if unknown:
+            raise InputError(
+                f"--methods {', '.join(unknown)}: choose from {', '.join(methods.METHODS)}."
+            )
+        sizes = self.sizes
+        if sizes.rounds < 1 or sizes.labels < 1 or sizes.labels % (2 * sizes.rounds):
+            raise InputError(
+                f"--sizes.labels {sizes.labels}: must be a multiple of twice the rounds, "
+                f"{2 * sizes.rounds}, so that every round gets an equal part."
+            )
+        if sizes.steps < sizes.rounds:
+            raise InputError(
+                f"--sizes.steps {sizes.steps}: fewer than the {sizes.rounds} steps of the chain."
+            )
+        if self.seeds < 1 or not self.coefficients or min(self.coefficients) <= 0:
+            raise InputError("--seeds must be at least 1 and every --coefficients positive.")
+        if any(n < 2 for n in self.best_of):
+            raise InputError("--best-of: every n must be at least 2; 1 is pi0.")
+
+
+def small(config: Config) -> Config:
+    """The sizes of ``--small``."""
+    return dataclasses.replace(
+        config,
+        seeds=2,
+        coefficients=(0.5, 0.125),
+        best_of=(4,),
+        sizes=dataclasses.replace(
+            config.sizes, labels=192, train_prompts=64, held_out_prompts=64, steps=15, batch=32,
+            stories=1500, sft_steps=150,
+        ),
+    )  # fmt: skip
+
+
+def main(config: Config, *, console: Console | None = None) -> Path:
+    """Run what is left to run and return the path of ``results.json``."""
+    console = console or Console()
+    began = time.perf_counter()
+    if config.small:
+        config = small(config)
+    config.check()
+    output = results.output_folder(config.output)
+    with _progress(console) as progress:
+        place = _place(config, progress)
+        lab = laboratory(config, place, output=output)
+        found = run(config, lab, progress)
+    rows, said = report.table(found), report.findings(found)
+    drawn = report.figures(rows)
+    for name, figure in drawn.items():
+        (output / f"{name}.png").write_bytes(report.png(figure))
+    seconds = sum(cell.seconds for cell in found.values())
+    report.write_html(
+        output / "report.html",
+        title=f"Reward-KL frontiers: {place.world.name}",
+        facts={
+            "seeds": str(config.seeds),
+            "labels of every method": str(config.sizes.labels),
+            "prompts": f"{config.sizes.train_prompts} to learn on, "
+            f"{config.sizes.held_out_prompts} held out, {config.sizes.held_out_prompts} others",
+            "kl_coef": ", ".join(f"{c:g}" for c in config.coefficients),
+            "minutes in cells": f"{seconds / 60:.1f}",
+        },
+        rows=rows,
+        found=said,
+        drawn=drawn,
+    )
+    path = results.write_results(
+        output,
+        name="frontier",
+        config=config,
+        seeds=range(config.seeds),
+        seconds=seconds,
+        metrics=report.metrics(rows, said, found),
+    )
+    _print(console, place, config, rows, said)
+    console.print(
+        f"{path}, report.html and the figures beside it, in {time.perf_counter() - began:.0f} s"
+    )
+    return path
+
+
+def laboratory(config: Config, place: worlds.Place, *, output: Path) -> cells.Lab:
+    """Everything that cells share, compiled when first used."""
+    sizes, world = config.sizes, place.world
+    draws: dict[int, rounds.Draw] = {}
+
+    def draw(samples: int) -> rounds.Draw:
+        # One object to a number of samples: each compiles its own program.
+        if samples not in draws:
+            draws[samples] = rounds.Draw(
+                model=world.model,
+                samples=samples,
+                max_new_tokens=sizes.new_tokens,
+                stop=(world.encoder.end,),
+                pad_id=world.pad_id,
+                rows=max(1, 2048 // samples),
+            )
+        return draws[samples]
+
+    # Pieces that even the smallest set fills, or each size would be compiled for itself.
+    rows = min(64, sizes.train_prompts, sizes.held_out_prompts, sizes.labels // (2 * sizes.rounds))
+    sample = place.encode(world.prompts[: sizes.held_out_prompts])
+    features, dim = proxy.whitened_features(
+        world.model,
+        world.params,
+        sample,
+        draw(max(2, sizes.eval_samples))(jax.random.key(21), world.params, sample),
+        rows=rows,
+    )
+    parts = methods.Parts(
+        pi0=world.params,
+        reward=rounds.linear(features, dim=dim, ridge=sizes.ridge, radius=sizes.radius),
+        oracle=rounds.oracle.bradley_terry(place.judge),
+        fit=methods.fitter(world.model, _fitting(sizes, sizes.steps), rows=rows),
+        short_fit=methods.fitter(
+            world.model, _fitting(sizes, sizes.steps // sizes.rounds), rows=rows
+        ),
+        explore=draw(sizes.explore),
+        propose=draw(sizes.propose * sizes.rounds),
+        propose_step=draw(sizes.propose),
+        chain=sizes.rounds,
+        rounds=sizes.rounds,
+    )
+
+    def seed(number: int) -> cells.Seed:
+        return cells.Seed(
+            place, parts, draw(sizes.eval_samples), draw(2),
+            train=sizes.train_prompts, held_out=sizes.held_out_prompts, labels=sizes.labels,
+            seed=number,
+        )  # fmt: skip
+
+    # Too few prompts, or ones that do not fit the model, are found out before any fit.
+    seed(0)
+    if place.width + sizes.new_tokens > world.model.max_length:
+        raise InputError(
+            f"prompts of {place.width} tokens and --sizes.new-tokens {sizes.new_tokens} exceed "
+            f"the model's context of {world.model.max_length}: lower one of them."
+        )
+    identity = {
+        "sizes": dataclasses.asdict(sizes),
+        "pi0": journal.digest(world.params)[:16],
+        "prompts": journal.digest(place.encode(world.prompts))[:16],
+        "other prompts": journal.digest(place.encode(place.other))[:16],
+        "gold reward": journal.digest(_weights(place))[:16],
+    }
+    return cells.Lab(
+        place, parts, evaluate.measure(world.model, rows=rows), draw(sizes.eval_samples), seed,
+        output=output, identity=identity,
+    )  # fmt: skip
+
+
+def run(config: Config, lab: cells.Lab, progress: Progress) -> dict[cells.Name, cells.Found]:
+    """Every cell, from disk where it is there.
+
+    Raises:
+        InputError: where a cell on disk was made of something else, or a fit was stopped.
+    """
+    every = cells.names(
+        chosen=config.methods,
+        coefficients=config.coefficients,
+        best_of=config.best_of,
+        seeds=config.seeds,
+    )
+    found = {name: lab.read(name) for name in every}
+    left = [name for name in every if found[name] is None]
+    bar = progress.add_task("cells (in fits)", total=sum(map(cells.cost, left)))
+    for name in left:
+        progress.update(bar, description=f"{name.method} {name.coefficient:g}, seed {name.seed}")
+        try:
+            found[name] = lab.run(name)
+        except Stopped as stopped:
+            raise InputError(f"{name.stem}: {stopped}") from None
+        progress.advance(bar, cells.cost(name))
+    return {name: cell for name, cell in found.items() if cell is not None}
+
+
+def _place(config: Config, progress: Progress) -> worlds.Place:
+    sizes = config.sizes
+    if config.model and config.prompts and config.gold and config.ood:
+        other = worlds.other_prompts(config.ood, column=config.ood_column)
+        world = quickstart.real(config.model, config.prompts, config.gold)
+    else:
+        world, other = worlds.embedded(
+            stories=sizes.stories, steps=sizes.sft_steps, progress=progress
+        )
+    return worlds.build(
+        world, other, gold_scale=sizes.gold_scale, max_prompt_tokens=sizes.max_prompt_tokens
+    )
+
+
+def _fitting(sizes: Sizes, steps: int) -> rounds.Fitting:
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, sizes.learning_rate, max(1, steps // 10), steps
+    )
+    return rounds.Fitting(
+        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)),
+        steps=steps,
+        batch_size=sizes.batch,
+    )
+
+
+def _weights(place: worlds.Place) -> dict[str, Any]:
+    return {word: np.float64(weight) for word, weight in place.world.gold.weights.items()}
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _print(
+    console: Console,
+    place: worlds.Place,
+    config: Config,
+    rows: Sequence[report.Row],
+    said: Sequence[report.Finding],
+) -> None:
+    results.print_table(
+        f"Frontier: {place.world.name}, {config.seeds} seeds, {config.sizes.labels} labels each",
+        {
+            row.name: {
+                "gold reward": row.held_out["gold"],
+                "other source": row.ood["gold"],
+                "difference": row.difference,
+                "KL(pi||pi0)": row.held_out["kl"],
+                "win rate": row.held_out["wins"],
+                "proxy - gold": row.over,
+                "tokens": row.held_out["length"],
+                "entropy": row.held_out.get("entropy", ""),
+                "distinct-2": row.held_out["distinct_2"],
+            }
+            for row in rows
+        },
+        console=console,
+        caption="± one standard error: over seeds, or over prompts where that is larger",
+    )
+    results.print_table(
+        "What the paper expects",
+        {
+            f.statement: {
+                "difference": f.difference,
+                "95 % interval": f"[{f.low:.3f}, {f.high:.3f}]",
+                "": f.verdict,
+            }
+            for f in said
+        },
+        console=console,
+    )
+
+
+def cli() -> None:
+    """Entry of ``python -m experiments.frontier``."""
+    with reported():
+        main(tyro.cli(Config, description=__doc__))

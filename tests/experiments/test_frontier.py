@@ -1,0 +1,400 @@
+"""The frontier experiment: its statistics against independent ones, and a toy run of every part.
+
+The runs share one toy world and one laboratory, so that every program is compiled once.
+"""
+
+import base64
+import dataclasses
+import json
+import math
+import re
+import sys
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from experiments.frontier import cells, evaluate, methods, proxy, report, run, statements
+from experiments.frontier import world as worlds
+from experiments.frontier.cells import Name
+from experiments.frontier.statements import Curve
+from experiments.quickstart import grammar
+from experiments.quickstart import world as quickstart
+from jax_klrlhf.core import objectives
+from jax_klrlhf.core.objectives import Scores
+from jax_klrlhf.data import tokenize
+from jax_klrlhf.errors import InputError
+from jax_klrlhf.training.rounds.parts import ragged
+from jax_klrlhf.training.rounds.rejection import Accepted
+from tests.models import toy
+
+SIZES = run.Sizes(
+    labels=16,
+    rounds=2,
+    train_prompts=8,
+    held_out_prompts=6,
+    new_tokens=6,
+    explore=2,
+    propose=2,
+    eval_samples=2,
+    steps=4,
+    batch=8,
+)
+CONFIG = run.Config(seeds=2, coefficients=(0.5,), best_of=(2,), sizes=SIZES)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    rows = grammar.stories(60, seed=0)
+    tokenizer = tokenize.train_tokenizer(
+        (a + b for a, b in rows), vocab_size=300, folder=tmp_path_factory.mktemp("tokenizer")
+    )
+    encoder = tokenize.encoder(tokenizer)
+    model = toy.language_model(vocab=encoder.vocab_size)
+    world = quickstart.World(
+        name="toy",
+        model=model,
+        params=model.init(jax.random.key(0)),
+        encoder=encoder,
+        gold=grammar.gold_reward(),
+        prompts=list(dict.fromkeys(prompt for prompt, _ in rows)),
+        pad_id=0,
+    )
+    other = [prompt.replace("was", "is not") for prompt in world.prompts]
+    return worlds.build(world, other, gold_scale=2.0, max_prompt_tokens=48)
+
+
+@pytest.fixture(scope="module")
+def finished(place, tmp_path_factory):
+    """A whole run of one seed, and its laboratory."""
+    folder = tmp_path_factory.mktemp("frontier")
+    lab = run.laboratory(CONFIG, place, output=folder)
+    with Progress(console=Console(quiet=True)) as progress:
+        found = run.run(dataclasses.replace(CONFIG, seeds=1), lab, progress)
+    return folder, lab, found
+
+
+def test_every_method_leaves_its_cell_and_spends_the_same_labels(finished):
+    _, _, found = finished
+    assert {name.method for name in found} == {cells.PI0, cells.BEST_OF, *methods.DEFAULT}
+    for name, cell in found.items():
+        assert cell.held_out.gold.shape == cell.ood.gold.shape == (SIZES.held_out_prompts,)
+        # KL is a sum of exact divergences: never negative, but for rounding.
+        assert cell.held_out.kl.min() > -1e-4
+        asked = sum(r["labels/count"].value for r in cell.rounds if "labels/count" in r)
+        if name.method in ("online GSHF-DPO", "moving reference"):
+            assert asked == SIZES.labels
+        elif name.method == "hybrid GSHF-DPO":
+            assert asked == SIZES.labels // 2
+            assert len(cell.rounds) == 1 + SIZES.rounds
+        else:
+            assert asked == 0
+    chain = found[Name("multi-step RSO", 0.5, 0)].rounds[-1]
+    rates = [chain[f"rejection/acceptance/{i}"].value for i in (1, 2)]
+    assert all(0 < rate <= 1 for rate in rates)
+    base = found[Name(cells.PI0, 0.0, 0)].held_out
+    assert np.abs(base.kl).max() < 1e-4
+    best = found[Name(cells.BEST_OF, 2.0, 0)].held_out
+    np.testing.assert_allclose(best.kl, math.log(2) - 1 / 2)
+    assert np.isnan(best.entropy).all()
+
+
+def test_a_killed_run_goes_on_and_comes_to_the_same_cells(finished, place, monkeypatch):
+    folder, lab, found = finished
+    name = Name("online GSHF-DPO", 0.5, 0)
+    path = folder / "cells" / f"{name.stem}.json"
+    # What is on disk is what was returned, and is not computed again.
+    kept = lab.read(name)
+    for at in ("held_out", "ood"):
+        for one, two in zip(getattr(kept, at), getattr(found[name], at), strict=True):
+            np.testing.assert_array_equal(one, two)
+    path.unlink()
+
+    def killed(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "judge", killed)
+        with pytest.raises(KeyboardInterrupt):
+            lab.run(name)
+    assert not path.exists()
+    rounds_folder = folder / "cells" / f"{name.stem}.rounds"
+    phases = {p: p.stat().st_mtime_ns for p in rounds_folder.rglob("fit.safetensors")}
+    assert len(phases) == SIZES.rounds
+    ran = []
+    inner = methods.METHODS[name.method]
+
+    def watched(parts, cell):
+        outcome = inner.run(parts, cell)
+        ran.extend(outcome.computed)
+        return outcome
+
+    with monkeypatch.context() as patched:
+        patched.setitem(methods.METHODS, name.method, inner._replace(run=watched))
+        with Progress(console=Console(quiet=True)) as progress:
+            again = run.run(dataclasses.replace(CONFIG, seeds=1), lab, progress)
+    assert ran == []  # every phase was read
+    assert not rounds_folder.exists()
+    for one, two in zip(again[name].held_out, found[name].held_out, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_cell_made_of_something_else_or_damaged_is_refused_by_name(finished, place):
+    folder, lab, _ = finished
+    other = dataclasses.replace(CONFIG, sizes=dataclasses.replace(SIZES, gold_scale=1.0))
+    name = Name(cells.PI0, 0.0, 0)
+    changed = cells.Lab.__new__(cells.Lab)
+    changed.__dict__.update(lab.__dict__)
+    changed._identity = lab._identity | {"sizes": dataclasses.asdict(other.sizes)}
+    with pytest.raises(InputError, match=r"pi0_0_0\.json: made with another sizes"):
+        changed.read(name)
+    path = folder / "cells" / f"{name.stem}.json"
+    whole = path.read_text()
+    path.write_text(whole[:100])
+    with pytest.raises(InputError, match=r"pi0_0_0\.json: damaged"):
+        lab.read(name)
+    path.write_text(whole)
+
+
+def test_the_program_writes_results_and_one_self_contained_page(finished, place, monkeypatch):
+    folder, lab, _ = finished
+    monkeypatch.setattr(run, "_place", lambda config, progress: place)
+    monkeypatch.setattr(run, "laboratory", lambda config, place, output: lab)
+    console = Console(width=220, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        path = run.main(dataclasses.replace(CONFIG, seeds=1, output=folder), console=console)
+    found = json.loads(path.read_text())["metrics"]
+    for method in methods.DEFAULT:
+        assert found[f"held-out/{method} kl_coef=0.5/gold"]["n"] == SIZES.held_out_prompts
+    assert found["rounds/RSO kl_coef=0.5/rejection_acceptance_1"]["value"] > 0
+    assert "statement/multi-step RSO above RSO, at equal KL/difference" in found
+    page = (folder / "report.html").read_text()
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(images) == 4
+    assert all(base64.b64decode(i).startswith(b"\x89PNG") for i in images)
+    # Nothing else is loaded.
+    assert len(re.findall(r"\bsrc=|\bhref=|@import|<script|<link", page)) == len(images)
+    assert "undecided" in page  # one seed decides nothing
+    assert "undecided" in console.export_text()
+
+
+def test_the_loss_with_a_coefficient_per_row_is_dpo():
+    task = methods.dpo_task(toy.language_model())
+    draw = np.random.default_rng(0)
+    policy, ref = draw.normal(size=(2, 6, 2)).astype(np.float32)
+    coefs = np.array([0.1, 0.1, 0.5, 0.5, 2.0, 2.0], np.float32)
+    label = np.array([1, 0, 1, 0, 1, 0], np.float32)
+    found = task.loss(methods.Ratios(*map(jax.numpy.asarray, (policy - ref, label, coefs))))
+    order = np.where(label[:, None] == 1, [[0, 1]], [[1, 0]])
+    sorted_policy, sorted_ref = (np.take_along_axis(x, order, 1) for x in (policy, ref))
+    scores = Scores(*map(jax.numpy.asarray, (sorted_policy, sorted_ref, np.ones((6, 2), int))))
+    expected = [
+        objectives.sigmoid(scores.chosen_log_ratio, scores.rejected_log_ratio, kl_coef=float(c))[i]
+        for i, c in enumerate(coefs)
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_accepted_pairs_are_of_accepted_and_different_responses():
+    ids = np.array([[[1, 2], [3, 4], [1, 2], [5, 6]], [[1, 1], [2, 2], [3, 3], [4, 4]]])
+    responses = ragged(ids, np.full((2, 4), 2))
+    accepted = np.array([[True, False, True, True], [False, True, False, False]])
+    reward = np.array([[0.0, 9.0, 0.0, 50.0], [1.0, 2.0, 3.0, 4.0]], np.float32)
+    prompts = ragged([[7], [8]], [1, 1])
+    data = methods.accepted_pairs(
+        jax.random.key(0), prompts, Accepted(responses, accepted, reward, 0.5)
+    )
+    kept = data.weight > 0
+    assert kept.sum() == 1  # of three accepted, two are copies; the other prompt has one
+    np.testing.assert_array_equal(data.prompts.ids[kept], [[7]])
+    # 50 nats apart: the winner is certain, and stands first.
+    np.testing.assert_array_equal(data.responses.ids[kept], [[[5, 6], [1, 2]]])
+
+
+def test_rounds_take_turns_of_the_prompts():
+    at = methods.portions(ragged(np.arange(5)[:, None], np.ones(5)), 2)
+    asked = [at(number).ids[:, 0].tolist() for number in (0, 1, 2, 3)]
+    assert asked == [[0, 1], [0, 1], [2, 3], [4, 0]]
+
+
+def test_best_of_n_keeps_what_is_believed_best():
+    """Against the maximum of all draws, taken at once."""
+
+    def draw(key, params, prompts):
+        del params
+        ids = jax.random.randint(key, (len(prompts.lengths), 3, 2), 0, 100)
+        return ragged(ids, np.full(ids.shape[:2], 2))
+
+    def score(prompts, responses):
+        del prompts
+        return rounds_scored(np.asarray(responses.ids).sum(-1).astype(np.float32))
+
+    def rounds_scored(reward):
+        return evaluate.Scored(reward, np.zeros_like(reward))
+
+    prompts, key = ragged([[1], [2]], [1, 1]), jax.random.key(3)
+    kept = evaluate.best_of(draw, None, score, n=4)(key, prompts)
+    every = np.stack([draw(jax.random.fold_in(key, i), None, prompts).ids for i in range(4)])
+    np.testing.assert_array_equal(kept.ids.sum(-1), every.sum(-1).max(0))
+
+
+def test_whitened_features_have_unit_mean_variance_within_prompts(place):
+    world = place.world
+    prompts = place.encode(world.prompts[:6])
+    draw = np.random.default_rng(0)
+    responses = ragged(draw.integers(3, 90, (6, 12, 5)), np.full((6, 12), 5))
+    features, dim = proxy.whitened_features(world.model, world.params, prompts, responses, rows=6)
+    found = features(prompts, responses).astype(np.float64)
+    within = found - found.mean(1, keepdims=True)
+    covariance = np.einsum("bkd,bke->de", within, within) / (6 * 11)
+    # C is shrunk: directions of mean variance have 1 / (1 + shrinkage) of it, smaller ones less.
+    assert np.linalg.eigvalsh(covariance * dim).max() < 1
+    assert 0.3 < np.trace(covariance) < 1
+    np.testing.assert_allclose(found.mean((0, 1)), 0, atol=1e-4)
+
+
+def test_distinct_n_counts_different_n_grams():
+    responses = ragged([[[1, 2, 1, 2], [1, 2, 9, 9]], [[4, 9, 9, 9], [5, 9, 9, 9]]],
+                       [[4, 2], [1, 1]])  # fmt: skip
+    # 1 2 1 2 | 1 2: two tokens of six; 12 21 12 | 12: two pairs of four
+    np.testing.assert_allclose(evaluate.distinct(responses, 1), [2 / 6, 1.0])
+    np.testing.assert_allclose(evaluate.distinct(responses, 2), [2 / 4, 0.0])
+
+
+def _curve(slope, *, bend=0.0, seed=0, noise=0.0, coefs=3, prompts=50):
+    draw = np.random.default_rng(seed)
+    kl = np.arange(1, coefs + 1)[:, None] + 0.1 * draw.normal(size=(coefs, prompts))
+    kl = kl - kl.mean(1, keepdims=True) + np.arange(1, coefs + 1)[:, None]
+    clean = slope * np.arange(1, coefs + 1)[:, None] + bend
+    error = noise * draw.normal(size=(coefs, prompts))
+    return Curve(kl, clean + error - error.mean(1, keepdims=True))
+
+
+def test_frontiers_are_compared_over_the_kl_that_both_reach():
+    better, worse = [_curve(2.0, seed=s, coefs=4) for s in (1, 2)], [_curve(0.5)] * 2
+    found = statements.compare("", better, worse)
+    # f1 - f2 = 1.5 u on [0, 3]: mean 2.25
+    assert found.difference.value == pytest.approx(2.25)
+    assert found.shared_kl == pytest.approx(3)
+    assert found.verdict == "held"
+    assert statements.compare("", worse, better).verdict == "not held"
+    # The order of coefficients says nothing.
+    shuffled = [Curve(c.kl[::-1], c.gain[::-1]) for c in better]
+    assert statements.compare("", shuffled, worse).difference.value == pytest.approx(2.25)
+
+
+def test_the_difference_is_the_integral_of_two_polylines():
+    """Against a fine Riemann sum, with knots that interlace."""
+    draw = np.random.default_rng(5)
+    one, two = ((np.sort(draw.uniform(0, 3, 4)), draw.normal(size=4)) for _ in range(2))
+    value, top = statements._difference(one, two)
+    grid = (np.arange(200_000) + 0.5) / 200_000 * top
+    with_origin = [(np.r_[0, kl], np.r_[0, gain]) for kl, gain in (one, two)]
+    first, second = (np.interp(grid, *curve) for curve in with_origin)
+    assert top == min(one[0].max(), two[0].max())
+    assert value == pytest.approx((first - second).mean(), abs=1e-6)
+
+
+def test_noise_one_seed_or_no_shared_kl_leave_a_statement_undecided():
+    noisy = [_curve(1.0, seed=s, noise=40.0) for s in range(3)]
+    even = [_curve(1.0, seed=9 + s, noise=40.0) for s in range(3)]
+    found = statements.compare("", noisy, even)
+    assert found.verdict == "undecided"
+    # Over prompts alone: gains of deviation 40 over 50 prompts, the mean of two errors a seed.
+    assert 1 < found.difference.stderr < 10
+    clear = [_curve(2.0)], [_curve(0.5)]
+    assert statements.compare("", *clear).verdict == "undecided"
+    still = [Curve(0 * c.kl, c.gain) for c in noisy]
+    assert statements.compare("", still, noisy).verdict == "undecided"
+    # Seeds that disagree widen the interval by Student's t: 12.7 of two seeds.
+    apart = statements.compare("", [_curve(2.0), _curve(3.0)], [_curve(0.5)] * 2)
+    stderr = (3.75 - 2.25) / 2
+    assert apart.difference.stderr == pytest.approx(stderr)
+    assert apart.high - apart.low == pytest.approx(2 * 12.706 * stderr, rel=1e-3)
+
+
+def test_the_loss_out_of_distribution_is_the_gain_in_less_the_gain_out():
+    def judged(gain):
+        ones = np.ones(4)
+        return evaluate.Judged(*[ones] * 9)._replace(gold_gain=gain * ones)
+
+    found = [cells.Found(judged(3.0), judged(1.0), [], 0.0, 0.0)]
+    curve = report._curve({Name("a", 1.0, 0): found[0]}, "a", 0, report._loss)
+    assert curve.less is not None
+    assert curve.gain.mean() - curve.less.mean() == -2  # minus the loss: more is better
+
+
+def test_prompts_of_another_source_are_read_and_refused(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"ask": " Add  2. "}, {"ask": "Add 2."}, {"ask": "Go."}]))
+    assert worlds.other_prompts(path, column="ask") == ["Add 2. ", "Go. "]
+    with pytest.raises(InputError, match="record 0 has no text in column instruction"):
+        worlds.other_prompts(path, column="instruction")
+    path.write_text("[{")
+    with pytest.raises(InputError, match="line 1 is not JSON"):
+        worlds.other_prompts(path, column="ask")
+    path.write_text('{"ask": 1}')
+    with pytest.raises(InputError, match="not a list of records"):
+        worlds.other_prompts(path, column="ask")
+    lines = tmp_path / "rows.txt"
+    lines.write_text("One.\n\nTwo.\nOne.\n")
+    assert worlds.other_prompts(lines, column="ask") == ["One. ", "Two. "]
+    lines.write_text("\n")
+    with pytest.raises(InputError, match="no prompt"):
+        worlds.other_prompts(lines, column="ask")
+    with pytest.raises(InputError, match="no such file"):
+        worlds.other_prompts(tmp_path / "absent", column="ask")
+
+
+def test_splits_are_disjoint_and_too_few_prompts_are_refused(place):
+    found = worlds.split(place, train=8, held_out=6, seed=0)
+    rows = [tuple(row) for part in (found.train, found.held_out) for row in part.ids.tolist()]
+    assert len(set(rows)) == 14
+    again = worlds.split(place, train=8, held_out=6, seed=1)
+    assert again.train.ids.tolist() != found.train.ids.tolist()
+    with pytest.raises(InputError, match="more prompts"):
+        worlds.split(place, train=8, held_out=1000, seed=0)
+    few = dataclasses.replace(place, other=place.other[:5])
+    with pytest.raises(InputError, match="out-of-distribution prompts"):
+        worlds.split(few, train=8, held_out=6, seed=0)
+    with pytest.raises(InputError, match="at most 1 tokens"):
+        worlds.build(place.world, place.other, gold_scale=1.0, max_prompt_tokens=1)
+
+
+def test_the_embedded_world_has_openings_that_its_grammar_never_makes(monkeypatch, place):
+    monkeypatch.setattr(quickstart, "embedded", lambda **given: place.world)
+    with Progress(console=Console(quiet=True)) as progress:
+        _, other = worlds.embedded(stories=50, steps=1, progress=progress)
+    assert len(set(other)) == len(other) > 40
+    assert not any("was a" in text for text in other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "absent"], "--prompts, --gold, --ood missing"),
+        (["--methods", "magic"], "choose from offline DPO"),
+        (["--sizes.labels", "100"], "multiple of twice the rounds"),
+        (["--sizes.steps", "2"], "fewer than the 3 steps"),
+        (["--coefficients", "0"], "positive"),
+        (["--best-of", "1"], "at least 2"),
+        (
+            ["--model", "m", "--prompts", "p", "--gold", "g", "--ood", "absent.txt"],
+            "absent.txt: no such file",
+        ),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_before_any_compute(
+    tmp_path, monkeypatch, capsys, arguments, said
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["frontier", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        run.cli()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
