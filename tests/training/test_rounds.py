@@ -20,6 +20,7 @@ from jax_klrlhf.core import pairs
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds import journal, oracle, pairing, settings
+from jax_klrlhf.training.rounds.parts import ragged
 from tests.training import rounds_world as world
 
 PHASES = ("sample", "score", "pair", "label", "believe", "fit")
@@ -107,6 +108,33 @@ def test_a_run_broken_off_in_any_phase_goes_on_to_the_same_bits(
         left = ALL[number + 1 :] if where == "after" else ALL[number:]
         assert resumed.computed == left
         same(resumed, whole)
+
+
+def test_the_belief_is_of_all_comparisons_so_far_and_scores_what_is_drawn(offline, tmp_path):
+    run(tmp_path, offline)
+    known = [offline]
+    for number in (0, 1, 2):
+        folder = tmp_path / f"round-{number:03d}"
+        if number:
+            score = journal.safetensors.numpy.load_file(folder / "score.safetensors")
+            drawn = journal.safetensors.numpy.load_file(folder / "sample.safetensors")
+            expected = ROUND["reward"].score(
+                belief,
+                world.policies(),
+                *(ragged(drawn[f"{x}/ids"], drawn[f"{x}/lengths"]) for x in ROWS),
+            )
+            np.testing.assert_array_equal(score["reward"], expected.reward)
+            np.testing.assert_array_equal(score["uncertainty"], expected.uncertainty)
+            label = journal.safetensors.numpy.load_file(folder / "label.safetensors")
+            rows = (ragged(label[f"{x}/ids"], label[f"{x}/lengths"]) for x in ROWS)
+            known.append(rounds.Comparisons(*rows, label["label"], label["weight"]))
+        belief = ROUND["reward"].fit(None, None, known, world.policies())
+        found = journal.safetensors.numpy.load_file(folder / "believe.safetensors")
+        np.testing.assert_array_equal(found["theta"], belief.theta)
+        assert np.any(found["theta"] != 0)
+
+
+ROWS = ("prompts", "responses")
 
 
 def refuse(*arguments):

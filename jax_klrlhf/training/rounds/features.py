@@ -12,13 +12,13 @@ Axes: ``B`` prompts, ``K`` responses, ``N`` comparisons, ``D`` features.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jax_klrlhf.core import ellipsoid, estimation
@@ -155,26 +155,35 @@ def estimate(
         (fill(differences, size), fill(label.astype(dtype), size), weight),
         mesh,
     )
-    found = _fit(*laid, ridge, bound)
+    fit, update = _programs(mesh)
+    found = fit(*laid, ridge, bound)
     state = ellipsoid.init(dim, ridge=ridge, dtype=dtype)
     piece = -(-min(rows, size) // parts) * parts
     for begin in range(0, count, piece):
         z, w = (fill(x[begin : begin + piece], piece) for x in (differences, weight[:count]))
         w = np.where(np.arange(piece) < count - begin, w, 0).astype(dtype)
-        state = _update(state, *_put((z, w), mesh))
-    return Linear(found.theta, state, jnp.zeros(dim, dtype), found.converged)
+        state = update(state, *_put((z, w), mesh))
+    # Small and whole: every process holds its own, whatever mesh they were summed over.
+    theta, state, converged = jax.tree.map(
+        jnp.asarray, jax.device_get((found.theta, state, found.converged))
+    )
+    return Linear(theta, state, jnp.zeros(dim, dtype), converged)
 
 
-@partial(jax.jit, static_argnums=(3, 4))
-def _fit(
-    differences: Array, label: Array, weight: Array, ridge: float, bound: float | None
-) -> estimation.Fit:
-    return estimation.fit(differences, label, ridge=ridge, bound=bound, weights=weight)
+@cache
+def _programs(mesh: Mesh | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The core's fit and update, compiled for rows that lie over a mesh."""
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
+    @partial(jax.jit, static_argnums=(3, 4), out_shardings=whole)
+    def fit(differences: Array, label: Array, weight: Array, ridge: float, bound: Any) -> Any:
+        return estimation.fit(differences, label, ridge=ridge, bound=bound, weights=weight)
 
-@jax.jit
-def _update(state: Ellipsoid, directions: Array, weight: Array) -> Ellipsoid:
-    return ellipsoid.update(state, directions, weights=weight)
+    @partial(jax.jit, out_shardings=whole)
+    def update(state: Ellipsoid, directions: Array, weight: Array) -> Ellipsoid:
+        return ellipsoid.update(state, directions, weights=weight)
+
+    return fit, update
 
 
 @jax.jit

@@ -65,7 +65,7 @@ class Journal:
             InputError: where what is on disk was made of other inputs, or is damaged.
         """
         base = None if self.folder is None else round_folder(self.folder, number) / name
-        if base is not None and base.with_suffix(".json").exists():
+        if base is not None and _agreed(base.with_suffix(".json").exists()):
             value, metrics, content = self._read(base, like)
         else:
             began = time.perf_counter()
@@ -248,6 +248,13 @@ def _damaged(base: Path, reason: str) -> InputError:
 
 def _text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _agreed(here: bool) -> bool:
+    """The first process's answer: the others may ask when it has already written."""
+    if jax.process_count() == 1:
+        return here
+    return bool(multihost_utils.broadcast_one_to_all(np.array(here)))
 
 
 def _meet(name: str) -> None:

@@ -1,0 +1,86 @@
+"""An iterative run on two processes is the run on one, and goes on from what either left."""
+
+import os
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+from jax_klrlhf.training import mesh as meshes
+from jax_klrlhf.training import rounds
+from jax_klrlhf.training.rounds import oracle, pairing
+
+
+def run(folder: Path, count: int):
+    """`count` rounds over all devices of all processes: every phase shares its rows out."""
+    # Not before jax.distributed.initialize: the module computes when it is imported.
+    from tests.training import rounds_world as world
+
+    mesh = meshes.make(data=8, fsdp=1)
+    whole = jax.tree.map(lambda _: jax.NamedSharding(mesh, jax.P()), world.PARAMS)
+    draw = rounds.Draw(
+        model=world.MODEL, samples=4, max_new_tokens=world.LENGTH, stop=(world.STOP,), rows=8,
+        mesh=mesh,
+    )  # fmt: skip
+    fitting = rounds.Fitting(
+        optimizer=optax.sgd(0.1), steps=3, batch_size=8, mesh=mesh, shardings=whole
+    )
+    belief = rounds.linear(world.counts, dim=world.VOCAB, ridge=1.0, radius=0.5, mesh=mesh)
+    return rounds.iterate(
+        jax.random.key(0), jax.device_put(world.PARAMS, whole), prompts=world.PROMPTS,
+        rounds=count, sampler=rounds.main_agent(draw), reward=belief,
+        pair_rule=pairing.by_reward(), oracle=oracle.expected(world.gold), output=folder,
+        improve=rounds.pessimistic_dpo(world.MODEL, kl_coef=0.5, fitting=fitting, rows=8),
+    )  # fmt: skip
+
+
+def main(index: int, address: str, folder: Path) -> None:
+    """One of the two processes: a round, and then both from what is on disk."""
+    jax.distributed.initialize(address, 2, index)
+    run(folder / "run", 1)
+    outcome = run(folder / "run", 2)
+    assert {name[0] for name in outcome.computed} == {"2"}
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(outcome.policy)]
+    np.savez(folder / f"process-{index}.npz", *leaves)
+
+
+def test_two_processes_give_the_run_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = "--xla_force_host_platform_device_count=4"
+    module = "tests.training.test_rounds_processes"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(k), address, str(tmp_path)],
+            env=os.environ | {"PYTHONPATH": ".", "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for k in (0, 1)
+    ]
+    try:
+        # Together: where one fails, the other waits for it.
+        texts = [child.communicate(timeout=600)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.returncode for child in children] == [0, 0], "\n".join(texts)
+
+    one = run(tmp_path / "one", 2)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    for k in (0, 1):
+        with np.load(tmp_path / f"process-{k}.npz") as found:
+            for number, ours in enumerate(jax.tree.leaves(one.policy)):
+                close(found[f"arr_{number}"], ours)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
