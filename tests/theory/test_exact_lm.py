@@ -69,8 +69,8 @@ def test_each_samplers_draws_have_its_exact_law(here):
     for name, metric in found.items():
         assert metric.value > 1e-4, name
     # The test can tell laws apart: pi0's draws are not those of pi*.
-    drawn = panels.draw_of(here, 5000)(jax.random.key(3), here.params, here.prompts)
-    count = np.bincount(panels._numbers(here, drawn)[-5000:], minlength=121)
+    law = np.exp(here.base[-1])
+    count = np.random.default_rng(0).multinomial(5000, law / law.sum())
     assert panels._p_value(count, here.base[-1]) > 1e-4
     assert panels._p_value(count, world.optimum(here)[-1]) < 1e-12
 

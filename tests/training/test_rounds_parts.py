@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_klrlhf.core import estimation, objectives, pairs
 from jax_klrlhf.core.sequence import Ragged
@@ -450,33 +449,3 @@ def test_rows_are_mapped_in_pieces_alone_or_over_devices():
     for laid in (None, mesh.make(data=2, fsdp=4)):
         program = mapped(lambda p, x: {"y": p * x}, rows=4, mesh=laid)
         np.testing.assert_array_equal(program(jnp.float32(3.0), x)["y"], 3 * x)
-
-
-def test_a_round_on_eight_devices_is_the_round_on_one(drawn):
-    """Draws, reference and fit over a mesh: the same responses, the same policy up to rounding."""
-    laid = mesh.make(data=8, fsdp=1)
-    whole = jax.tree.map(lambda x: NamedSharding(laid, PartitionSpec()), world.PARAMS)
-    found = []
-    for over, shardings in ((None, None), (laid, whole)):
-        draw = rounds.Draw(**DRAWING, rows=8, mesh=over)
-        fit = rounds.Fitting(
-            optimizer=optax.sgd(0.1), steps=2, batch_size=8, mesh=over, shardings=shardings
-        )
-        params = world.PARAMS if over is None else jax.device_put(world.PARAMS, whole)
-        found.append(
-            rounds.iterate(
-                jax.random.key(0),
-                params,
-                prompts=world.PROMPTS,
-                rounds=1,
-                sampler=rounds.main_agent(draw),
-                reward=rounds.known(world.gold),
-                pair_rule=pairing.by_reward(),
-                oracle=oracle.expected(world.gold),
-                improve=rounds.dpo(world.MODEL, kl_coef=0.5, fitting=fit, rows=8),
-            )
-        )
-    one, eight = found
-    jax.tree.map(np.testing.assert_array_equal, list(one.comparisons), list(eight.comparisons))
-    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    jax.tree.map(close, jax.device_get(one.policy), jax.device_get(eight.policy))

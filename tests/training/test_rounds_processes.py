@@ -1,4 +1,4 @@
-"""An iterative run on two processes is the run on one, and goes on from what either left."""
+"""An iterative run on two processes of four devices each is the run on one device."""
 
 import os
 import socket
@@ -16,13 +16,16 @@ from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds import oracle, pairing
 
 
-def run(folder: Path, count: int):
-    """`count` rounds over all devices of all processes: every phase shares its rows out."""
+def run(folder: Path, count: int, *, devices: int):
+    """`count` rounds; on several devices every phase shares its rows out over them."""
     # Not before jax.distributed.initialize: the module computes when it is imported.
     from tests.training import rounds_world as world
 
-    mesh = meshes.make(data=8, fsdp=1)
-    whole = jax.tree.map(lambda _: jax.NamedSharding(mesh, jax.P()), world.PARAMS)
+    mesh, whole, params = None, None, world.PARAMS
+    if devices > 1:
+        mesh = meshes.make(data=devices, fsdp=1)
+        whole = jax.tree.map(lambda _: jax.NamedSharding(mesh, jax.P()), params)
+        params = jax.device_put(params, whole)
     draw = rounds.Draw(
         model=world.MODEL, samples=4, max_new_tokens=world.LENGTH, stop=(world.STOP,), rows=8,
         mesh=mesh,
@@ -32,9 +35,9 @@ def run(folder: Path, count: int):
     )
     belief = rounds.linear(world.counts, dim=world.VOCAB, ridge=1.0, radius=0.5, mesh=mesh)
     return rounds.iterate(
-        jax.random.key(0), jax.device_put(world.PARAMS, whole), prompts=world.PROMPTS,
-        rounds=count, sampler=rounds.main_agent(draw), reward=belief,
-        pair_rule=pairing.by_reward(), oracle=oracle.expected(world.gold), output=folder,
+        jax.random.key(0), params, prompts=world.PROMPTS, rounds=count,
+        sampler=rounds.main_agent(draw), reward=belief, pair_rule=pairing.by_reward(),
+        oracle=oracle.expected(world.gold), output=folder,
         improve=rounds.pessimistic_dpo(world.MODEL, kl_coef=0.5, fitting=fitting, rows=8),
     )  # fmt: skip
 
@@ -42,8 +45,8 @@ def run(folder: Path, count: int):
 def main(index: int, address: str, folder: Path) -> None:
     """One of the two processes: a round, and then both from what is on disk."""
     jax.distributed.initialize(address, 2, index)
-    run(folder / "run", 1)
-    outcome = run(folder / "run", 2)
+    run(folder / "run", 1, devices=8)
+    outcome = run(folder / "run", 2, devices=8)
     assert {name[0] for name in outcome.computed} == {"2"}
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(outcome.policy)]
     np.savez(folder / f"process-{index}.npz", *leaves)
@@ -74,7 +77,7 @@ def test_two_processes_give_the_run_of_one(tmp_path):
             child.kill()
     assert [child.returncode for child in children] == [0, 0], "\n".join(texts)
 
-    one = run(tmp_path / "one", 2)
+    one = run(tmp_path / "one", 2, devices=1)
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     for k in (0, 1):
         with np.load(tmp_path / f"process-{k}.npz") as found:
