@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments import plotting
 from experiments.frontier import statements
@@ -257,6 +258,7 @@ def _acceptance(rows: Sequence[Row]) -> Figure:
         _line(ax, x, [row.rounds[n] for n in steps], label=row.name, color=f"C{colour % 10}")
     plotting.label(ax, x="step", y="acceptance rate", title="Rejection sampling")
     ax.set_ylim(0, 1)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=7)
     return figure
