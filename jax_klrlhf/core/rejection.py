@@ -182,7 +182,8 @@ def batch_maximum_log_prob(
     mass = jnp.take_along_axis(jnp.where(keep, log_prob, -jnp.inf), order, axis=-1)
     scaled = jnp.take_along_axis(scaled, order, axis=-1)
     prob = jnp.exp(_normalize(mass))
-    below = jnp.minimum(jnp.cumsum(prob, axis=-1), 1.0)
+    # A sum taken in parallel can step down by a rounding, which no distribution function may.
+    below = lax.cummax(jnp.minimum(jnp.cumsum(prob, axis=-1), 1.0), axis=prob.ndim - 1)
     # P(max of the others is at most / exactly this action), ties ordered by the sort.
     at_most = below ** (samples - 1)
     exactly = jnp.diff(at_most, axis=-1, prepend=jnp.zeros_like(at_most[..., :1]))
