@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= test
 BIN := $(VENV)/bin
-# Two workers: the suite is compile-bound, and CI has two to four cores.
+# A module's tests stay on one worker, with its fixtures and compiled programs.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: demo test lint types unit env clean
@@ -30,7 +30,7 @@ types: env
 	$(BIN)/basedpyright --pythonpath $(BIN)/python --warnings
 
 unit: env
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .cache build dist results

@@ -35,6 +35,13 @@ settings.load_profile("klrlhf")
 DATA = Path(os.environ.get("KLRLHF_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Free the compiled programs of a module: a worker would hold gigabytes of them by the end."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Run a test in float64."""
