@@ -74,7 +74,8 @@ def test_merged_is_the_policy(moved):
     found = adapted_logits(moved)
     assert np.abs(found - plain_logits(moved["base"])).max() > 0.1
     merged = lora_lib.merge(moved, LORA)
-    np.testing.assert_allclose(plain_logits(merged), found, atol=1e-5)
+    # Other roundings on the way: the tolerance of logits in float32, a thousandth of the change.
+    np.testing.assert_allclose(plain_logits(merged), found, atol=1e-4)
     # By hand, for one matrix: W + (alpha / r) A B.
     update = moved["lora"]["layers"]["key"]
     product = np.asarray(update["a"][1], float) @ np.asarray(update["b"][1], float)

@@ -95,6 +95,9 @@ def test_another_run_is_refused_by_name(tmp_path):
     store.close()
 
 
+# Orbax's own writer threads die of the error that is injected, and say so when collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_is_named_and_the_last_good_step_kept(tmp_path):
     store = checkpoint.Checkpoints(tmp_path)
     good = moved(fresh(), 1)

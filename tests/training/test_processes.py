@@ -82,7 +82,8 @@ def test_two_processes_give_the_same_run(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = "--xla_force_host_platform_device_count=4"
+    # The session's flags, and then ours: the last one counts.
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.training.test_processes", str(k), address, str(tmp_path)],
