@@ -117,7 +117,7 @@ class Task:
     model: Path
     pairs: list[list[list[int]]]
     """Prompt, chosen and rejected ids."""
-    batches: list[tuple[Sequence[int], list[int]]]
+    batches: Sequence[tuple[Sequence[int], list[int]]]
     """Shapes and rows of our batches."""
     check: list[list[list[int]]]
     useful: int
@@ -149,14 +149,14 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     live = {"ours": _ours("cache")}
     if "TRL" in peers:
         cached |= {
-            "TRL": _trl("cached", config),
-            "TRL, by length": _trl("cached", config, grouped=True),
-            "TRL, checkpointing": _trl("cached", config, checkpointing=True),
+            "TRL": _trl("cached"),
+            "TRL, by length": _trl("cached", grouped=True),
+            "TRL, checkpointing": _trl("cached", checkpointing=True),
         }
-        live |= {"TRL": _trl("live", config)}
+        live |= {"TRL": _trl("live")}
     if "tunix" in peers:
-        cached |= {"tunix, no reference": _tunix("none", config)}
-        live |= {"tunix": _tunix("live", config)}
+        cached |= {"tunix, no reference": _tunix("none")}
+        live |= {"tunix": _tunix("live")}
     found: dict[str, dict[str, dict[str, paired.Times]]] = {"cached": {}, "live": {}}
     stage = 0
     for part, contenders in (("cached", cached), ("live", live)):
@@ -302,8 +302,7 @@ def _ours(*without: str) -> dict[str, Any]:
     return {"tool": "ours", "module": "with_ours", "without": list(without)}
 
 
-def _trl(reference: str, config: Config, *, grouped: bool = False, checkpointing: bool = False):
-    del config
+def _trl(reference: str, *, grouped: bool = False, checkpointing: bool = False):
     return {
         "tool": "TRL",
         "module": "with_trl",
@@ -313,8 +312,7 @@ def _trl(reference: str, config: Config, *, grouped: bool = False, checkpointing
     }
 
 
-def _tunix(reference: str, config: Config) -> dict[str, Any]:
-    del config
+def _tunix(reference: str) -> dict[str, Any]:
     return {"tool": "tunix", "module": "with_tunix", "reference": reference, "remat": "NONE"}
 
 
@@ -339,7 +337,8 @@ class _Process:
 
     def ask(self, command: str | None = None) -> dict[str, Any]:
         """Send a command, if any, and wait for its answer."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         line = ""
         try:
             if command is not None:
@@ -376,6 +375,7 @@ class _Stage:
         self._slots: dict[str, int] = {}
         self._times: dict[str, paired.Times] = {}
         self._peaks: dict[str, tuple[float, float]] = {}
+        self._work: dict[str, list[float]] = {}
 
     def __enter__(self) -> "_Stage":
         return self
@@ -431,6 +431,7 @@ class _Stage:
             answers = pool.map(lambda process: process.ask("warm"), self._processes.values())
             warmed = dict(zip(self._processes, answers, strict=True))
         taken: dict[str, list[float]] = {name: [] for name in self._processes}
+        self._work = {name: [] for name in self._processes}
         training = dict.fromkeys(self._processes, 0.0)
         for turn in range(self._config.turns):
             names = list(self._processes)
@@ -438,6 +439,7 @@ class _Stage:
                 time.sleep(paired.PAUSE)
                 answer = self._processes[name].ask("turn")
                 taken[name].append(answer["seconds"])
+                self._work[name].append(answer["cpu_seconds"])
                 training[name] = answer["peak"]
         self._times = {name: paired.Times(0.0, np.array(t)) for name, t in taken.items()}
         self._peaks = {name: (warmed[name]["peak"], training[name]) for name in taken}
@@ -454,6 +456,7 @@ class _Stage:
             metrics |= {
                 f"{panel}/{name}/tokens_per_second": speed,
                 f"{panel}/{name}/ours_is_faster": ratio,
+                f"{panel}/{name}/core_seconds": results.mean(self._work[name]),
                 f"{panel}/{name}/slots_per_token": Metric(self._slots[name] / self._task.useful),
                 f"{panel}/{name}/peak_mebibytes": Metric(whole),
                 f"{panel}/{name}/training_peak_mebibytes": Metric(training),
@@ -461,6 +464,7 @@ class _Stage:
             rows[name] = {
                 "useful tokens/s": _plus_minus(speed, 0),
                 "ours is faster": "" if name == "ours" else _plus_minus(ratio, 2),
+                "core-seconds": f"{np.mean(self._work[name]):.1f}",
                 "slots per token": f"{self._slots[name] / self._task.useful:.2f}",
                 "peak MiB": f"{whole:,.0f}",
                 "while training": f"{training:,.0f}",

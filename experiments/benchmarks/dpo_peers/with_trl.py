@@ -1,6 +1,7 @@
 """TRL's DPOTrainer on the job's pairs: its own collator, loss, optimizer and loop.
 
 Only its tokenization is passed over: the ids are given. Batches are the job's, in order.
+It runs in an environment of its own, where TRL is and this library is not.
 """
 
 import gc
@@ -14,10 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp())
 
-import torch
-from datasets import Dataset
+import torch  # pyright: ignore[reportMissingImports]
+from datasets import Dataset  # pyright: ignore[reportMissingImports]
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]
 
 from experiments.benchmarks.dpo_peers.serve import Contender, serve
 

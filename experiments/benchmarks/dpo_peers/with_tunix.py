@@ -2,7 +2,7 @@
 
 It pads every prompt and every response to the two lengths given, and scores the reference in each
 step; it has no cache of it. ``reference: none`` leaves the reference out of the loss, which is
-what a cached one would cost.
+what a cached one would cost. It runs in an environment of its own, without this library.
 """
 
 import gc
@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from tunix.models.llama3 import model as llama
-from tunix.models.llama3 import params as weights
-from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig, TrainingInput
+from tunix.models.llama3 import model as llama  # pyright: ignore[reportMissingImports]
+from tunix.models.llama3 import params as weights  # pyright: ignore[reportMissingImports]
+from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig, TrainingInput  # pyright: ignore[reportMissingImports]
 
 from experiments.benchmarks.dpo_peers.serve import Contender, serve
 

@@ -1,0 +1,3 @@
+from experiments.hh_harmless.run import cli
+
+cli()
