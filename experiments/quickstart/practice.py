@@ -48,15 +48,15 @@ class Config:
     """Responses to each held-out prompt that a policy is judged by."""
     kl_coef: float = 0.2
     learning_rate: float = 5e-4
-    steps: int = 80
+    steps: int = 60
     """Optimizer steps of every DPO fit."""
     batch: int = 64
     """Pairs in a step."""
-    evaluations: int = 4
+    evaluations: int = 3
     """Points along each fit at which the policy is judged."""
     stories: int = 4000
     """Embedded default: stories that pi0 is trained on."""
-    sft_steps: int = 400
+    sft_steps: int = 300
     """Embedded default: optimizer steps that make pi0."""
 
 
