@@ -355,12 +355,14 @@ class _Process:
     def end(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
             self._process.stdin.close()
             self._process.wait(timeout=10)
         except (BrokenPipeError, subprocess.TimeoutExpired):
             self._process.kill()
             self._process.wait()
+        self._process.stdout.close()
 
 
 class _Stage:
@@ -402,28 +404,7 @@ class _Stage:
         parts of ours switched off, whose equality the tests of scoring hold.
         """
         asked = [n for n in self._processes if n in ("ours", "TRL")]
-        losses = {name: np.array(self._processes[name].ask("check")["losses"]) for name in asked}
-        metrics = {}
-        first, last = losses["ours"][0], losses["ours"][-1]
-        for name in asked:
-            metrics[f"agreement/{name}/first_loss"] = Metric(float(losses[name][0]))
-            metrics[f"agreement/{name}/last_loss"] = Metric(float(losses[name][-1]))
-        if not abs(first - math.log(2)) < AGREEMENT:
-            raise InputError(f"the first loss is {first:.5f}, not ln 2: the reference is not pi0")
-        if len(losses["ours"]) > 1 and abs(first - last) < 10 * AGREEMENT:
-            raise InputError(
-                f"the loss moved by {abs(first - last):.1e} only in {len(losses['ours'])} steps, "
-                "so agreement would say nothing: raise --learning-rate"
-            )
-        for name in asked[1:]:
-            apart = float(np.abs(losses[name] - losses["ours"]).max())
-            metrics[f"agreement/{name}/largest_difference"] = Metric(apart, n=len(losses["ours"]))
-            if not apart < AGREEMENT:
-                raise InputError(
-                    f"{name} computes another loss: {apart:.1e} apart within "
-                    f"{len(losses['ours'])} steps, allowed {AGREEMENT}; nothing is reported"
-                )
-        return metrics
+        return agreement({name: self._processes[name].ask("check")["losses"] for name in asked})
 
     def measure(self) -> dict[str, paired.Times]:
         """Warm all at the same time, then time them in turn, every other round reversed."""
@@ -489,6 +470,36 @@ class _Stage:
             "kl_coef": config.kl_coef,
             "rope_theta": THETA,
         }
+
+
+def agreement(losses: Mapping[str, Sequence[float]]) -> dict[str, Metric]:
+    """First and last loss of each, and how far it strays from ours; raises where that is too far.
+
+    Raises too where agreement would say nothing: the reference is not pi0, or nothing moved.
+    """
+    ours = np.asarray(losses["ours"])
+    first, last = float(ours[0]), float(ours[-1])
+    if not abs(first - math.log(2)) < AGREEMENT:
+        raise InputError(f"the first loss is {first:.5f}, not ln 2: the reference is not pi0")
+    if len(ours) > 1 and not abs(first - last) > 10 * AGREEMENT:
+        raise InputError(
+            f"the loss moved by {abs(first - last):.1e} only in {len(ours)} steps, so agreement "
+            "would say nothing: raise --learning-rate"
+        )
+    metrics = {}
+    for name, found in losses.items():
+        apart = float(np.abs(np.asarray(found) - ours).max()) if len(found) == len(ours) else np.inf
+        if not apart < AGREEMENT:
+            raise InputError(
+                f"{name} computes another loss: {apart:.1e} apart within {len(ours)} steps, "
+                f"allowed {AGREEMENT}; nothing is reported"
+            )
+        metrics |= {
+            f"agreement/{name}/first_loss": Metric(float(found[0])),
+            f"agreement/{name}/last_loss": Metric(float(found[-1])),
+            f"agreement/{name}/largest_difference": Metric(apart, n=len(ours)),
+        }
+    return metrics
 
 
 def _at_best(
