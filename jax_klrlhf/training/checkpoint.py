@@ -10,6 +10,10 @@ fingerprint says whether they are the same.
 """
 
 import logging
+import re
+import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from jax_klrlhf.results import output_folder
 from jax_klrlhf.training.state import TrainState, fingerprint_text
 
 _STATE, _EXTRA = "state", "extra"
+_SETTLE = 30.0  # seconds that the writers of a failed save are waited for
 
 
 class Checkpoints:
@@ -37,8 +42,11 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, *, keep: int = 2):
         self.folder = output_folder(folder).absolute()
-        # Orbax tells of every phase of a save through absl's logger.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs each phase of a save, and an error once per thread it passes before it is
+        # raised here.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._before: set[threading.Thread] = set()
+        self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -65,10 +73,11 @@ class Checkpoints:
             InputError: where this or the previous save could not be written.
         """
         step = int(state.step)
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        self._before, self._saving = set(threading.enumerate()), step
         try:
-            self._manager.wait_until_finished()
-            if step in self._manager.all_steps():
-                return
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -79,7 +88,7 @@ class Checkpoints:
                 ),
             )
         except Exception as error:
-            raise self._unwritable(step, error) from error
+            raise self._unwritable(error) from error
 
     def wait(self) -> None:
         """Return when everything begun is on disk.
@@ -90,7 +99,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise self._unwritable(None, error) from error
+            raise self._unwritable(error) from error
 
     def restore(self, like: TrainState, *, step: int | None = None) -> tuple[TrainState, Any]:
         """The state of a checkpoint (the last, by default), and the data position.
@@ -160,14 +169,26 @@ class Checkpoints:
                     "or name another --output."
                 )
 
-    def _unwritable(self, step: int | None, error: Exception) -> InputError:
-        what = "the last checkpoint" if step is None else f"the checkpoint of step {step}"
+    def _unwritable(self, error: Exception) -> InputError:
+        """Clear away what could not be written; what to tell of it."""
+        # Orbax raises the first writer's error while the others still write: left running, they
+        # would do so into a folder that has been opened again.
+        end = time.monotonic() + _SETTLE
+        for thread in set(threading.enumerate()) - self._before - {threading.current_thread()}:
+            # Orbax's threads raise their error again from a join of their own.
+            threading.Thread.join(thread, max(0.0, end - time.monotonic()))
+        if jax.process_index() == 0:
+            for half in self.folder.glob(f"{self._saving}.*tmp*"):
+                shutil.rmtree(half, ignore_errors=True)
         whole = sorted(self._whole())
         kept = f"step {whole[-1]} is whole and kept" if whole else "no whole step is there yet"
-        reason = " ".join(str(error).split())[:200]
+        text = " ".join(str(error).split())
+        # TensorStore gives the system's own words last, behind paths and before its specification.
+        system = re.search(r": ([^:\[]+) \[(?:os_error_code|tensorstore_spec)=", text)
+        reason = system[1] if system else text[:200]
         return InputError(
-            f"{self.folder}: {what} could not be written ({reason}); {kept}. Make room or name "
-            "another --output, and start again."
+            f"{self.folder}: the checkpoint of step {self._saving} could not be written "
+            f"({reason}); {kept}. Make room or name another --output, and start again."
         )
 
     def _whole(self) -> list[int]:
