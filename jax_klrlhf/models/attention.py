@@ -12,6 +12,7 @@ Axes: ``B`` prompts, ``K`` responses, ``T`` response positions, ``P`` prompt pos
 heads, ``N`` key heads (``G = H / N``), ``D`` head size.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -386,12 +387,18 @@ def _joint(query, own, mask, prompt, prompt_mask, *, scale, softcap):
             raw = softcap * jnp.tanh(raw / softcap)
         return jnp.where(keep, raw, jnp.finfo(dtype).min)
 
+    # One softmax over both parts, without an array that holds them side by side; divided by its sum
+    # after the values are, which spares a pass over the scores here and a reduction of them in the
+    # derivative.
     parts = [scores(own.key, "bkngtd,bknsd->bkngts", mask)]
     if prompt is not None:
-        parts.insert(0, scores(prompt.keys.key, "bkngtd,bnsd->bkngts", prompt_mask))
-    weights = jax.nn.softmax(jnp.concatenate(parts, axis=-1), axis=-1).astype(query.dtype)
-    border = weights.shape[-1] - own.key.shape[-2]
-    out = jnp.einsum("bkngts,bknsd->bkngtd", weights[..., border:], own.value)
+        parts.append(scores(prompt.keys.key, "bkngtd,bnsd->bkngts", prompt_mask))
+    tops = [part.max(-1, keepdims=True) for part in parts]
+    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
+    parts = [jnp.exp(part - largest) for part in parts]
+    total = sum(part.sum(-1, keepdims=True) for part in parts)
+    weights = [part.astype(query.dtype) for part in parts]
+    out = jnp.einsum("bkngts,bknsd->bkngtd", weights[0], own.value)
     if prompt is not None:
-        out += jnp.einsum("bkngts,bnsd->bkngtd", weights[..., :border], prompt.keys.value)
-    return out
+        out += jnp.einsum("bkngts,bnsd->bkngtd", weights[1], prompt.keys.value)
+    return (out.astype(dtype) / total).astype(query.dtype)

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Int, Key, PRNGKeyArray, UInt32
 
 
@@ -109,18 +111,33 @@ def init(
     pi0 = params if ref_params is None else ref_params
     trained, frozen = split(params, trainable or (lambda _: True))
     trained = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), trained)
-    # Optax mixes types and ranks freely, whatever the session is set to.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        opt_state = optimizer.init(trained)
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=trained,
         frozen=frozen,
-        opt_state=opt_state,
+        opt_state=optimizer.init(trained),
         ref_params=ref_params,
         key=jnp.copy(key),
         fingerprint=digest(pi0) if fingerprint is None else jnp.copy(fingerprint),
     )
+    return _placed(state)
+
+
+def _placed(state: TrainState) -> TrainState:
+    """All of it bound to one device, if the parameters or the reference are (as loaded ones are).
+
+    What a step returns is bound where any of its arguments was. A state that is so only in part
+    would be of another type than the one after its first step, and the step compiled twice.
+    """
+    homes = {
+        leaf.sharding
+        for leaf in jax.tree.leaves((state.params, state.frozen, state.ref_params))
+        if isinstance(leaf, Array)
+        and not isinstance(leaf, Tracer)  # under jit its caller says where the state lies
+        and leaf.committed
+        and isinstance(leaf.sharding, SingleDeviceSharding)
+    }
+    return jax.device_put(state, homes.pop()) if len(homes) == 1 else state
 
 
 def fingerprint(params: Any) -> str:

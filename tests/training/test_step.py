@@ -200,6 +200,19 @@ def test_the_state_is_given_away_and_the_callers_parameters_are_not():
     assert train.jitted._cache_size() == 1  # one trace for equal shapes
 
 
+@pytest.mark.parametrize("trainable", [None, lambda path: path.startswith("head")])
+def test_loaded_parameters_compile_one_program(trainable):
+    """Parameters bound to a device, as loaded ones are: the second step has the first's type."""
+    params = jax.device_put(MODEL.init(jax.random.key(0)), jax.devices()[0])
+    optimizer = optax.adam(1e-2)
+    take = step.make_train_step(MODEL, optimizer, LOSS)
+    carried = state.init(jax.random.key(1), params, optimizer, trainable=trainable)
+    batch = reference.precompute(MODEL, params, [toy.batch(0)])[0]
+    for _ in range(3):
+        carried, _ = take(carried, batch)
+    assert take.jitted._cache_size() == 1
+
+
 def test_reported_names_mean_what_they_say():
     batch = toy.batch(9)
     score = LOG_PROB
