@@ -110,6 +110,7 @@ def iterate(
     output: str | Path | None = None,
     config: Any = None,
     console: Console | None = None,
+    report: Callable[[int, Metrics], None] | None = None,
 ) -> Outcome:
     """Run ``rounds`` rounds of preference learning from ``policy``, which is pi0.
 
@@ -130,6 +131,7 @@ def iterate(
         output: folder of the phases' results; started again with it, a run goes on. None: memory.
         config: whatever JSON holds that identifies the parts; a folder of another is refused.
         console: where a line per round is printed.
+        report: ``report(round, metrics)``, called after each round, also one read from disk.
 
     Raises:
         ValueError: for no rounds without offline data.
@@ -177,6 +179,8 @@ def iterate(
             shutil.rmtree(folder, ignore_errors=True)
         policies.append(current)
         reports.append(metrics)
+        if report is not None:
+            report(number, metrics)
         console.print(f"round {number}/{rounds}  {_line(metrics)}", highlight=False)
     hand = Policies(current, policy, reference(policy, current), policies)
     return Outcome(
