@@ -5,11 +5,12 @@ cell runs, its rounds leave their phases in a folder beside it (:mod:`rounds.jou
 run goes on in the middle of a cell.
 """
 
+import itertools
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -224,14 +225,18 @@ class Lab:
 
 
 def names(
-    *, chosen: Sequence[str], coefficients: Sequence[float], best_of: Sequence[int], seeds: int
+    *, sweeps: Mapping[str, Sequence[float]], best_of: Sequence[int], seeds: int
 ) -> list[Name]:
-    """Every cell, one seed after the other, so that a part of a run is whole seeds."""
+    """Every cell, by seed and in it by the place in the ``sweeps``: a part of a run is balanced.
+
+    ``sweeps``: each method's coefficients.
+    """
     found = []
     for seed in range(seeds):
         found.append(Name(PI0, 0.0, seed))
         found += [Name(BEST_OF, float(n), seed) for n in best_of]
-        found += [Name(m, float(c), seed) for m in chosen for c in coefficients]
+        places = itertools.zip_longest(*([(m, c) for c in sweep] for m, sweep in sweeps.items()))
+        found += [Name(at[0], float(at[1]), seed) for place in places for at in place if at]
     return found
 
 

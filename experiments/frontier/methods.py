@@ -356,10 +356,10 @@ METHODS = {
     "online GSHF-DPO": Method(online(), 4),
     "hybrid GSHF-DPO": Method(hybrid, 5),
     "moving reference": Method(online(reference=rounds.previous), 4),
-    # Option I of Algorithm 2 in the place of best and worst of n; not among the defaults.
+    # Option I of Algorithm 2 in the place of best and worst of n.
     "online GSHF-DPO, enhancer": Method(
         online(pair_rule=lambda c: pairing.enhancer(kl_coef=c.kl_coef)), 4
     ),
 }
 """Methods with a coefficient, by name; pi0 and best-of-n have none and are run apart."""
-DEFAULT = tuple(name for name in METHODS if name != "online GSHF-DPO, enhancer")
+DEFAULT = tuple(METHODS)

@@ -6,7 +6,7 @@ Xiong et al., arXiv 2312.11456, section 6; the moving reference is the ablation 
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,26 +43,30 @@ class Sizes:
     rounds: int = 3
     """Of the online and hybrid methods, and steps of multi-step RSO."""
     train_prompts: int = 768
-    held_out_prompts: int = 256
+    held_out_prompts: int = 384
     """As many out-of-distribution prompts are judged."""
     max_prompt_tokens: int = 32
     """Longer prompts are left out."""
-    new_tokens: int = 48
+    new_tokens: int = 32
     """Longest response."""
     explore: int = 8
     """Responses of which online methods compare the best and the worst."""
-    propose: int = 8
+    propose: int = 6
     """Proposals at a prompt in each step of multi-step RSO; RSO draws all of them in one."""
     eval_samples: int = 4
     """Responses to each prompt that a policy is judged by."""
     steps: int = 48
     """Optimizer steps of a fit; a multi-step chain has them in total."""
-    batch: int = 64
+    batch: int = 48
     """Pairs in a step."""
-    learning_rate: float = 5e-4
-    gold_scale: float = 2.0
+    learning_rate: float = 1e-3
+    gold_scale: float = 4.0
     """Nats of the annotator's logit to a nat of the fitted gold reward."""
-    ridge: float = 2.0
+    tokens: int = 512
+    """Of pi0's most frequent tokens the proxy counts this many."""
+    hidden: bool = False
+    """The proxy looks at pi0's hidden states too: a little better, and several times slower."""
+    ridge: float = 1.0
     """Of the proxy and of its ellipsoid."""
     radius: float = 2.0
     """beta: at 2 the uncertainty is about a posterior standard deviation of the proxy."""
@@ -88,11 +92,16 @@ class Config:
     """Where the prompt of a record is."""
     output: Path = Path("results/frontier")
     """Where cells, results.json, the figures and report.html go; started again, a run goes on."""
-    seeds: int = 3
+    minutes: float | None = None
+    """Begin no cell after so many minutes and report on what there is; a later run goes on."""
+    seeds: int = 5
     methods: tuple[str, ...] = methods.DEFAULT
     """Methods with a coefficient; pi0 and best-of-n are always there."""
-    coefficients: tuple[float, ...] = (1.0, 0.4, 0.15, 0.06)
+    coefficients: tuple[float, ...] = (1.0, 0.4, 0.15)
     """kl_coef of the sweep."""
+    rejection_coefficients: tuple[float, ...] = (4.0, 1.5, 0.6)
+    """kl_coef of RSO and multi-step RSO: at smaller ones hardly a proposal is accepted, and the few
+    pairs that are left differ so little that their labels are a coin's."""
     best_of: tuple[int, ...] = (2, 4, 8, 16)
     small: bool = False
     """A run of a few minutes: other sizes, two seeds, two coefficients."""
@@ -127,8 +136,11 @@ class Config:
             raise InputError(
                 f"--sizes.steps {sizes.steps}: fewer than the {sizes.rounds} steps of the chain."
             )
-        if self.seeds < 1 or not self.coefficients or min(self.coefficients) <= 0:
+        sweep = [*self.coefficients, *self.rejection_coefficients]
+        if self.seeds < 1 or not self.coefficients or min(sweep) <= 0:
             raise InputError("--seeds must be at least 1 and every --coefficients positive.")
+        if self.minutes is not None and self.minutes <= 0:
+            raise InputError("--minutes must be positive.")
         if any(n < 2 for n in self.best_of):
             raise InputError("--best-of: every n must be at least 2; 1 is pi0.")
 
@@ -139,6 +151,7 @@ def small(config: Config) -> Config:
         config,
         seeds=2,
         coefficients=(0.4, 0.06),
+        rejection_coefficients=(1.5, 0.6),
         best_of=(4,),
         sizes=dataclasses.replace(
             config.sizes, labels=192, train_prompts=64, held_out_prompts=64, steps=15, batch=32,
@@ -158,21 +171,42 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     with _progress(console) as progress:
         place = _place(config, progress)
         lab = laboratory(config, place, output=output)
-        found = run(config, lab, progress)
+        found: dict[cells.Name, cells.Found] = {}
+        for _ in run(config, lab, progress, into=found):
+            # After every seed, so that a run cut short has its report too.
+            path, rows, said = write(config, place, found, output=output)
+    _print(console, place, config, rows, said)
+    console.print(
+        f"{path}, report.html and the figures beside it, in {time.perf_counter() - began:.0f} s"
+    )
+    return path
+
+
+def write(
+    config: Config,
+    place: worlds.Place,
+    found: Mapping[cells.Name, cells.Found],
+    *,
+    output: Path,
+) -> tuple[Path, list[report.Row], list[report.Finding]]:
+    """Results, figures and report of the cells there are."""
     rows, said = report.table(found), report.findings(found)
     drawn = report.figures(rows)
     for name, figure in drawn.items():
         (output / f"{name}.png").write_bytes(report.png(figure))
     seconds = sum(cell.seconds for cell in found.values())
+    seeds = sorted({name.seed for name in found})
     report.write_html(
         output / "report.html",
         title=f"Reward-KL frontiers: {place.world.name}",
         facts={
-            "seeds": str(config.seeds),
+            "seeds": str(len(seeds)),
+            "cells": str(len(found)),
             "labels of every method": str(config.sizes.labels),
             "prompts": f"{config.sizes.train_prompts} to learn on, "
             f"{config.sizes.held_out_prompts} held out, {config.sizes.held_out_prompts} others",
             "kl_coef": ", ".join(f"{c:g}" for c in config.coefficients),
+            "kl_coef of RSO": ", ".join(f"{c:g}" for c in config.rejection_coefficients),
             "minutes in cells": f"{seconds / 60:.1f}",
         },
         rows=rows,
@@ -183,15 +217,11 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         output,
         name="frontier",
         config=config,
-        seeds=range(config.seeds),
+        seeds=seeds,
         seconds=seconds,
         metrics=report.metrics(rows, said, found),
     )
-    _print(console, place, config, rows, said)
-    console.print(
-        f"{path}, report.html and the figures beside it, in {time.perf_counter() - began:.0f} s"
-    )
-    return path
+    return path, rows, said
 
 
 def laboratory(config: Config, place: worlds.Place, *, output: Path) -> cells.Lab:
@@ -220,6 +250,8 @@ def laboratory(config: Config, place: worlds.Place, *, output: Path) -> cells.La
         world.params,
         sample,
         draw(max(2, sizes.eval_samples))(jax.random.key(21), world.params, sample),
+        tokens=sizes.tokens,
+        hidden=sizes.hidden,
         rows=rows,
     )
     parts = methods.Parts(
@@ -264,29 +296,54 @@ def laboratory(config: Config, place: worlds.Place, *, output: Path) -> cells.La
     )  # fmt: skip
 
 
-def run(config: Config, lab: cells.Lab, progress: Progress) -> dict[cells.Name, cells.Found]:
-    """Every cell, from disk where it is there.
+def run(
+    config: Config,
+    lab: cells.Lab,
+    progress: Progress,
+    *,
+    into: dict[cells.Name, cells.Found],
+) -> Iterator[int]:
+    """Every cell, from disk where it is there; yields each seed when its cells are in ``into``.
 
     Raises:
         InputError: where a cell on disk was made of something else, or a fit was stopped.
     """
+    began = time.perf_counter()
     every = cells.names(
-        chosen=config.methods,
-        coefficients=config.coefficients,
+        sweeps={
+            method: config.rejection_coefficients if "RSO" in method else config.coefficients
+            for method in config.methods
+        },
         best_of=config.best_of,
         seeds=config.seeds,
     )
-    found = {name: lab.read(name) for name in every}
-    left = [name for name in every if found[name] is None]
+    there = {name: lab.read(name) for name in every}
+    left = [name for name in every if there[name] is None]
     bar = progress.add_task("cells (in fits)", total=sum(map(cells.cost, left)))
-    for name in left:
-        progress.update(bar, description=f"{name.method} {name.coefficient:g}, seed {name.seed}")
-        try:
-            found[name] = lab.run(name)
-        except Stopped as stopped:
-            raise InputError(f"{name.stem}: {stopped}") from None
-        progress.advance(bar, cells.cost(name))
-    return {name: cell for name, cell in found.items() if cell is not None}
+    for seed in range(config.seeds):
+        for name in every:
+            if name.seed != seed:
+                continue
+            cell = there[name]
+            if cell is None:
+                late = time.perf_counter() - began
+                if config.minutes is not None and late > 60 * config.minutes:
+                    continue
+                progress.update(
+                    bar, description=f"{name.method} {name.coefficient:g}, seed {name.seed}"
+                )
+                try:
+                    cell = lab.run(name)
+                except Stopped as stopped:
+                    raise InputError(f"{name.stem}: {stopped}") from None
+                progress.advance(bar, cells.cost(name))
+                progress.console.print(
+                    f"{name.stem}: KL {cell.held_out.kl.mean():.2f}, gain "
+                    f"{cell.held_out.gold_gain.mean():.3f}, {cell.seconds:.0f} s",
+                    highlight=False,
+                )
+            into[name] = cell
+        yield seed
 
 
 def _place(config: Config, progress: Progress) -> worlds.Place:
