@@ -28,6 +28,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "data": Command("jax_klrlhf.data.statistics", "DataConfig", "main", "prepare and describe"),
     "dpo": Command("jax_klrlhf.programs", "DpoConfig", "dpo", "train a policy on preferences"),
+    "iterate": Command(
+        "jax_klrlhf.programs.iterate", "IterateConfig", "iterate", "rounds of sample, compare, fit"
+    ),
     "plan": Command("jax_klrlhf.plan", "PlanConfig", "main", "will it fit on a TPU slice?"),
     "reward": Command("jax_klrlhf.programs", "RewardConfig", "reward", "train a reward model"),
     "sft": Command("jax_klrlhf.programs", "SftConfig", "sft", "train on demonstrations"),

@@ -1,0 +1,410 @@
+"""``klrlhf iterate``: rounds of preference learning from the command line.
+
+A run's folder holds ``config.json``, ``rounds/`` (every phase's result), ``metrics.jsonl`` (a line
+for each round), ``results.json`` and ``model/``, the last policy as Hugging Face would have it.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+from rich.console import Console
+
+from jax_klrlhf import models
+from jax_klrlhf.core import pairs
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.data import tokenize
+from jax_klrlhf.errors import InputError
+from jax_klrlhf.models import pretrained, scoring
+from jax_klrlhf.programs import iterate_parts as parts
+from jax_klrlhf.programs.iterate_config import FREE, IterateConfig, check
+from jax_klrlhf.programs.iterate_parts import Place
+from jax_klrlhf.results import mean, output_folder, print_table, write_json, write_results
+from jax_klrlhf.training import mesh as meshes
+from jax_klrlhf.training import metrics as sinks
+from jax_klrlhf.training import rounds
+from jax_klrlhf.training import state as states
+from jax_klrlhf.training.metrics import Metrics
+from jax_klrlhf.training.rounds import pairing
+from jax_klrlhf.training.rounds.compute import mapped
+from jax_klrlhf.training.rounds.journal import ANY, Journal, digest
+from jax_klrlhf.training.rounds.parts import Comparisons, Improve, Improved, Judge, ragged
+from jax_klrlhf.training.rounds.run import Outcome
+from jax_klrlhf.training.state import cast_floating
+
+_ROWS = Ragged(ANY, ANY)  # pyright: ignore[reportArgumentType]  # A template, no arrays.
+_COMPARISONS = Comparisons(_ROWS, _ROWS, ANY, ANY)  # pyright: ignore[reportArgumentType]
+COLUMNS = {
+    "labels/count": "labels",
+    "rewards/accuracies": "accuracy",
+    "eval/reward": "held-out reward",
+    "eval/wins": "wins over pi0",
+    "eval/kl/ref": "KL(pi||pi0)",
+    "eval/length": "tokens",
+}
+"""Of the table, by metric."""
+
+
+class Data(NamedTuple):
+    """What a run asks, and what it is given."""
+
+    prompts: list[tuple[int, ...]]
+    """To learn on."""
+    held_out: list[tuple[int, ...]]
+    rows: list[Any] | None
+    """Of --data."""
+
+
+def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome:
+    """Run rounds of preference learning and leave the policy in ``output/model``.
+
+    Raises:
+        InputError: naming what is wrong with options, model or data.
+        loop.Stopped: where a fit was stopped, with the reason.
+    """
+    began = time.perf_counter()
+    check(config)
+    console = console or Console()
+    mesh = _devices(config)
+    folder = output_folder(config.output)
+    _claim(config, folder)
+    name = config.model
+    found = pretrained.find(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)
+    tokenizer = pretrained.load_tokenizer(found)
+    if tokenizer is None:
+        raise InputError(f"{name}: the folder has no tokenizer, which prompts need.")
+    encoder = tokenize.encoder(tokenizer)
+    data = _read(config, encoder)
+    options = {} if config.remat is None else {"remat": config.remat}
+    loaded = models.load(
+        found, mesh=mesh, param_dtype=jnp.float32, dtype=jnp.dtype(config.dtype), **options
+    )
+    place = Place(config=config, loaded=loaded, encoder=encoder, mesh=mesh, console=console)
+    _check_room(place)
+    parts.check_batches(place)
+    judge = parts.make_judge(place)
+
+    whole = parts.padded(data.prompts)
+    identity = {key: value for key, value in _plain(config).items() if key not in FREE}
+    before = Journal(
+        folder / "before",
+        {
+            "config": json.dumps(identity, sort_keys=True),
+            "prompts": digest(whole),
+            "pi0": states.fingerprint_text(states.digest(loaded.params)),
+        },
+    )
+    # Keys by what they are for: none changes with the number of rounds.
+    key = jax.random.key(config.seed)
+    purpose = {
+        word: jax.random.fold_in(key, number)
+        for number, word in enumerate(("belief", "offline", "judge", "best of", "run"))
+    }
+    belief = parts.make_belief(purpose["belief"], place, judge, whole)
+    comparisons = None
+    if data.rows is not None and (not config.recorded or config.setting == "offline"):
+        comparisons = parts.as_comparisons(data.rows, str(config.data))
+    elif config.setting in ("offline", "hybrid"):
+        comparisons = _offline(place, purpose["offline"], before, whole, judge)
+    known = None if data.rows is None else parts.as_comparisons(data.rows, str(config.data))
+    sampler = (
+        parts.recorded_pool(data.rows, data.prompts)
+        if config.recorded and data.rows is not None
+        else parts.make_sampler(place)
+    )
+
+    base: Metrics = {}
+    measure = None
+    if data.held_out:
+        measure = _Evaluation(place, judge, parts.padded(data.held_out), purpose["judge"], before)
+        base = measure.base
+        console.print(f"pi0  {_line(base)}", highlight=False)
+    improve = parts.make_improve(place)
+    write = sinks.json_lines(folder / "metrics.jsonl") if jax.process_index() == 0 else None
+    reports: dict[int, Metrics] = {}
+
+    def report(number: int, found: Metrics) -> None:
+        reports[number] = dict(found)
+        if write is not None:
+            write(number, found)
+
+    count = config.prompts_per_round or len(data.prompts)
+    outcome = rounds.iterate(
+        purpose["run"],
+        loaded.params,
+        prompts=lambda number: _portion(whole, number, len(data.prompts) if number == 0 else count),
+        sampler=sampler,
+        reward=belief,
+        pair_rule=parts.make_pair_rule(config),
+        oracle=parts.make_oracle(config, judge, known),
+        improve=improve if measure is None else _measured(improve, measure),
+        rounds=0 if config.setting == "offline" else config.rounds,
+        reference=getattr(rounds, config.reference),
+        start=None if config.start == "reference" else getattr(rounds, config.start),
+        setting=parts.make_setting(config),
+        offline=comparisons,
+        output=folder / "rounds",
+        config=identity,
+        console=console,
+        report=report,
+    )
+    models.save(folder / "model", loaded.config, outcome.policy, tokenizer)
+    best: Metrics = {}
+    if config.best_of is not None and measure is not None:
+        best = measure.best(purpose["best of"], outcome, config.best_of)
+    _finish(config, folder, console, base, reports, best, time.perf_counter() - began)
+    return outcome
+
+
+class _Evaluation:
+    """Policies on held-out prompts; pi0's responses are the yardstick of wins.
+
+    Every policy answers with the same keys, so that differences between policies carry less noise.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        judge: Judge | None,
+        prompts: Ragged,
+        key: Key[Array, ""],
+        before: Journal,
+    ):
+        config, model = place.config, place.loaded.model
+        self._place, self._judge, self._prompts, self._key = place, judge, prompts, key
+        self._draw = place.draw(config.eval_samples, plain=True)
+
+        def divergence(params: Any, prompts: Ragged, responses: Ragged) -> Array:
+            policy, base = cast_floating(params, place.compute_dtype)
+            scores = scoring.score(model, policy, prompts, responses, reference=(model, base))
+            assert scores.kl is not None  # a reference was given
+            return scores.kl.sum(-1)
+
+        self._kl = mapped(divergence, rows=config.rows, mesh=place.mesh)
+        template: Any = (ANY, ANY)
+
+        def judged() -> tuple[Any, Metrics]:
+            pi0 = place.loaded.params
+            reward, length = self._answers(jax.random.fold_in(key, 1), pi0)
+            return (reward, length), self._named(reward, length, reward)
+
+        # Its own draw, so that pi0 against itself is not a tie throughout.
+        (self._base, _), self.base = before.phase(0, "judge", judged, like=template)
+
+    def __call__(self, params: Any) -> Metrics:
+        """Metrics ``eval/...`` of a policy."""
+        key = jax.random.fold_in(self._key, 0)
+        responses = self._draw(key, params, self._prompts)
+        reward = self._reward(responses)
+        found = self._named(reward, np.asarray(responses.lengths, np.float32), self._base)
+        kl = self._kl((params, self._place.loaded.params), self._prompts, responses)
+        return found | {"eval/kl/ref": mean(np.asarray(kl, np.float64).mean(1))}
+
+    def best(self, key: Key[Array, ""], outcome: Outcome, count: int) -> Metrics:
+        """The same of the best of ``count`` responses of the last policy."""
+        draw = self._place.draw(count, plain=True)
+        found = rounds.best_of_n(key, draw, outcome.policy, outcome.judge, self._prompts)
+        reward = self._reward(found.responses)
+        length = np.asarray(found.responses.lengths, np.float32)
+        return self._named(reward, length, self._base)
+
+    def _answers(self, key: Any, params: Any) -> tuple[Any, Any]:
+        responses = self._draw(key, params, self._prompts)
+        return self._reward(responses), np.asarray(responses.lengths, np.float32)
+
+    def _reward(self, responses: Ragged) -> Any:
+        if self._judge is None:
+            return None
+        return np.asarray(self._judge(self._prompts, responses), np.float32)
+
+    def _named(self, reward: Any, length: Any, base: Any) -> Metrics:
+        found = {"eval/length": mean(length.astype(np.float64).mean(1))}
+        if reward is not None and base is not None:
+            found["eval/reward"] = mean(reward.astype(np.float64).mean(1))
+            difference = np.sign(reward[:, :, None] - base[:, None, :])
+            found["eval/wins"] = mean((0.5 + 0.5 * difference).mean((1, 2)))
+        return found
+
+
+def _measured(improve: Improve, measure: Callable[[Any], Metrics]) -> Improve:
+    """``improve`` whose metrics, which are kept on disk, have the evaluation's beside them."""
+
+    def both(key: Key[Array, ""], situation: Any) -> Improved:
+        found = improve(key, situation)
+        return Improved(found.params, {**found.metrics, **measure(found.params)})
+
+    return both
+
+
+def _offline(
+    place: Place, key: Key[Array, ""], before: Journal, prompts: Ragged, judge: Judge | None
+) -> Comparisons:
+    """Random pairs of pi0's responses, labelled; from disk where they are there."""
+    config = place.config
+    count = config.offline_prompts or len(prompts.lengths)
+    oracle = parts.make_oracle(config, judge, None)
+
+    def collect() -> tuple[Comparisons, Metrics]:
+        place.console.print(f"{count} pairs of pi0's responses", highlight=False)
+        found = rounds.collect(
+            key,
+            place.loaded.params,
+            prompts=_portion(prompts, 1, count),
+            sampler=rounds.main_agent(place.draw(2)),
+            reward=rounds.known(lambda p, r: np.zeros(np.asarray(r.lengths).shape, np.float32)),
+            pair_rule=pairing.by_reward(pairs.sampled),
+            oracle=oracle,
+        )
+        return found, {}
+
+    return before.phase(0, "offline", collect, like=_COMPARISONS)[0]
+
+
+def _devices(config: IterateConfig) -> Any:
+    """Join the processes; the mesh over all devices, None for one."""
+    if config.processes.auto:
+        jax.distributed.initialize()
+    elif config.processes.coordinator is not None:
+        given = config.processes
+        jax.distributed.initialize(given.coordinator, given.count, given.index)
+    elif config.processes.count != 1:
+        raise InputError("--processes.count needs --processes.coordinator, such as host0:1234.")
+    if jax.device_count() == 1:
+        return None
+    try:
+        return meshes.make(**dataclasses.asdict(config.mesh))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _claim(config: IterateConfig, folder: Path) -> None:
+    """Write the configuration, or see that the one that is there is the same."""
+    path = folder / "config.json"
+    ours = {"command": "iterate", **_plain(config)}
+    if path.exists() and ((folder / "before").exists() or (folder / "rounds").exists()):
+        try:
+            theirs = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON ({error}); name another --output.") from None
+        for key in sorted(ours.keys() - FREE):
+            if theirs.get(key) != ours[key]:
+                raise InputError(
+                    f"{path}: this run was started with {key} {theirs.get(key)!r}, now it is "
+                    f"{ours[key]!r}; give the same to go on with it, or another --output."
+                )
+    if jax.process_index() == 0:
+        write_json(path, ours)
+
+
+def _plain(config: IterateConfig) -> dict[str, Any]:
+    """A configuration as JSON has it."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _read(config: IterateConfig, encoder: tokenize.Encoder) -> Data:
+    """Prompts and preferences. Held-out prompts are chosen by the seed."""
+    rows = None
+    if config.data is not None:
+        rows = parts.read_rows(config.data, config, encoder, split=config.split)
+    if config.prompts is not None:
+        asking = parts.read_rows(config.prompts, config, encoder, split=config.prompts_split)
+    else:
+        asking = rows or []
+    found = _shuffled(parts.distinct_prompts(asking), config.seed)
+    if len(found) <= config.held_out:
+        raise InputError(
+            f"{config.prompts or config.data}: {len(found)} different prompts, of which --held-out "
+            f"{config.held_out} are kept from learning; give more, or keep fewer."
+        )
+    held_out, prompts = found[: config.held_out], found[config.held_out :]
+    for name, count in (
+        ("--prompts-per-round", config.prompts_per_round),
+        ("--offline-prompts", config.offline_prompts),
+    ):
+        if count is not None and count > len(prompts):
+            raise InputError(f"{name} is {count}; there are {len(prompts)} prompts to learn on.")
+    if rows is not None:
+        rows = [row for row in rows if tuple(row.prompt) not in set(held_out)]
+        parts.as_comparisons(rows, str(config.data))  # refused before anything is computed
+    return Data(prompts, held_out, rows)
+
+
+def _check_room(place: Place) -> None:
+    config, most = place.config, place.loaded.model.max_length
+    if config.max_prompt_length + config.max_response_length > most:
+        raise InputError(
+            f"--max-prompt-length {config.max_prompt_length} and --max-response-length "
+            f"{config.max_response_length} exceed the model's context of {most} tokens; lower one."
+        )
+
+
+def _shuffled(prompts: list[tuple[int, ...]], seed: int) -> list[tuple[int, ...]]:
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    return [prompts[i] for i in order]
+
+
+def _portion(prompts: Ragged, number: int, count: int) -> Ragged:
+    """``count`` prompts for a round, one round's after the other's, from the first again."""
+    index = (np.arange(count) + max(number - 1, 0) * count) % len(prompts.lengths)
+    return ragged(np.asarray(prompts.ids)[index], np.asarray(prompts.lengths)[index])
+
+
+def _line(found: Metrics) -> str:
+    return "  ".join(f"{name} {metric}" for name, metric in found.items())
+
+
+def _cell(found: Metrics, name: str) -> Any:
+    if name not in found:
+        return ""
+    return f"{found[name].value:.0f}" if name == "labels/count" else found[name]
+
+
+def _finish(
+    config: IterateConfig,
+    folder: Path,
+    console: Console,
+    base: Metrics,
+    reports: dict[int, Metrics],
+    best: Metrics,
+    seconds: float,
+) -> None:
+    """The table and ``results.json``."""
+    named = {"pi0": base} | {
+        "offline" if number == 0 else f"round {number}": found for number, found in reports.items()
+    }
+    if best:
+        named[f"best of {config.best_of}"] = best
+    shown = {name for found in named.values() for name in found}
+    print_table(
+        f"{config.setting}, {config.improve.method}, kl_coef {config.kl_coef:g}",
+        {
+            row: {title: _cell(found, name) for name, title in COLUMNS.items() if name in shown}
+            for row, found in named.items()
+            if found
+        },
+        console=console,
+        caption=f"± one standard error over prompts; the policy is in {folder / 'model'}",
+    )
+    if jax.process_index() == 0:
+        write_results(
+            folder,
+            name="iterate",
+            config=_plain(config),
+            seeds=[config.seed],
+            seconds=seconds,
+            metrics={
+                f"{row.replace(' ', '-')}/{config.improve.method}/{name}": metric
+                for row, found in named.items()
+                for name, metric in found.items()
+            },
+        )
+
+
+__all__ = ["IterateConfig", "iterate"]

@@ -1,0 +1,426 @@
+"""Configuration of ``klrlhf iterate``, and what no type says of it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jax_klrlhf.data.examples import Columns
+from jax_klrlhf.errors import InputError
+from jax_klrlhf.programs.config import MeshSizes, Processes, objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotator:
+    """Who labels pairs: Bradley-Terry on --reward. Recorded labels are taken as they are."""
+
+    labels: Literal["drawn", "expected"] = "drawn"
+    """A preference drawn for each pair, or its probability as a soft label."""
+    scale: float = 1.0
+    """What the reward is multiplied by; the higher, the surer the labels."""
+    noise: float = 0.0
+    """Rate at which a label is swapped."""
+    tie: float = 0.0
+    """Width of a tie in nats of reward, of drawn labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Belief:
+    """What the learner believes of responses; it sees labels, never the annotator's reward."""
+
+    kind: Literal["reward-model", "ensemble", "linear", "implicit", "given", "annotator"] = (
+        "reward-model"
+    )
+    """A Bradley-Terry reward model on the policy's trunk; several of them; a linear reward on
+    pi0's frozen hidden states with its confidence ellipsoid; the policy's own implicit reward; a
+    trained reward model (belief.model); or the annotator's reward itself, which is cheating and
+    tells what belief costs."""
+    model: str | None = None
+    """given: folder or hub id of the reward model."""
+    members: int = 3
+    """ensemble: how many."""
+    combine: Literal["mean", "worst", "variance"] = "mean"
+    """ensemble: the members' mean, their least, or mean less belief.variance-coef variances."""
+    variance_coef: float = 1.0
+    """ensemble, combined by variance."""
+    steps: int = 100
+    """reward-model, ensemble: optimizer steps of each fit, anew each round on all labels."""
+    learning_rate: float = 1e-5
+    """reward-model, ensemble."""
+    pooling: Literal["last", "mean"] | None = None
+    """reward-model, ensemble, linear: the response's last state or the mean of its states; by
+    default last, and mean for linear."""
+    ridge: float = 0.01
+    """linear: of the fit and of the ellipsoid (lambda)."""
+    radius: float = 1.0
+    """linear: scale of the uncertainty (beta of arXiv 2312.11456), in nats of reward."""
+    bound: float | None = None
+    """linear: largest norm of theta."""
+    length_penalty: float = 0.0
+    """Nats taken from the reward for each token."""
+    transform: Literal["none", "centred", "log-sigmoid"] = "none"
+    """Of the reward at a prompt: less its mean, or the log-probability of beating the mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairing:
+    """Which two responses are compared, and who gives them besides the main agent."""
+
+    rule: Literal[
+        "best-worst", "best-second", "sampled", "first-round", "tournament", "most-uncertain",
+        "enhancer", "between",
+    ] = "best-worst"  # fmt: skip
+    """By believed reward: best-worst, best-second, sampled (two at random), first-round and
+    tournament (several pairs a prompt). By the ellipsoid of a linear belief: most-uncertain, and
+    enhancer, the main agent's draw against the most uncertain one within the KL budget. between:
+    one response of the main agent, one of the second agent."""
+    other: Literal["none", "pi0", "temperature", "earlier"] = "none"
+    """A second agent that answers too: pi0, the main agent at another temperature, or the policy
+    of pairs.back rounds before."""
+    temperature: float | None = None
+    """Of the second agent; the main agent's by default."""
+    back: int = 1
+    """earlier: rounds."""
+    samples: int | None = None
+    """Responses of the second agent; as many as the main agent's by default."""
+    first: Literal["any", "best", "worst"] = "any"
+    """between: which of the main agent's responses, by believed reward."""
+    second: Literal["any", "best", "worst"] = "any"
+    """between: which of the second agent's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Improvement:
+    """From comparisons to the next policy."""
+
+    method: Literal["preference", "pessimistic", "rso", "rejection", "weighted"] = "preference"
+    """A preference loss on the pairs; DPO with a margin by the belief's uncertainty; and, from
+    responses that are drawn anew and judged by the belief: DPO on accepted ones (RSO), maximum
+    likelihood on accepted ones, reward-weighted likelihood."""
+    objective: str = "sigmoid"
+    """preference: name of a loss in jax_klrlhf.core.objectives: sigmoid (DPO), ipo, rpo, ..."""
+    options: dict[str, float] = field(default_factory=dict)
+    """preference: further numbers of the objective, such as label_smoothing 0.1."""
+    chain: int = 1
+    """rso, rejection: steps of multi-step rejection sampling."""
+    proposals: int | None = None
+    """rso, rejection, weighted: responses drawn to each prompt; --samples by default."""
+    reward_bound: float | None = None
+    """rso, rejection: a bound of every believed reward; by default the largest at each prompt
+    stands in, and the error of that is reported."""
+    keep: int | None = None
+    """rejection: accepted responses of a prompt that are learned from, at most."""
+    ranking: Literal["first-round", "tournament"] = "first-round"
+    """rso: how accepted responses are paired."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How the policy is fitted; the optimizer begins anew each round."""
+
+    steps: int = 100
+    batch_size: int = 64
+    """Comparisons of a step, over all devices; of the belief's fits too."""
+    micro_batches: int = 1
+    learning_rate: float = 1e-6
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    weight_decay: float = 0.0
+    """Of adamw."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient."""
+    save_every: int | None = None
+    """Steps between checkpoints inside a fit; without, a fit that is killed begins again."""
+    log_every: int = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterateConfig:
+    """Iterative preference learning: rounds of sample, score, pair, label, believe, fit.
+
+    Offline DPO is --setting offline; RSO is that with --improve.method rso; online and hybrid GSHF
+    (arXiv 2312.11456) are --setting online and hybrid. Every phase of every round is left in
+    OUTPUT/rounds, and a run that was killed goes on from there to the same result; a finished one
+    goes on with more --rounds. The policy is left in OUTPUT/model.
+
+    From Python alone (jax_klrlhf.training.rounds): low-rank adapters; judges, features, pair rules,
+    losses and f-divergences of your own; another oracle or prompts for each round; a pool of
+    recorded responses scored by another belief than these; an evaluation inside a fit.
+    """
+
+    model: str
+    """Folder or hub id of pi0, the model to start from."""
+    reward: str
+    """What the annotator has in mind: folder or hub id of a reward model, or a folder with
+    positive.txt and negative.txt (one sentence a line), on which one is fitted; or the word
+    `recorded`: the labels of --data, among whose responses pairs are then chosen."""
+    output: Path
+    """Folder of the run. A run that was cut off goes on from it."""
+    prompts: str | None = None
+    """Prompts to answer: a .txt file, one a line; or .jsonl, .json, .parquet, a folder, hub id or
+    tfds:name with a prompt column. By default the prompts of --data."""
+    data: str | None = None
+    """Offline preferences, in the forms of `klrlhf dpo`. Where --setting needs some and none are
+    given, pairs of pi0's responses are labelled."""
+
+    split: str | None = None
+    """Split of --data, where it has several."""
+    prompts_split: str | None = None
+    """Split of --prompts."""
+    columns: Columns = field(default_factory=Columns)
+    """What the columns of both are called."""
+    chat: bool = False
+    """Prompts that are text are a user's message, put in the tokenizer's chat template."""
+    max_prompt_length: int = 512
+    """Tokens; a longer prompt loses its beginning."""
+    max_response_length: int = 512
+    """Tokens that are sampled at most; a longer response of --data loses its end."""
+
+    setting: Literal["offline", "online", "newest", "hybrid"] = "online"
+    """Which data a round's policy learns from: the offline data alone, without rounds; all rounds'
+    pairs; the last round's alone (an ablation); or offline data and all rounds'. --data, where
+    given, make the policy that the first round begins with."""
+    rounds: int = 3
+    prompts_per_round: int | None = None
+    """One portion of the prompts after the other, from the first again; all by default."""
+    offline_prompts: int | None = None
+    """Pairs of pi0 to label, where there is no --data: one of each of so many prompts; by default
+    of every prompt."""
+    offline_share: float | None = None
+    """hybrid: share of every batch that offline data are given; by default all rows are alike."""
+    newest_share: float | None = None
+    """hybrid, with offline-share: share of the last round."""
+    reference: Literal["pi0", "previous"] = "pi0"
+    """Of the KL and its losses. `previous` is the ablation of arXiv 2409.02392."""
+    start: Literal["reference", "pi0", "previous"] = "reference"
+    """Where each fit begins."""
+    kl_coef: float = 0.1
+    """Strength of the KL regularization (eta of arXiv 2312.11456, beta of DPO)."""
+
+    samples: int = 8
+    """Responses of the main agent to each prompt."""
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    annotator: Annotator = Annotator()
+    belief: Belief = Belief()
+    pairs: Pairing = Pairing()
+    improve: Improvement = Improvement()
+    fit: Fit = Fit()
+
+    held_out: int = 64
+    """Prompts kept from learning, on which every round's policy is judged; 0 for none."""
+    eval_samples: int = 4
+    """Responses to each of them, at temperature 1."""
+    best_of: int | None = None
+    """Judge the best of so many responses of the last policy too, chosen by the belief."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; master parameters and moments are float32."""
+    remat: str | None = None
+    """What the backward pass recomputes: full, or a policy of jax.checkpoint_policies."""
+    rows: int = 64
+    """Prompts answered, and comparisons scored, at one time."""
+    mesh: MeshSizes = field(default_factory=MeshSizes)
+    processes: Processes = field(default_factory=Processes)
+    seed: int = 0
+
+    @property
+    def recorded(self) -> bool:
+        """Whether labels and responses are those of --data."""
+        return self.reward == "recorded"
+
+    @property
+    def draws(self) -> bool:
+        """Whether the improvement draws responses of its own."""
+        return self.improve.method in (*REJECTION, "weighted")
+
+
+# What may change between a run and its continuation.
+FREE = {"output", "rounds", "best_of", "mesh", "processes"}
+
+MODELS = ("reward-model", "ensemble")
+REJECTION = ("rso", "rejection")
+ROUNDS = ("online", "newest", "hybrid")
+# Option, its switch, and the values of the switch that read it.
+_READ: Mapping[str, tuple[str, Sequence[Any]]] = {
+    "annotator.tie": ("annotator.labels", ("drawn",)),
+    "belief.model": ("belief.kind", ("given",)),
+    "belief.members": ("belief.kind", ("ensemble",)),
+    "belief.combine": ("belief.kind", ("ensemble",)),
+    "belief.variance_coef": ("belief.combine", ("variance",)),
+    "belief.steps": ("belief.kind", MODELS),
+    "belief.learning_rate": ("belief.kind", MODELS),
+    "belief.pooling": ("belief.kind", (*MODELS, "linear")),
+    "belief.ridge": ("belief.kind", ("linear",)),
+    "belief.radius": ("belief.kind", ("linear",)),
+    "belief.bound": ("belief.kind", ("linear",)),
+    "pairs.rule": ("setting", ROUNDS),
+    "pairs.other": ("setting", ROUNDS),
+    "pairs.temperature": ("pairs.other", ("pi0", "temperature", "earlier")),
+    "pairs.samples": ("pairs.other", ("pi0", "temperature", "earlier")),
+    "pairs.back": ("pairs.other", ("earlier",)),
+    "pairs.first": ("pairs.rule", ("between",)),
+    "pairs.second": ("pairs.rule", ("between",)),
+    "improve.objective": ("improve.method", ("preference",)),
+    "improve.options": ("improve.method", ("preference",)),
+    "improve.chain": ("improve.method", REJECTION),
+    "improve.proposals": ("improve.method", (*REJECTION, "weighted")),
+    "improve.reward_bound": ("improve.method", REJECTION),
+    "improve.keep": ("improve.method", ("rejection",)),
+    "improve.ranking": ("improve.method", ("rso",)),
+    "fit.weight_decay": ("fit.optimizer", ("adamw",)),
+    "offline_share": ("setting", ("hybrid",)),
+    "newest_share": ("setting", ("hybrid",)),
+    "offline_prompts": ("setting", ("offline", "hybrid")),
+    "prompts_per_round": ("setting", ROUNDS),
+    "rounds": ("setting", ROUNDS),
+    "eval_samples": ("held_out", range(1, 10**9)),
+    "best_of": ("held_out", range(1, 10**9)),
+    "split": ("data", ()),
+    "prompts_split": ("prompts", ()),
+}
+_POSITIVE = (
+    "samples", "temperature", "top_k", "kl_coef", "rows", "eval_samples", "best_of",
+    "prompts_per_round", "offline_prompts", "max_prompt_length", "max_response_length",
+    "annotator.scale", "belief.members", "belief.steps", "belief.learning_rate", "belief.ridge",
+    "belief.radius", "belief.bound", "pairs.temperature", "pairs.samples", "improve.chain",
+    "improve.proposals", "improve.keep", "fit.steps", "fit.batch_size", "fit.micro_batches",
+    "fit.learning_rate", "fit.save_every", "fit.log_every", "fit.clip",
+)  # fmt: skip
+
+
+def check(config: IterateConfig) -> None:
+    """What no type says. Raises ``InputError`` naming the option."""
+    for name in _POSITIVE:
+        value = _value(config, name)
+        if value is not None and not value > 0:
+            raise InputError(f"{_flag(name)} is {value}; it must be positive.")
+    for name, (switch, values) in _READ.items():
+        given = _value(config, switch)
+        read = given in values if values else given is not None
+        if not read and _value(config, name) != _default(name):
+            raise InputError(
+                f"{_flag(name)} is read by no run with {_flag(switch)} {given}; leave it out."
+            )
+    if config.top_p is not None and not 0 < config.top_p <= 1:
+        raise InputError(f"--top-p is {config.top_p}; it is a probability in (0, 1].")
+    if not 0 <= config.annotator.noise <= 0.5 or config.annotator.tie < 0:
+        raise InputError("--annotator.noise lies in [0, 0.5] and --annotator.tie is at least 0.")
+    if not 0 <= config.fit.warmup < 1:
+        raise InputError(f"--fit.warmup is {config.fit.warmup}; it is a share in [0, 1).")
+    if config.held_out < 0:
+        raise InputError(f"--held-out is {config.held_out}; 0 is for none.")
+    if config.pairs.back < 1:
+        raise InputError(f"--pairs.back is {config.pairs.back}; it must be at least 1.")
+    if config.setting != "offline" and config.rounds < 1:
+        raise InputError(f"--rounds is {config.rounds}; --setting {config.setting} needs one.")
+    _check_parts(config)
+    _check_sources(config)
+    if config.improve.method == "preference":
+        objective(config.improve.objective, kl_coef=config.kl_coef, options=config.improve.options)
+
+
+def _check_parts(config: IterateConfig) -> None:
+    belief, pairs, improve = config.belief, config.pairs, config.improve
+    if belief.kind == "given" and belief.model is None:
+        raise InputError("--belief.kind given needs --belief.model, a trained reward model.")
+    if belief.kind == "ensemble" and belief.members < 2:
+        raise InputError(f"--belief.members is {belief.members}; an ensemble has at least two.")
+    if pairs.rule in ("most-uncertain", "enhancer") and belief.kind != "linear":
+        raise InputError(
+            f"--pairs.rule {pairs.rule} measures uncertainty in feature space: give "
+            "--belief.kind linear."
+        )
+    if pairs.rule == "enhancer" and pairs.other != "none":
+        raise InputError(
+            "--pairs.rule enhancer tilts the main agent's own draws; leave out --pairs.other."
+        )
+    if pairs.rule == "between" and pairs.other == "none":
+        raise InputError("--pairs.rule between needs a second agent; give --pairs.other.")
+    if pairs.other == "temperature" and pairs.temperature is None:
+        raise InputError("--pairs.other temperature needs --pairs.temperature.")
+    if improve.method == "pessimistic" and belief.kind not in ("linear", "ensemble"):
+        raise InputError(
+            f"--improve.method pessimistic needs a belief that knows its uncertainty; "
+            f"{belief.kind} does not: give --belief.kind linear or ensemble."
+        )
+    if (
+        config.samples != _default("samples")
+        and not config.draws
+        and (config.recorded or config.setting == "offline")
+    ):
+        raise InputError("--samples: no part of this run draws so many responses; leave it out.")
+    total = config.samples + (0 if pairs.other == "none" else pairs.samples or config.samples)
+    if total < 2:
+        raise InputError("--samples is 1: a pair has two different responses; draw more.")
+    if improve.keep is not None and improve.keep > (improve.proposals or config.samples):
+        raise InputError(
+            f"--improve.keep {improve.keep} is more than the "
+            f"{improve.proposals or config.samples} proposals to a prompt."
+        )
+    if config.newest_share is not None and config.offline_share is None:
+        raise InputError("--newest-share goes with --offline-share.")
+    shares = (config.offline_share or 0.0, config.newest_share or 0.0)
+    if min(shares) < 0 or sum(shares) > 1:
+        raise InputError(f"--offline-share and --newest-share {shares}: in [0, 1], 1 in all.")
+
+
+def _check_sources(config: IterateConfig) -> None:
+    if config.prompts is None and config.data is None:
+        raise InputError("--prompts is missing: a file of prompts to answer (or --data).")
+    if config.data is not None and config.offline_prompts is not None:
+        raise InputError("--offline-prompts: there is --data already; leave one of them out.")
+    if not config.recorded:
+        return
+    if config.data is None:
+        raise InputError("--reward recorded needs --data, where the labels are.")
+    if config.setting == "hybrid":
+        raise InputError(
+            "--reward recorded: --setting hybrid would have the labels of --data twice; give "
+            "offline, which takes them all, or online, which asks for them a round at a time."
+        )
+    if config.belief.kind == "annotator":
+        raise InputError("--belief.kind annotator: recorded labels have no reward to believe.")
+    if config.pairs.other != "none" or config.prompts is not None:
+        raise InputError(
+            "--reward recorded: responses and prompts are those of --data; leave out "
+            "--pairs.other and --prompts."
+        )
+    for name in ("temperature", "top_k", "top_p"):
+        if not config.draws and _value(config, name) != _default(name):
+            raise InputError(f"{_flag(name)}: recorded responses are not sampled; leave it out.")
+    for field_of in dataclasses.fields(Annotator):
+        if getattr(config.annotator, field_of.name) != field_of.default:
+            raise InputError(
+                f"--annotator.{field_of.name}: recorded labels are taken as they are; leave it out."
+            )
+
+
+def _value(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _default(name: str) -> Any:
+    kind: Any = IterateConfig
+    *groups, last = name.split(".")
+    for group in groups:
+        kind = type(_field_default(kind, group))
+    return _field_default(kind, last)
+
+
+def _field_default(kind: Any, name: str) -> Any:
+    found = next(f for f in dataclasses.fields(kind) if f.name == name)
+    if found.default_factory is not dataclasses.MISSING:
+        return found.default_factory()
+    return found.default
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,467 @@
+"""From the configuration of ``klrlhf iterate`` to the values that :func:`rounds.iterate` is handed.
+
+Axes: ``B`` prompts, ``K`` responses, ``C`` response positions, ``D`` features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+from rich.console import Console
+
+from jax_klrlhf import models
+from jax_klrlhf.core import pairs, sequence
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.data import examples, tokenize
+from jax_klrlhf.data.rows import Dropped, Row, encode
+from jax_klrlhf.data.sources import open_source
+from jax_klrlhf.errors import InputError
+from jax_klrlhf.models import partition, pretrained
+from jax_klrlhf.models import reward as rewards
+from jax_klrlhf.models.reward import RewardParams
+from jax_klrlhf.programs.config import objective
+from jax_klrlhf.programs.gold import CLASSES, fit_sentiment
+from jax_klrlhf.programs.iterate_config import Fit, IterateConfig
+from jax_klrlhf.training import mesh as meshes
+from jax_klrlhf.training import optimizers, rounds
+from jax_klrlhf.training.rounds import oracle, pairing, settings
+from jax_klrlhf.training.rounds.compute import mapped
+from jax_klrlhf.training.rounds.features import Features
+from jax_klrlhf.training.rounds.parts import (
+    Comparisons,
+    Improve,
+    Improved,
+    Judge,
+    Oracle,
+    PairRule,
+    Reward,
+    Sampler,
+    Setting,
+    Situation,
+    ragged,
+)
+
+WIDTH = 8
+"""Rows of tokens are as wide as a multiple of this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What all parts of a run need."""
+
+    config: IterateConfig
+    loaded: models.Loaded
+    encoder: tokenize.Encoder
+    mesh: Mesh | None
+    console: Console
+
+    @property
+    def compute_dtype(self) -> Any:
+        """What parameters are cast to, or None."""
+        return jnp.bfloat16 if self.config.dtype == "bfloat16" else None
+
+    def draw(
+        self, samples: int, *, temperature: float | None = None, plain: bool = False
+    ) -> rounds.Draw:
+        """``samples`` responses to each prompt, as the configuration says; ``plain``: of the
+        policy itself, at temperature 1 and without cuts."""
+        config = self.config
+        return rounds.Draw(
+            model=self.loaded.model,
+            samples=samples,
+            max_new_tokens=config.max_response_length,
+            stop=(self.encoder.end,),
+            temperature=1.0 if plain else temperature or config.temperature,
+            top_k=None if plain else config.top_k,
+            top_p=None if plain else config.top_p,
+            rows=config.rows,
+            mesh=self.mesh,
+            compute_dtype=self.compute_dtype,
+        )
+
+    def fitting(self, fit: Fit, params: Any) -> rounds.Fitting:
+        """How ``params`` are fitted."""
+        return rounds.Fitting(
+            optimizer=_optimizer(fit),
+            steps=fit.steps,
+            batch_size=fit.batch_size,
+            micro_batches=fit.micro_batches,
+            compute_dtype=self.compute_dtype,
+            mesh=self.mesh,
+            shardings=None if self.mesh is None else partition.shardings(params, self.mesh),
+            save_every=fit.save_every,
+            log_every=fit.log_every,
+            console=self.console,
+        )
+
+
+def read_rows(
+    source: str, config: IterateConfig, encoder: tokenize.Encoder, *, split: str | None
+) -> list[Row]:
+    """A source of prompts or preferences in token ids; bad and empty rows are left out.
+
+    Raises:
+        InputError: naming file, line and column, or where nothing is left.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not readable as UTF-8 text ({error}).") from None
+        found = (
+            examples.Example(line, [], [], where=f"{path}, line {number}")
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        )
+    else:
+        found = open_source(source, split=split).examples(columns=config.columns)
+    if config.chat:
+        found = (_as_chat(example) for example in found)
+    rows, dropped = [], None
+    for row in encode(
+        encoder,
+        found,
+        max_prompt_length=config.max_prompt_length,
+        max_response_length=config.max_response_length,
+    ):
+        if isinstance(row, Dropped):
+            dropped = row
+        else:
+            rows.append(row)
+    if not rows:
+        why = "no line in it" if dropped is None else f"{dropped.where}: {dropped.reason}"
+        raise InputError(f"{source}: no row left to use ({why}).")
+    return rows
+
+
+def _as_chat(example: examples.Example) -> examples.Example:
+    if not isinstance(example.prompt, str):
+        return example
+    replies: Any = [
+        [{"role": "assistant", "content": text}] if isinstance(text, str) else text
+        for text in example.responses
+    ]
+    return example._replace(prompt=[{"role": "user", "content": example.prompt}], responses=replies)
+
+
+def distinct_prompts(rows: Sequence[Row]) -> list[tuple[int, ...]]:
+    """Prompts in the order of their first appearance."""
+    return list(dict.fromkeys(tuple(row.prompt) for row in rows))
+
+
+def padded(prompts: Sequence[Sequence[int]], *, width: int | None = None) -> Ragged:
+    """Prompts ``[B, P]`` on the host."""
+    longest = width or max(len(prompt) for prompt in prompts)
+    return ragged(*sequence.pad(prompts, length=-(-longest // WIDTH) * WIDTH))
+
+
+def as_comparisons(rows: Sequence[Row], name: str) -> Comparisons:
+    """Every better response against every worse one of its row.
+
+    Raises:
+        InputError: where there is no pair.
+    """
+    found = [
+        (row, (row.responses[i], row.responses[j]))
+        for row in rows
+        for i, j in combinations(range(len(row.responses)), 2)
+        if row.scores[i] > row.scores[j] and row.responses[i] != row.responses[j]
+    ]
+    if not found:
+        raise InputError(f"{name}: no two responses of different worth to one prompt.")
+    width = max(len(response) for _, pair in found for response in pair)
+    responses = sequence.pad([r for _, pair in found for r in pair], length=width)
+    return Comparisons(
+        padded([row.prompt for row, _ in found]),
+        ragged(
+            np.asarray(responses.ids).reshape(-1, 2, width),
+            np.asarray(responses.lengths).reshape(-1, 2),
+        ),
+        np.array([row.label for row, _ in found], np.float32),
+        np.array([row.weight for row, _ in found], np.float32),
+    )
+
+
+def recorded_pool(rows: Sequence[Row], prompts: Sequence[tuple[int, ...]]) -> Sampler:
+    """All responses recorded for each of ``prompts``; where there are fewer, the first again."""
+    known: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {p: {} for p in prompts}
+    for row in rows:
+        if tuple(row.prompt) in known:
+            known[tuple(row.prompt)].update(dict.fromkeys(map(tuple, row.responses)))
+    most = max(len(responses) for responses in known.values())
+    filled = []
+    for responses in known.values():
+        first = next(iter(responses))
+        filled += [*responses, *[first] * (most - len(responses))]
+    found = sequence.pad(filled)
+    return rounds.pool(
+        padded(prompts),
+        ragged(
+            np.asarray(found.ids).reshape(len(prompts), most, -1),
+            np.asarray(found.lengths).reshape(len(prompts), most),
+        ),
+    )
+
+
+def make_judge(place: Place) -> Judge | None:
+    """The reward that the annotator has in mind; None where labels are recorded.
+
+    Raises:
+        InputError: where --reward names neither a reward model nor two heaps of sentences, or the
+            model reads other tokens than the policy writes.
+    """
+    config = place.config
+    if config.recorded:
+        return None
+    scale = np.float32(config.annotator.scale)
+    folder = Path(config.reward).expanduser()
+    if any((folder / f"{name}.txt").is_file() for name in CLASSES):
+        judge = oracle.texts(fit_sentiment(folder), place.encoder.decode)
+    elif folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder}: neither a reward model (config.json) nor positive.txt and negative.txt."
+        )
+    else:
+        judge = _model_judge(place, config.reward)
+    return lambda prompts, responses: scale * judge(prompts, responses)
+
+
+def _model_judge(place: Place, path: str) -> Judge:
+    folder = pretrained.find(Path(path).expanduser() if Path(path).is_dir() else path)
+    tokenizer = pretrained.load_tokenizer(folder)
+    if tokenizer is not None:
+        theirs = tokenize.encoder(tokenizer).continuation.get_vocab()
+        if theirs != place.encoder.continuation.get_vocab():
+            raise InputError(
+                f"{path}: a reward model with another vocabulary than {place.config.model}'s; it "
+                "reads token ids, so give one of the same tokenizer."
+            )
+    return oracle.reward_model(folder, rows=place.config.rows, mesh=place.mesh)
+
+
+def make_oracle(config: IterateConfig, judge: Judge | None, data: Comparisons | None) -> Oracle:
+    """Who labels."""
+    if judge is None:
+        assert data is not None  # the configuration was checked
+        return oracle.recorded(data)
+    if config.annotator.labels == "expected":
+        return oracle.expected(judge, noise=config.annotator.noise)
+    return oracle.bradley_terry(judge, noise=config.annotator.noise, tie=config.annotator.tie)
+
+
+def make_sampler(place: Place) -> Sampler:
+    """Who answers."""
+    config, second = place.config, place.config.pairs
+    main = place.draw(config.samples)
+    if second.other == "none":
+        return rounds.main_agent(main)
+    draw = place.draw(second.samples or config.samples, temperature=second.temperature)
+    policy = {
+        "pi0": rounds.base,
+        "temperature": rounds.current,
+        "earlier": rounds.earlier(second.back),
+    }[second.other]
+    return rounds.mixture(
+        rounds.Agent(policy=rounds.current, draw=main), rounds.Agent(policy=policy, draw=draw)
+    )
+
+
+def make_pair_rule(config: IterateConfig) -> PairRule:
+    """Which two are compared."""
+    if config.pairs.rule == "most-uncertain":
+        return pairing.most_uncertain
+    if config.pairs.rule == "enhancer":
+        return pairing.enhancer(kl_coef=config.kl_coef)
+    if config.pairs.rule == "between":
+        picks = {"any": pairing.any_one, "best": pairing.best, "worst": pairing.worst}
+        return pairing.between_agents(
+            first=picks[config.pairs.first], second=picks[config.pairs.second]
+        )
+    return pairing.by_reward(getattr(pairs, config.pairs.rule.replace("-", "_")))
+
+
+def make_belief(key: Key[Array, ""], place: Place, judge: Judge | None, prompts: Ragged) -> Reward:
+    """What the learner believes; ``prompts`` serve to centre and scale features."""
+    config, belief = place.config, place.config.belief
+    if belief.kind == "annotator":
+        assert judge is not None  # the configuration was checked
+        found = rounds.known(judge)
+    elif belief.kind == "given":
+        found = rounds.known(_model_judge(place, str(belief.model)))
+    elif belief.kind == "implicit":
+        found = rounds.implicit(
+            place.loaded.model, kl_coef=config.kl_coef, rows=config.rows, mesh=place.mesh
+        )
+    elif belief.kind == "linear":
+        features = _features(key, place, prompts)
+        found = rounds.linear(
+            features,
+            dim=place.loaded.config.hidden_size,
+            ridge=belief.ridge,
+            radius=belief.radius,
+            bound=belief.bound,
+            mesh=place.mesh,
+        )
+    elif belief.kind == "ensemble":
+        members = [
+            rounds.resampled(_reward_model(jax.random.fold_in(key, number), place))
+            for number in range(belief.members)
+        ]
+        combine = {
+            "mean": rounds.mean,
+            "worst": rounds.worst,
+            "variance": rounds.uncertainty_weighted(belief.variance_coef),
+        }[belief.combine]
+        found = rounds.ensemble(members, combine=combine)
+    else:
+        found = _reward_model(key, place)
+    if belief.length_penalty:
+        found = rounds.length_penalty(found, belief.length_penalty)
+    if belief.transform != "none":
+        change = {"centred": rounds.centred, "log-sigmoid": rounds.log_sigmoid}
+        found = rounds.transformed(found, change[belief.transform])
+    return found
+
+
+def _reward_model(key: Key[Array, ""], place: Place) -> Reward:
+    """A reward model on pi0's trunk with a random head."""
+    belief, loaded = place.config.belief, place.loaded
+    head: Any = rewards.init_head(key, dim=loaded.config.hidden_size)
+    if place.mesh is not None:
+        whole = jax.NamedSharding(place.mesh, jax.P())
+        head = jax.device_put(np.asarray(head), whole)
+    params = RewardParams(loaded.params, head)
+    fit = Fit(
+        steps=belief.steps,
+        learning_rate=belief.learning_rate,
+        batch_size=place.config.fit.batch_size,
+        micro_batches=place.config.fit.micro_batches,
+        log_every=place.config.fit.log_every,
+    )
+    return rounds.reward_model(
+        loaded.model,
+        params,
+        fitting=place.fitting(fit, params),
+        pooling=rewards.mean if belief.pooling == "mean" else rewards.last,
+        rows=place.config.rows,
+    )
+
+
+def _features(key: Key[Array, ""], place: Place, prompts: Ragged) -> Features:
+    """pi0's pooled hidden states, centred at the mean and scaled by the largest norm of those of
+    its own responses; what lies outside of the unit ball is drawn back to it."""
+    loaded, config = place.loaded, place.config
+    pooling = rewards.last if config.belief.pooling == "last" else rewards.mean
+
+    def pooled(params: Any, prompts: Ragged, responses: Ragged) -> Array:
+        return rewards.features(loaded.model, params, prompts, responses, pooling=pooling)
+
+    program = mapped(pooled, rows=config.rows, mesh=place.mesh)
+    some = ragged(prompts.ids[:256], prompts.lengths[:256])
+    drawn = place.draw(2)(key, loaded.params, some)
+    seen = np.asarray(program(loaded.params, some, drawn), np.float64)
+    centre = seen.mean((0, 1))
+    scale = float(np.linalg.norm(seen - centre, axis=-1).max()) or 1.0
+
+    def features(prompts: Ragged, responses: Ragged) -> np.ndarray:
+        found = (program(loaded.params, prompts, responses) - centre) / scale
+        norm = np.linalg.norm(found, axis=-1, keepdims=True)
+        return (found / np.maximum(norm, 1)).astype(np.float32)
+
+    return features
+
+
+def make_improve(place: Place) -> Improve:
+    """From comparisons to a policy."""
+    config, improve, model = place.config, place.config.improve, place.loaded.model
+    fitting = place.fitting(config.fit, place.loaded.params)
+    shared: dict[str, Any] = {"kl_coef": config.kl_coef, "fitting": fitting}
+    if improve.method == "preference":
+        loss, _ = objective(improve.objective, kl_coef=config.kl_coef, options=improve.options)
+        return _preferred_first(rounds.preference(model, loss, rows=config.rows, **shared))
+    if improve.method == "pessimistic":
+        return _preferred_first(rounds.pessimistic_dpo(model, rows=config.rows, **shared))
+    draw = place.draw(improve.proposals or config.samples)
+    if improve.method == "weighted":
+        return rounds.weighted_likelihood(model, draw, **shared)
+    if improve.method == "rso":
+        rule = pairs.first_round if improve.ranking == "first-round" else pairs.tournament
+        return rounds.rso(
+            model, draw, steps=improve.chain, reward_bound=improve.reward_bound, rule=rule, **shared
+        )
+    return rounds.rejection_sampling(
+        draw,
+        rounds.rejection.likelihood(model, fitting=fitting),
+        kl_coef=config.kl_coef,
+        steps=improve.chain,
+        keep=improve.keep,
+        reward_bound=improve.reward_bound,
+    )
+
+
+def _preferred_first(improve: Improve) -> Improve:
+    """``improve`` on pairs turned so that the first is the preferred one: the losses are the same,
+    and the margins and accuracies that are reported are towards the label."""
+
+    def turned(data: Comparisons) -> Comparisons:
+        swap = data.label < 0.5
+        ids, lengths = np.asarray(data.responses.ids), np.asarray(data.responses.lengths)
+        return data._replace(
+            responses=ragged(
+                np.where(swap[:, None, None], ids[:, ::-1], ids),
+                np.where(swap[:, None], lengths[:, ::-1], lengths),
+            ),
+            label=np.where(swap, 1 - data.label, data.label),
+        )
+
+    def sorted_first(key: Any, situation: Situation) -> Improved:
+        data = situation.data
+        sources = [turned(source) for source in data.sources]
+        return improve(key, situation._replace(data=data._replace(sources=sources)))
+
+    return sorted_first
+
+
+def make_setting(config: IterateConfig) -> Setting:
+    """Which data a round learns from."""
+    if config.setting == "offline":
+        return settings.offline_only
+    if config.setting == "online":
+        return settings.history_only
+    if config.setting == "newest":
+        return settings.newest
+    if config.offline_share is None:
+        return settings.everything
+    return settings.hybrid(config.offline_share, newest_share=config.newest_share)
+
+
+def check_batches(place: Place) -> None:
+    """Raises ``InputError`` where batches do not divide over the devices."""
+    fit = place.config.fit
+    parts = 1 if place.mesh is None else meshes.rows(place.mesh)
+    if fit.batch_size % (parts * fit.micro_batches):
+        raise InputError(
+            f"--fit.batch-size {fit.batch_size} must be a multiple of {parts * fit.micro_batches}: "
+            f"{fit.micro_batches} micro-batches on {parts} parts of the mesh."
+        )
+
+
+def _optimizer(fit: Fit) -> Any:
+    decay = {"cosine": optimizers.cosine, "linear": optimizers.linear, "constant": None}
+    rate = optimizers.schedule(
+        fit.learning_rate,
+        warmup=int(fit.warmup * fit.steps),
+        steps=fit.steps,
+        decay=decay[fit.schedule],
+    )
+    if fit.optimizer == "adafactor":
+        return optimizers.adafactor(rate, clip=fit.clip)
+    return optimizers.adamw(rate, clip=fit.clip, weight_decay=fit.weight_decay)

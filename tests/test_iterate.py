@@ -1,0 +1,419 @@
+"""``klrlhf iterate``: every setting at a toy size, killed and resumed, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from jax_klrlhf import cli, models
+from jax_klrlhf.data import tokenize
+from jax_klrlhf.models import reward as rewards
+from jax_klrlhf.programs import iterate, iterate_config, iterate_parts
+from jax_klrlhf.training.rounds import journal
+
+WORDS = ["the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "under", "mat", "tree"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """What is looked at here is files and messages: compile fast, run slowly."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with prompts, recorded preferences, two heaps of sentences, a model, a judge."""
+    folder = tmp_path_factory.mktemp("place")
+    rng = np.random.default_rng(0)
+    say = lambda count: " ".join(rng.choice(WORDS, count))  # noqa: E731
+    asked = [say(rng.integers(2, 5)) + f" {number} " for number in range(14)]
+    (folder / "prompts.txt").write_text("\n".join(asked) + "\n")
+    rows = [
+        {"prompt": prompt, "chosen": say(2) + f" good {k}", "rejected": say(3) + f" bad {k}"}
+        for prompt in asked
+        for k in range(2)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "heaps").mkdir()
+    (folder / "heaps" / "positive.txt").write_text("good a cat sat\nthe tree\n")
+    (folder / "heaps" / "negative.txt").write_text("bad dog ran\nbird under\n")
+    texts = [text for row in rows for text in row.values()]
+    tokenizer = tokenize.train_tokenizer(texts, vocab_size=300, folder=folder / "tokenizer")
+    config = models.ModelConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        layers=1,
+        heads=2,
+        kv_heads=1,
+        head_dim=8,
+        max_length=32,
+    )
+    params = models.language_model(config).init(jax.random.key(0))
+    models.save(folder / "model", config, params, tokenizer)
+    head = rewards.init_head(jax.random.key(1), dim=16, scale=1.0)
+    rewards.save(folder / "judge", config, rewards.RewardParams(params, head), tokenizer)
+    return folder
+
+
+def options(place: Path, output: Path, **changed):
+    given = {
+        "model": place / "model",
+        "prompts": place / "prompts.txt",
+        "reward": place / "heaps",
+        "output": output,
+        "max-prompt-length": 12,
+        "max-response-length": 6,
+        "samples": 4,
+        "rounds": 2,
+        "rows": 8,
+        "held-out": 4,
+        "eval-samples": 2,
+        "fit.steps": 3,
+        "fit.batch-size": 8,
+        "fit.learning-rate": 1e-3,
+        "mesh.data": 8,
+        "mesh.fsdp": 1,
+    } | changed
+    found = {name: value for name, value in given.items() if value is not None}
+    return ["iterate", *(t for name, value in found.items() for t in (f"--{name}", str(value)))]
+
+
+def lines(folder: Path):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics(folder: Path):
+    return json.loads((folder / "results.json").read_text())["metrics"]
+
+
+ONLINE = {
+    "belief.kind": "linear",
+    "pairs.rule": "enhancer",
+    "improve.method": "pessimistic",
+    "prompts-per-round": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def online(place, tmp_path_factory):
+    """Online GSHF with every part of the theory: ellipsoid, enhancer, pessimism."""
+    output = tmp_path_factory.mktemp("online") / "run"
+    assert cli.main(options(place, output, **ONLINE, **{"best-of": 2})) == 0
+    return output
+
+
+def test_a_run_leaves_a_policy_a_line_for_each_round_and_results(online, place):
+    found = metrics(online)
+    assert [row["step"] for row in lines(online)] == [1, 2]
+    for row in lines(online):
+        assert row["labels/count"] <= 8
+        assert row["eval/kl/ref"] >= -1e-6
+        assert {"loss", "eval/reward", "eval/wins", "eval/length"} <= row.keys()
+    for name in ("pi0", "round-1", "round-2", "best-of-2"):
+        assert found[f"{name}/pessimistic/eval/reward"]["n"] == 4
+    # pi0 is judged against its own responses: wins and losses cancel exactly.
+    assert found["pi0/pessimistic/eval/wins"]["value"] == 0.5
+    trained, start = models.load(online / "model"), models.load(place / "model")
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), trained.params, start.params)
+    assert max(jax.tree.leaves(moved)) > 1e-5
+    assert trained.tokenizer is not None
+
+
+def test_the_saved_configuration_is_the_run(online):
+    program, config = cli.parse("iterate", ["--config", str(online / "config.json")])
+    assert program is iterate.iterate
+    assert config.belief == iterate_config.Belief(kind="linear")
+    assert config.pairs.rule == "enhancer"
+    assert config.prompts_per_round == 8
+    assert iterate._plain(config) | {"command": "iterate"} == json.loads(
+        (online / "config.json").read_text()
+    )
+
+
+class Killed(BaseException):
+    """Nothing in the library catches it."""
+
+
+def test_a_killed_run_goes_on_to_the_same_bits_and_then_further(
+    online, place, tmp_path, monkeypatch, capsys
+):
+    write = journal.Journal._write
+    arguments = options(place, tmp_path, **ONLINE)
+
+    def breaking(self, base, *rest):
+        if (base.parent.name, base.name) == ("round-002", "label"):
+            raise Killed
+        return write(self, base, *rest)
+
+    monkeypatch.setattr(journal.Journal, "_write", breaking)
+    with pytest.raises(Killed):
+        cli.main(arguments)
+    assert not (tmp_path / "model").exists()
+    monkeypatch.setattr(journal.Journal, "_write", write)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("rounds/*/*.safetensors")}
+    assert len(before) == 9  # six phases of a round, three of the next
+    assert cli.main([*arguments, "--kl-coef", "0.3"]) == 2
+    assert "started with kl_coef 0.1, now it is 0.3" in capsys.readouterr().err
+    # One round more than the whole run had: its two are the same to the bit.
+    assert cli.main([*arguments, "--rounds", "3"]) == 0
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items())
+    at = Path("rounds") / "round-002" / "fit.safetensors"
+    ours, theirs = (safetensors.numpy.load_file(folder / at) for folder in (tmp_path, online))
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name])
+    without_time = lambda rows: [{k: v for k, v in row.items() if k != "time"} for row in rows]  # noqa: E731
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3]
+    assert without_time(lines(tmp_path))[:2] == without_time(lines(online))
+
+
+def test_offline_labels_pairs_of_pi0_and_improves_by_multi_step_rejection(place, tmp_path):
+    changed = {
+        "setting": "offline",
+        "rounds": None,
+        "belief.kind": "given",
+        "belief.model": place / "judge",
+        "improve.method": "rso",
+        "improve.chain": 2,
+        "kl-coef": 1.0,
+        "annotator.labels": "expected",
+    }
+    assert cli.main(options(place, tmp_path, **changed)) == 0
+    (row,) = lines(tmp_path)
+    assert row["step"] == 0
+    # The last step accepts less, or as much: its target is sharper.
+    assert 0 < row["rejection/acceptance/2"] <= 1
+    assert 0 <= row["rejection/bound_error/1"] <= 1
+    labelled = safetensors.numpy.load_file(
+        tmp_path / "before" / "round-000" / "offline.safetensors"
+    )
+    assert len(labelled["label"]) <= 10  # one pair of each prompt that is not held out
+    assert set(np.unique(labelled["label"])) - {0.0, 1.0}  # soft
+
+
+def test_hybrid_on_recorded_pairs_with_pi0_as_the_second_agent(place, tmp_path):
+    changed = {
+        "setting": "hybrid",
+        "data": place / "pairs.jsonl",
+        "reward": place / "judge",
+        "offline-share": 0.5,
+        "belief.steps": 2,
+        "pairs.rule": "between",
+        "pairs.other": "pi0",
+        "pairs.samples": 2,
+        "pairs.first": "best",
+        "reference": "previous",
+        "improve.objective": "rpo",
+        "belief.length-penalty": 0.01,
+        "belief.transform": "centred",
+    }
+    arguments = options(place, tmp_path, **changed)
+    assert cli.main([*arguments, "--improve.options", "sft_coef", "0.5"]) == 0
+    assert [row["step"] for row in lines(tmp_path)] == [0, 1, 2]
+    drawn = safetensors.numpy.load_file(tmp_path / "rounds" / "round-001" / "sample.safetensors")
+    np.testing.assert_array_equal(drawn["agent"], [[0, 0, 0, 0, 1, 1]] * 10)
+    assert any(name.startswith("round-2/preference/eval/") for name in metrics(tmp_path))
+
+
+def test_recorded_labels_are_asked_for_a_round_at_a_time(place, tmp_path):
+    changed = {
+        "reward": "recorded",
+        "data": place / "pairs.jsonl",
+        "prompts": None,
+        "samples": None,
+        "belief.kind": "implicit",
+        "held-out": 0,
+        "eval-samples": None,
+        "prompts-per-round": 7,
+        "pairs.rule": "sampled",
+    }
+    assert cli.main(options(place, tmp_path, **changed)) == 0
+    rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
+    asked = 0
+    tokenizer = tokenize.encoder(tokenize.load(place / "tokenizer"))
+    for number in (1, 2):
+        folder = tmp_path / "rounds" / f"round-{number:03d}"
+        found = safetensors.numpy.load_file(folder / "label.safetensors")
+        asked += len(found["label"])
+        lengths, ids = found["responses/lengths"], found["responses/ids"]
+        for pair, length, label in zip(ids, lengths, found["label"], strict=True):
+            first, second = (
+                tokenizer.decode(r[:n].tolist()) for r, n in zip(pair, length, strict=True)
+            )
+            # Cut to six tokens; what is left begins as the recorded one.
+            better = [r["chosen"] for r in rows if r["chosen"].startswith(first)]
+            assert bool(better) == (label == 1.0)
+            assert first != second
+    # Of a prompt's four recorded responses, two of the six pairs were labelled; the others
+    # are abstained from.
+    assert 0 < asked < 14
+
+
+def test_pairs_are_turned_to_the_preferred_one_without_changing_what_they_say():
+    seen = []
+
+    def improve(key, situation):
+        seen.append(situation.data.sources[0])
+        return iterate_parts.Improved({}, {})
+
+    data = iterate_parts.Comparisons(
+        iterate_parts.padded([(1, 2), (3,)]),
+        iterate_parts.ragged([[[5, 6], [7, 0]], [[8, 0], [9, 4]]], [[2, 1], [1, 2]]),
+        np.array([0.25, 1.0], np.float32),
+        np.ones(2, np.float32),
+    )
+    mixture = iterate_parts.rounds.Mixture([data], None)
+    situation = iterate_parts.Situation(None, None, mixture, data.prompts, None, None)
+    iterate_parts._preferred_first(improve)(None, situation)
+    (turned,) = seen
+    np.testing.assert_array_equal(turned.label, [0.75, 1.0])
+    np.testing.assert_array_equal(turned.responses.ids, [[[7, 0], [5, 6]], [[8, 0], [9, 4]]])
+    np.testing.assert_array_equal(turned.responses.lengths, [[1, 2], [1, 2]])
+
+
+def _learns(given):
+    """How many of two rounds' sets are learned from."""
+    old, new = given["offline"], given["offline"]._replace(label=1 - given["offline"].label)
+    sources = given["setting"](given["offline"], [old, new]).sources
+    assert sources[-1] is new
+    return len(sources)
+
+
+BUILDS = {
+    "ensemble": (
+        {"belief.kind": "ensemble", "belief.members": 2, "belief.combine": "worst"},
+        lambda given: len(given["reward"].init) == 2,
+    ),
+    "variance": (
+        {"belief.kind": "ensemble", "belief.combine": "variance", "belief.variance-coef": 0.5},
+        lambda given: len(given["reward"].init) == 3,
+    ),
+    "rejection": ({"improve.method": "rejection", "improve.chain": 2, "improve.keep": 2}, None),
+    "weighted": ({"improve.method": "weighted", "improve.proposals": 3}, None),
+    "temperature": (
+        {"pairs.other": "temperature", "pairs.temperature": 1.5, "pairs.rule": "tournament"},
+        None,
+    ),
+    "earlier": ({"pairs.other": "earlier", "pairs.back": 2}, None),
+    "from pi0": (
+        {"reference": "previous", "start": "pi0"},
+        lambda given: given["start"](1, 2) == 1 and given["reference"](1, 2) == 2,
+    ),
+    "all alike": (
+        {"setting": "hybrid", "data": "pairs.jsonl"},
+        lambda given: given["setting"](given["offline"], []).shares is None,
+    ),
+    "newest": ({"setting": "newest", "data": "pairs.jsonl"}, lambda given: _learns(given) == 1),
+    "own start": ({"data": "pairs.jsonl"}, lambda given: _learns(given) == 2),
+}
+
+
+@pytest.mark.parametrize("case", BUILDS)
+def test_every_choice_builds_its_part(case, place, tmp_path, monkeypatch):
+    changed, holds = BUILDS[case]
+    monkeypatch.chdir(place)
+    found = {}
+
+    def taking(key, policy, **given):
+        found.update(given)
+        raise Killed
+
+    monkeypatch.setattr(iterate.rounds, "iterate", taking)
+    with pytest.raises(Killed):
+        cli.main(options(place, tmp_path, **{"held-out": 0, "eval-samples": None}, **changed))
+    assert holds is None or holds(found)
+
+
+BAD = {
+    "no prompts": ({"prompts": None}, "--prompts is missing"),
+    "no file": ({"prompts": "absent.txt"}, "absent.txt: not readable"),
+    "no model": ({"model": "absent/folder"}, "absent/folder"),
+    "no reward": ({"reward": "absent/folder"}, "absent/folder"),
+    "neither": ({"reward": "tokenizer"}, "neither a reward model"),
+    "no head": ({"reward": "model"}, "score.weight is missing"),
+    "one heap": ({"reward": "half"}, "negative.txt: missing"),
+    "context": ({"max-prompt-length": 30}, "exceed the model's context of 32"),
+    "few": ({"held-out": 14}, "14 different prompts, of which --held-out 14"),
+    "portion": ({"prompts-per-round": 11}, "--prompts-per-round is 11; there are 10"),
+    "batch": ({"fit.batch-size": 12}, "--fit.batch-size 12 must be a multiple of 8"),
+    "mesh": ({"mesh.data": 3}, "mesh data=3"),
+    "rounds": ({"rounds": 0}, "--rounds is 0"),
+    "kl": ({"kl-coef": 0}, "--kl-coef is 0.0; it must be positive"),
+    "unread": ({"belief.members": 4}, "--belief.members is read by no run with --belief.kind rew"),
+    "offline": ({"setting": "offline"}, "--rounds is read by no run with --setting offline"),
+    "share": ({"offline-share": 0.5}, "--offline-share is read by no run with --setting online"),
+    "features": ({"pairs.rule": "enhancer"}, "give --belief.kind linear"),
+    "certain": ({"improve.method": "pessimistic"}, "a belief that knows its uncertainty"),
+    "second": ({"pairs.rule": "between"}, "needs a second agent"),
+    "one": ({"samples": 1}, "--samples is 1"),
+    "given": ({"belief.kind": "given"}, "needs --belief.model"),
+    "noise": ({"annotator.noise": 0.7}, "--annotator.noise lies in"),
+    "objective": ({"improve.objective": "dpo"}, "objective 'dpo': there are sigmoid"),
+    "labels": ({"reward": "recorded", "samples": None}, "--reward recorded needs --data"),
+    "seed": ({"newest-share": 0.5, "setting": "hybrid"}, "goes with --offline-share"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_status_two(case, place, tmp_path, capsys, monkeypatch):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "positive.txt").write_text("good\n")
+    for name in ("tokenizer", "model"):
+        (tmp_path / name).symlink_to(place / name)
+    monkeypatch.chdir(tmp_path)
+    changed, message = BAD[case]
+
+    def computing(*arguments, **named):
+        raise AssertionError("something was computed")
+
+    monkeypatch.setattr(iterate_parts.rounds.Draw, "__call__", computing)
+    assert cli.main(options(place, tmp_path / "run", **changed)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("klrlhf: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "run" / "rounds").exists()
+
+
+def test_help_says_what_is_for_python_alone(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["iterate", "--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "From Python alone" in text
+    for option in ("--reward", "--setting", "--belief.kind", "--pairs.rule", "--improve.method"):
+        assert option in text
+
+
+def test_a_real_model_learns_from_a_fitted_gold_reward(stories_model, data_dir, tmp_path):
+    text = (data_dir / "stories" / "train.txt").read_text().split("<|endoftext|>")
+    openings = [" ".join(story.split())[:60].rsplit(" ", 1)[0] + " " for story in text[:80]]
+    (tmp_path / "prompts.txt").write_text("\n".join(openings))
+    changed = {
+        "model": stories_model,
+        "prompts": tmp_path / "prompts.txt",
+        "reward": data_dir / "sentiment",
+        "max-prompt-length": 24,
+        "max-response-length": 16,
+        "rounds": 1,
+        "rows": 32,
+        "held-out": 16,
+        "kl-coef": 0.1,
+        "belief.kind": "annotator",
+        "annotator.labels": "expected",
+        "fit.steps": 12,
+        "fit.batch-size": 32,
+        "fit.learning-rate": 1e-3,
+    }
+    assert cli.main(options(tmp_path, tmp_path / "run", **changed)) == 0
+    (row,) = lines(tmp_path / "run")
+    # Twelve steps on the best and the worst of four by the gold reward itself: margins towards
+    # the labels grow from 0, and the policy leaves pi0.
+    assert row["rewards/accuracies"] > 0.6
+    assert row["eval/kl/ref"] > 0.01
+    assert models.load(tmp_path / "run" / "model").config.vocab_size == 2048
