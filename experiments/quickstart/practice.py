@@ -1,19 +1,20 @@
 """Practice panel: align a language model to a gold reward, offline and then online.
 
-Draw responses from pi0, let a Bradley-Terry annotator label pairs by the gold reward, fit DPO
-(*offline*); then draw from that policy, label the best and the worst of n by gold, and fit DPO
-again from pi0 on all data (*online*, one iteration of arXiv 2312.11456, section 5). *More offline*
-spends the online round's labels on further pairs from pi0: the same number of labels, no
-exploration. Every fit takes the same number of optimizer steps and the same kl_coef.
+The whole of it is :func:`align`, on :mod:`jax_klrlhf.training.rounds`: draw responses from pi0, let
+a Bradley-Terry annotator label pairs by the gold reward, fit DPO (*offline*); then draw from that
+policy, label the best and the worst of n by gold, and fit DPO again from pi0 on all data (*online*,
+one iteration of arXiv 2312.11456, section 5). *More offline* spends the online round's labels on
+further pairs from pi0: the same number of labels, no exploration. Every fit takes the same number
+of optimizer steps and the same kl_coef.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -24,14 +25,21 @@ from rich.progress import Progress
 from experiments import prompts
 from experiments.quickstart.world import World
 from jax_klrlhf import results
-from jax_klrlhf.core import bradley_terry, objectives, pairs
+from jax_klrlhf.core import pairs, sequence
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.models import sampling, scoring
-from jax_klrlhf.training import Batch, make_train_step, state
-from jax_klrlhf.training.step import TrainStep
+from jax_klrlhf.models import scoring
+from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.training import rounds
+from jax_klrlhf.training.rounds import oracle
+from jax_klrlhf.training.rounds.compute import mapped
+from jax_klrlhf.training.rounds.pairing import by_reward
+from jax_klrlhf.training.rounds.parts import Improve, join, ragged
+from jax_klrlhf.training.state import TrainState
 
 METHODS = ("pi0", "offline", "more offline", "online", "online, no larger KL")
+ROWS = 256
+"""Prompts answered and comparisons scored at one time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +104,8 @@ def run(
     progress: Progress,
 ) -> dict[str, results.Metric]:
     """Run every seed; draw the figure, print the table, return the metrics."""
-    trainer = _trainer(config, world)
-    paths = [_one_seed(config, world, trainer, seed, progress) for seed in seeds]
+    lab = _Lab(config, world)
+    paths = [_one_seed(lab, seed, progress) for seed in seeds]
     judged = {method: [_chosen(path, method) for path in paths] for method in METHODS}
     table = {
         method: {field: _pooled([getattr(j, field) for j in found]) for field in Judged._fields}
@@ -141,173 +149,107 @@ def run(
     return metrics
 
 
-def collect(
-    key: Key[jax.Array, ""],
-    world: World,
-    params: Any,
-    prompt_texts: list[str],
-    *,
-    rule: Any,
-    samples: int,
-    new_tokens: int,
-) -> Batch:
-    """Responses from a policy, paired by a rule and labelled by the gold annotator.
+def align(
+    key: Key[jax.Array, ""], world: World, train: Ragged, draw: "Draws", improve: Improve
+) -> dict[str, Any]:
+    """The three aligned policies: the whole of what this panel is about."""
+    gold = lambda prompts, responses: world.reward(responses)  # noqa: E731
+    keys = jax.random.split(key, 3)
+    parts = {"prompts": train, "reward": rounds.known(gold), "oracle": oracle.bradley_terry(gold)}
+    pairs_of_pi0 = {"sampler": rounds.main_agent(draw.two), "pair_rule": by_reward(pairs.sampled)}
+    best_and_worst = {"sampler": rounds.main_agent(draw.many), "pair_rule": by_reward()}
 
-    Of the rows that come back, responses are ``[N, 2, C]``, the preferred one first, with their
-    log-probabilities under pi0. Prompts whose responses all equal each other make no pair.
-    """
-    key_sample, key_pair, key_label = jax.random.split(key, 3)
-    questions = world.encode(prompt_texts)
-    drawn = draw(key_sample, world, params, questions, samples=samples, new_tokens=new_tokens)
-    reward = jnp.asarray(world.reward(drawn))
-    pair = rule(key_pair, reward, where=pairs.distinct(drawn.ids))
-    at = lambda x, index: jnp.take_along_axis(x, index[:, None], axis=1)[:, 0]  # noqa: E731
-    margin = at(reward, pair.first) - at(reward, pair.second)
-    first_wins = bradley_terry.sample(key_label, margin)
-    order = jnp.where(
-        first_wins[:, None],
-        jnp.stack([pair.first, pair.second], 1),
-        jnp.stack([pair.second, pair.first], 1),
-    )
-    answers = Ragged(
-        jnp.take_along_axis(drawn.ids, order[..., None], axis=1),
-        jnp.take_along_axis(drawn.lengths, order, axis=1),
-    )
-    rows = Batch(
-        questions,
-        answers,
-        weight=pair.valid.astype(jnp.float32),
-        ref_log_prob=_log_prob(world.model, world.params, questions, answers),
-    )
-    kept = np.flatnonzero(np.asarray(pair.valid))
-    # On the host, where picking the rows of a step costs nothing.
-    return jax.tree.map(lambda x: np.asarray(x)[kept], rows)
+    first, further = (rounds.collect(k, world.params, **parts, **pairs_of_pi0) for k in keys[:2])
+    fit = partial(rounds.iterate, keys[2], world.params, improve=improve, **parts, **best_and_worst)
+    run = fit(rounds=1, offline=first)
+    more = fit(rounds=0, offline=join([first, further]))
+    return {"offline": run.policies[1], "online": run.policy, "more offline": more.policy}
 
 
-def draw(
-    key: Key[jax.Array, ""],
-    world: World,
-    params: Any,
-    questions: Ragged,
-    *,
-    samples: int,
-    new_tokens: int,
-) -> Ragged:
-    """``samples`` responses to every prompt, ids ``[B, K, C]``."""
-    return sampling.generate(
-        key,
-        world.model,
-        params,
-        questions,
-        samples=samples,
-        max_new_tokens=new_tokens,
-        stop=(world.encoder.end,),
-        pad_id=world.pad_id,
-    ).responses
+class Draws(NamedTuple):
+    """How policies are sampled from, each a program of its own."""
+
+    two: rounds.Draw
+    """A pair."""
+    many: rounds.Draw
+    """What the best and the worst are taken of."""
+    judged: rounds.Draw
+    """Responses to held-out prompts."""
 
 
-def _one_seed(
-    config: Config, world: World, trainer: "_Trainer", seed: int, progress: Progress
-) -> dict[str, list[Judged]]:
+class _Lab:
+    """What all seeds share: programs compiled once, and who is told of a fit's way."""
+
+    def __init__(self, config: Config, world: World):
+        self.config, self.world = config, world
+        self.width = max(len(world.encoder.prompt(text)) for text in world.prompts)
+        sizes = (2, config.samples, config.eval_samples)
+        self.draws = Draws(*(self._draw(samples) for samples in sizes))
+        self.kl = mapped(partial(_kl_of_responses, world.model), rows=ROWS)
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, config.learning_rate, max(1, config.steps // 10), config.steps
+        )
+        every = -(-config.steps // config.evaluations)
+        self.points = -(-config.steps // every)
+        fitting = rounds.Fitting(
+            optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)),
+            steps=config.steps,
+            batch_size=config.batch,
+            log_every=config.steps,
+            evaluate_every=every,
+            evaluate=self._along,
+        )
+        self.improve = rounds.dpo(world.model, kl_coef=config.kl_coef, fitting=fitting, rows=ROWS)
+        self.told: Callable[[Any], None] = lambda params: None
+
+    def encode(self, texts: list[str]) -> Ragged:
+        """Prompts, all of one width."""
+        rows = [self.world.encoder.prompt(text) for text in texts]
+        return ragged(*sequence.pad(rows, length=self.width, pad_id=self.world.pad_id))
+
+    def _draw(self, samples: int) -> rounds.Draw:
+        return rounds.Draw(
+            model=self.world.model,
+            samples=samples,
+            max_new_tokens=self.config.new_tokens,
+            stop=(self.world.encoder.end,),
+            pad_id=self.world.pad_id,
+            rows=ROWS,
+        )
+
+    def _along(self, state: TrainState) -> dict[str, results.Metric]:
+        self.told(state.policy)
+        return {}
+
+
+def _one_seed(lab: _Lab, seed: int, progress: Progress) -> dict[str, list[Judged]]:
     """Every method's evaluations along its fit (pi0: one)."""
+    config, world = lab.config, lab.world
     train, held_out = prompts.split(
         world.prompts, train=config.train_prompts, held_out=config.held_out_prompts, seed=seed
     )
-    key_offline, key_more, key_online, key_fit, key_judge = jax.random.split(
-        jax.random.key(seed), 5
-    )
-    bar = progress.add_task(f"seed {seed}", total=3 * config.steps)
+    questions = lab.encode(held_out)
+    key_run, key_judge = jax.random.split(jax.random.key(seed))
+    bar = progress.add_task(f"seed {seed}", total=3 * lab.points)
+    base = world.reward(lab.draws.judged(jax.random.fold_in(key_judge, 1), world.params, questions))
+    judge = partial(_judge, jax.random.fold_in(key_judge, 0), lab, questions, base)
+    way: list[Judged] = []
 
-    def gather(key, params, rule, samples):
-        return collect(
-            key,
-            world,
-            params,
-            train,
-            rule=rule,
-            samples=samples,
-            new_tokens=config.new_tokens,
-        )
+    def told(params: Any) -> None:
+        way.append(judge(params))
+        progress.advance(bar)
 
-    questions = world.encode(held_out)
-    base = draw(
-        jax.random.fold_in(key_judge, 1),
-        world,
-        world.params,
-        questions,
-        samples=config.eval_samples,
-        new_tokens=config.new_tokens,
-    )
-    base_reward = world.reward(base)
-
-    def judge(params) -> Judged:
-        return _judge(key_judge, config, world, params, questions, base_reward)
-
-    def fit(data):
-        return _fit(key_fit, config, world, trainer, data, judge, lambda: progress.advance(bar))
-
-    first = gather(key_offline, world.params, pairs.sampled, 2)
-    path = {"pi0": [judge(world.params)]}
-    path["offline"], policy = fit(first)
-    more = gather(key_more, world.params, pairs.sampled, 2)
-    path["more offline"], _ = fit(_join(first, more))
-    best_and_worst = gather(key_online, policy, pairs.best_worst, config.samples)
-    path["online"], _ = fit(_join(first, best_and_worst))
-    return path
+    lab.told = told
+    found = align(key_run, world, lab.encode(train), lab.draws, lab.improve)
+    # Fits are in the order of `found`, with as many points each.
+    path = {name: way[n * lab.points : (n + 1) * lab.points] for n, name in enumerate(found)}
+    return {"pi0": [judge(world.params)], **path}
 
 
-class _Trainer(NamedTuple):
-    """One compiled step for every fit of every seed."""
-
-    optimizer: optax.GradientTransformation
-    step: TrainStep
-
-
-def _trainer(config: Config, world: World) -> _Trainer:
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, max(1, config.steps // 10), config.steps
-    )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-
-    def loss(scores: objectives.Scores) -> jax.Array:
-        return objectives.sigmoid(
-            scores.chosen_log_ratio, scores.rejected_log_ratio, kl_coef=config.kl_coef
-        )
-
-    return _Trainer(
-        optimizer, make_train_step(world.model, optimizer, loss, kl_coef=config.kl_coef)
-    )
-
-
-def _fit(key, config: Config, world: World, trainer: _Trainer, data: Batch, judge, advance):
-    """DPO from pi0: evaluations along the way, and the final parameters."""
-    current = state.init(key, world.params, trainer.optimizer)
-    order = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-    count = data.weight.shape[0]
-    stops = set(np.linspace(0, config.steps, config.evaluations + 1)[1:].astype(int).tolist())
-    judged, queue = [], np.zeros(0, np.int64)
-    for done in range(1, config.steps + 1):
-        while queue.size < config.batch:
-            queue = np.concatenate([queue, order.permutation(count)])
-        chosen, queue = queue[: config.batch], queue[config.batch :]
-        current, _ = trainer.step(current, jax.tree.map(lambda x, at=chosen: x[at], data))
-        if done in stops:
-            judged.append(judge(current.policy))
-        advance()
-    return judged, current.policy
-
-
-def _judge(key, config: Config, world: World, params, questions: Ragged, base_reward) -> Judged:
-    drawn = draw(
-        jax.random.fold_in(key, 0),
-        world,
-        params,
-        questions,
-        samples=config.eval_samples,
-        new_tokens=config.new_tokens,
-    )
-    reward = world.reward(drawn)
-    kl = np.asarray(_kl(world.model, params, world.params, questions, drawn))
+def _judge(key: Any, lab: _Lab, questions: Ragged, base_reward: np.ndarray, params: Any) -> Judged:
+    drawn = lab.draws.judged(key, params, questions)
+    reward = lab.world.reward(drawn)
+    kl = lab.kl((params, lab.world.params), questions, drawn)
     difference = reward[:, :, None] - base_reward[:, None, :]
     return Judged(
         reward=reward.mean(1),
@@ -317,19 +259,14 @@ def _judge(key, config: Config, world: World, params, questions: Ragged, base_re
     )
 
 
-def _kl_of_responses(model, params, base, questions, answers):
+def _kl_of_responses(
+    model: LanguageModel, params: Any, questions: Ragged, answers: Ragged
+) -> jax.Array:
     """KL(pi || pi0) of each response ``[B, K]``: exact at each token, on the policy's own draws."""
-    scores = scoring.score(model, params, questions, answers, reference=(model, base))
+    policy, base = params
+    scores = scoring.score(model, policy, questions, answers, reference=(model, base))
     assert scores.kl is not None  # a reference was given
     return scores.kl.sum(-1)
-
-
-_kl = jax.jit(_kl_of_responses, static_argnums=0)
-_log_prob = jax.jit(scoring.log_prob, static_argnums=0)
-
-
-def _join(first: Batch, second: Batch) -> Batch:
-    return jax.tree.map(lambda *parts: np.concatenate(parts), first, second)
 
 
 def _chosen(path: Mapping[str, list[Judged]], method: str) -> Judged:
