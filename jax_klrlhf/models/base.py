@@ -60,5 +60,9 @@ class LanguageModel:
     decode: Callable[[Any, Prefix, Any, Array, Array], tuple[Array, Any]]
     """``decode(params, prefix, cache, ids [B, K], step []) -> (hidden [B, K, D], cache)``: reads
     response token number ``step`` of every row."""
+    grow: Callable[[Any, int], Any] | None = None
+    """``grow(cache, C) -> cache`` with room for C tokens of each response, which a sampler calls
+    as responses lengthen so that a step reads little more than what is filled. None: ``start``
+    makes all the room there will be."""
     unembed: Callable[[Any, Array], Array]
     """``unembed(params, hidden [..., D]) -> logits [..., V]``, float32 (or float64)."""

@@ -81,10 +81,11 @@ def draw(
     pad = [(0, 0)] * (logits.ndim - 1) + [(0, blocks * width - vocab)]
     logits = jnp.pad(logits, pad, constant_values=-jnp.inf)
     best = jnp.max(logits, -1)
-    logits = logits.reshape(*logits.shape[:-1], blocks, width)
-    mass = jnp.exp(logits - best[..., None, None]).sum(-1)
+    shape = (*logits.shape[:-1], blocks, width)
+    # Exponentials of whole rows: taken block by block they cost XLA's CPU compiler twice as much.
+    mass = jnp.exp(logits - best[..., None]).reshape(shape).sum(-1)
     block = _invert(uniform[..., 0], mass)
-    chosen = jnp.take_along_axis(logits, block[..., None, None], axis=-2)[..., 0, :]
+    chosen = jnp.take_along_axis(logits.reshape(shape), block[..., None, None], axis=-2)[..., 0, :]
     within = _invert(uniform[..., 1], jnp.exp(chosen - best[..., None]))
     return block * width + within, jnp.log(mass.sum(-1)) + best
 

@@ -262,6 +262,7 @@ def language_model(
         lengths, index = shared
         zero = jnp.int32(0)
         start = (zero, zero, zero, index, zero)
+        own = jax.tree.map(lambda x: x.swapaxes(1, 2), own)  # [B, N, K, 1, D]
         if cache.key.ndim == own.key.ndim:
             cache = jax.tree.map(
                 lambda mine, new: jax.lax.dynamic_update_slice(mine, new, start), cache, own
@@ -302,7 +303,8 @@ def language_model(
 
     def start(params, prefix: Prefix, samples: int, max_new_tokens: int) -> Keys | list[Keys]:
         del params
-        shape = (prefix.lengths.shape[0], samples, config.kv_heads, max_new_tokens, config.head_dim)
+        rows = prefix.lengths.shape[0]
+        shape = (rows, config.kv_heads, samples, max_new_tokens, config.head_dim)
         if jax.default_backend() == "cpu":
             # XLA's CPU compiler copies a layer out of a stacked cache, and a layer's prompt out of
             # the stacked prompts, at every step. Layers unrolled over arrays of their own read in
@@ -311,6 +313,13 @@ def language_model(
             return [Keys(empty, empty) for _ in range(config.layers)]
         empty = jnp.zeros((config.layers, *shape), config.dtype)
         return Keys(empty, empty)
+
+    def grow(cache: Any, max_new_tokens: int):
+        def longer(x):
+            room = max_new_tokens - x.shape[-2]
+            return jnp.pad(x, (*((0, 0),) * (x.ndim - 2), (0, room), (0, 0)))
+
+        return jax.tree.map(longer, cache)
 
     def decode(params, prefix: Prefix, cache: Any, ids: Int[Array, "B K"], step: Int[Array, ""]):
         step = jnp.asarray(step, prefix.lengths.dtype)
@@ -340,6 +349,7 @@ def language_model(
         prefill=prefill,
         extend=extend,
         start=start,
+        grow=grow,
         decode=decode,
         unembed=unembed,
     )

@@ -118,7 +118,7 @@ def test_one_step_equals_the_row_of_the_whole():
     def step(index):
         # What lies in the cache beyond the step is whatever an earlier use left there.
         later = (jnp.arange(T) > index)[None, None, None, :, None]
-        cache = jax.tree.map(lambda x: jnp.where(later, 1e4, x), Keys(*own))
+        cache = jax.tree.map(lambda x: jnp.where(later, 1e4, x).swapaxes(1, 2), Keys(*own))
         row = jnp.take(query, index, axis=2)
         return attention.step(row, cache, asked, index, scale=SCALE, window=window)
 

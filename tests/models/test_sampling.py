@@ -189,6 +189,42 @@ def test_one_trace_serves_a_bucket_and_every_value_of_a_warp():
     assert traces == [(2, 8), (2, 16)]
 
 
+def test_a_cache_that_grows_draws_the_same_from_less():
+    """Rooms of 16, 32 and 40 tokens in turn, against room for 40 throughout."""
+    config = models.ModelConfig(
+        vocab_size=V, hidden_size=8, intermediate_size=8, layers=1, heads=2, kv_heads=1, head_dim=4,
+        max_length=64, init_scale=0.5,
+    )  # fmt: skip
+    model = models.language_model(config)
+    params = model.init(jax.random.key(0))
+    rooms = []
+
+    def decode(params, prefix, cache, ids, step):
+        rooms.append(jax.tree.leaves(cache)[0].shape[-2])
+        return model.decode(params, prefix, cache, ids, step)
+
+    growing, whole = (
+        sampling.generate(
+            jax.random.key(0), dataclasses.replace(model, decode=decode, grow=grow), params,
+            PROMPTS, samples=2, max_new_tokens=40,
+        )
+        for grow in (model.grow, None)
+    )  # fmt: skip
+    assert list(dict.fromkeys(rooms)) == [16, 32, 40]
+    np.testing.assert_array_equal(growing.responses.ids, whole.responses.ids)
+    np.testing.assert_allclose(growing.token_log_prob, whole.token_log_prob, atol=1e-5)
+
+
+def test_rooms_are_thirds():
+    for count in (1, 16, 17, 64, 100, 1000):
+        rooms = sampling.rooms(count)
+        assert rooms[-1] == count
+        assert rooms == sorted(set(rooms))
+        assert len(rooms) <= 3
+        assert len(rooms) == 1 or rooms[0] >= sampling.SHORTEST
+    assert sampling.rooms(96) == [32, 64, 96]
+
+
 def test_buckets_are_few_and_tight():
     widths = [sampling.bucket(n) for n in range(1, 4097)]
     assert all(n <= w <= max(8, 1.25 * n + 7) for n, w in enumerate(widths, 1))

@@ -56,12 +56,16 @@ def stepwise(config, params, prompts, ids):
         hidden, cache = model.decode(params, prefix, cache, token, step)
         return cache, hidden
 
-    cache = model.start(params, prefix, K, C)
+    # Room for all from the start, and room made half way.
     columns = jnp.arange(C, dtype=jnp.int32), jnp.moveaxis(ids, -1, 0)
-    return jnp.moveaxis(jax.lax.scan(read, cache, columns)[1], 0, 2)
+    _, at_once = jax.lax.scan(read, model.start(params, prefix, K, C), columns)
+    steps, tokens = columns
+    cache, first = jax.lax.scan(read, model.start(params, prefix, K, 2), (steps[:2], tokens[:2]))
+    _, then = jax.lax.scan(read, model.grow(cache, C), (steps[2:], tokens[2:]))
+    return jnp.moveaxis(at_once, 0, 2), jnp.moveaxis(jnp.concatenate([first, then]), 0, 2)
 
 
-def test_decoding_is_extending_is_reading_each_row_alone(inputs):
+def test_decoding_is_extending_is_reading_each_row_alone(inputs, monkeypatch):
     """In float64, so that nothing but an exact rule passes."""
     _, prompts, ids = inputs
     config = dataclasses.replace(CONFIG, dtype=jnp.float64, param_dtype=jnp.float64)
@@ -70,8 +74,10 @@ def test_decoding_is_extending_is_reading_each_row_alone(inputs):
         params = tiny.params(config)
         first, after = jax.jit(lambda *args: whole(config, *args))(params, prompts, ids)
         assert after.dtype == model.unembed(params, first).dtype == jnp.float64
-        steps = jax.jit(lambda *args: stepwise(config, *args))(params, prompts, ids)
-        np.testing.assert_allclose(steps, after, atol=1e-13)
+        for platform in ("cpu", "tpu"):  # A cache for each layer, and one for all of them.
+            monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+            for steps in jax.jit(lambda *args: stepwise(config, *args))(params, prompts, ids):
+                np.testing.assert_allclose(steps, after, atol=1e-13)
         # Rows by themselves: one unpadded prompt of the whole row, read to each length.
         read = jax.jit(model.prefill)
         for b, k in [(0, 0), (1, 2)]:
