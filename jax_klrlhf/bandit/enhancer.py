@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 
 from jax_klrlhf.bandit.learner import Estimate
 from jax_klrlhf.bandit.problem import Setting
-from jax_klrlhf.core import divergence, gibbs, numerics
+from jax_klrlhf.core import divergence, gibbs, linalg, numerics
 from jax_klrlhf.core.numerics import Scalar
 
 
@@ -68,9 +68,7 @@ def option_one(
     if iterations < 1 or refinements < 1:
         raise ValueError(f"need iterations, refinements >= 1, got {iterations}, {refinements}")
     precision = estimate.ellipsoid.precision
-    inverse = jax.scipy.linalg.cho_solve(
-        (jnp.linalg.cholesky(precision), True), jnp.eye(dim, dtype=precision.dtype)
-    )
+    inverse = linalg.inverse(precision)
     # One step of the power method from the least known coordinates: no eigenvectors are needed.
     _, least_known = jax.lax.top_k(jnp.diagonal(inverse), starts // 2)
     axes = inverse[least_known]

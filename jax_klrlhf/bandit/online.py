@@ -16,7 +16,7 @@ from jax_klrlhf.bandit import enhancer, pessimism
 from jax_klrlhf.bandit.learner import Estimate, Learner, Proposal, draw, linear, mle_policy
 from jax_klrlhf.bandit.offline import Nu
 from jax_klrlhf.bandit.problem import Setting
-from jax_klrlhf.core import pairs
+from jax_klrlhf.core import linalg, pairs
 from jax_klrlhf.core.numerics import Scalar
 
 
@@ -128,9 +128,8 @@ def thompson(*, scale: Scalar = 1.0, ridge: Scalar = 1.0, bound: Scalar | None =
     ) -> Proposal:
         key_theta, key_draw = jax.random.split(key)
         noise = jax.random.normal(key_theta, (2, *state.theta.shape), state.theta.dtype)
-        lower = jnp.linalg.cholesky(state.ellipsoid.precision)
         # Sigma = L L', so L'^-1 e has covariance Sigma^-1.
-        spread = jax.scipy.linalg.solve_triangular(lower, noise.T, lower=True, trans="T").T
+        spread = noise @ linalg.inverse_factor(state.ellipsoid.precision)
         first, second = (
             mle_policy(setting, state._replace(theta=state.theta + scale * spread[k]))
             for k in range(2)

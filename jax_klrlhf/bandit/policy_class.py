@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jax_klrlhf.bandit import history
 from jax_klrlhf.bandit.learner import Learner, Proposal, draw
 from jax_klrlhf.bandit.problem import Comparisons, Setting
-from jax_klrlhf.core import bradley_terry, gibbs, numerics, objectives
+from jax_klrlhf.core import bradley_terry, gibbs, linalg, numerics, objectives
 from jax_klrlhf.core.numerics import Scalar
 
 Pairwise = Callable[[Array, Array, Array], Array]
@@ -175,8 +175,7 @@ def _descend(
     def step(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         theta, _, _, iterations = state
         gradient = jax.grad(objective)(theta)
-        lower = jnp.linalg.cholesky(metric(theta))
-        direction = jax.scipy.linalg.cho_solve((lower, True), gradient)
+        direction = linalg.inverse(metric(theta)) @ gradient
         values = jax.vmap(lambda length: objective(theta - length * direction))(lengths)
         # 0 is the last length and argmin takes the first: a tie moves, only a rise stops.
         length = lengths[jnp.argmin(values)]

@@ -20,6 +20,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
+from jax_klrlhf.core import linalg
 from jax_klrlhf.core.numerics import Scalar, safe_sqrt
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -88,6 +89,9 @@ def factor(state: Ellipsoid) -> Float[Array, "dim dim"]:
 def whiten(state: Ellipsoid, directions: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
     """L^{-1} v: coordinates in which ||.||_{Sigma^{-1}} is the Euclidean norm."""
     flat = directions.reshape(-1, directions.shape[-1])
+    if flat.shape[-1] <= linalg.SMALL:
+        white = linalg.inverse_factor(state.precision)
+        return jnp.matmul(flat, white.T, precision=_HIGHEST).reshape(directions.shape)
     white = lax.linalg.triangular_solve(factor(state), flat.T, left_side=True, lower=True)
     return white.T.reshape(directions.shape)
 
@@ -95,6 +99,10 @@ def whiten(state: Ellipsoid, directions: Float[Array, "*batch dim"]) -> Float[Ar
 def solve(state: Ellipsoid, directions: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
     """Sigma^{-1} v."""
     flat = directions.reshape(-1, directions.shape[-1])
+    if flat.shape[-1] <= linalg.SMALL:
+        white = linalg.inverse_factor(state.precision)
+        half = jnp.matmul(flat, white.T, precision=_HIGHEST)
+        return jnp.matmul(half, white, precision=_HIGHEST).reshape(directions.shape)
     lower = factor(state)
     white = lax.linalg.triangular_solve(lower, flat.T, left_side=True, lower=True)
     out = lax.linalg.triangular_solve(lower, white, left_side=True, lower=True, transpose_a=True)

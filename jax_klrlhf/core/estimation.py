@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jax_klrlhf.core import bradley_terry
+from jax_klrlhf.core import bradley_terry, linalg
 from jax_klrlhf.core.numerics import Scalar
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -234,10 +234,10 @@ def _newton(theta, data, ridge, bound, scale, iterations):
         jitter = eps * jnp.trace(curvature) + eps**2 * scale + jnp.finfo(dtype).tiny
         model = curvature + jitter * identity
         if bound is None:
-            factor = jnp.linalg.cholesky(model)
-            step = -jax.scipy.linalg.cho_solve((factor, True), gradient)
+            white = linalg.inverse_factor(model)
+            step = -white.T @ (white @ gradient)
             multiplier = state.multiplier
-            feasible = _has_optimum(margin, data, ridge, jnp.diagonal(factor) ** 2, jitter)
+            feasible = _has_optimum(margin, data, ridge, jnp.diagonal(white) ** -2, jitter)
         else:
             target = jnp.matmul(model, state.theta, precision=_HIGHEST) - gradient
             goal, multiplier = _ball_minimum(model, target, bound, state.multiplier)
@@ -279,9 +279,9 @@ def _ball_minimum(model, target, bound, multiplier):
     tolerance = 4 * jnp.finfo(target.dtype).eps
 
     def at(mu):
-        factor = jnp.linalg.cholesky(model + mu * identity)
-        point = jax.scipy.linalg.cho_solve((factor, True), target)
-        half = jax.scipy.linalg.solve_triangular(factor, point, lower=True)
+        white = linalg.inverse_factor(model + mu * identity)
+        point = white.T @ (white @ target)
+        half = white @ point
         square = point @ point
         excess = jnp.sqrt(square) / bound - 1.0
         slope = half @ half
