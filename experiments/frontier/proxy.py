@@ -13,20 +13,27 @@ so that ||theta||^2 / D is the variance of the reward among pi0's responses to a
 means the same in every direction. The fit and the confidence set are the library's
 (:func:`rounds.linear`). No label and no reward enters the features.
 
+The other proxy is a reward model: all of pi0 with a linear head, fitted by the same likelihood. It
+knows no uncertainty, so the methods that ask for one cannot be run with it.
+
 Axes: ``B`` prompts, ``K`` responses, ``D`` features.
 """
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.models.reward import RewardParams
+from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.features import Features
+from jax_klrlhf.training.rounds.parts import Reward
 
 SHRINKAGE = 0.1
 """Share of the mean variance that is added to every direction of C, which is estimated."""
@@ -80,6 +87,17 @@ def whitened_features(
         return ((joined - centre) @ white).astype(np.float32)
 
     return features, dim
+
+
+def reward_model(
+    model: LanguageModel, params: Any, sample: Ragged, *, fitting: rounds.Fitting, rows: int
+) -> Reward:
+    """A Bradley-Terry reward model: pi0's parameters and a head of zeros, on mean hidden states."""
+    width = jax.eval_shape(model.prefill, params, sample).hidden.shape[-1]
+    start = RewardParams(params, jnp.zeros(width))
+    return rounds.reward_model(
+        model, start, fitting=fitting, pooling=rewards.mean, centring=0.0, rows=rows
+    )
 
 
 def shares(responses: Ragged, tokens: Int[np.ndarray, " T"]) -> Float[np.ndarray, "B K T"]:

@@ -6,9 +6,9 @@ Xiong et al., arXiv 2312.11456, section 6; the moving reference is the ablation 
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -95,6 +95,8 @@ class Config:
     minutes: float | None = None
     """Begin no cell after so many minutes and report on what there is; a later run goes on."""
     seeds: int = 5
+    proxy: Literal["linear", "reward-model"] = "linear"
+    """What the learners' reward is: linear on frozen features, or all of pi0 with a head."""
     methods: tuple[str, ...] = methods.DEFAULT
     """Methods with a coefficient; pi0 and best-of-n are always there."""
     coefficients: tuple[float, ...] = (1.0, 0.4, 0.15)
@@ -125,6 +127,12 @@ class Config:
         if unknown:
             raise InputError(
                 f"--methods {', '.join(unknown)}: choose from {', '.join(methods.METHODS)}."
+            )
+        asking = [m for m in self.methods if methods.METHODS[m].uncertainty]
+        if self.proxy == "reward-model" and asking:
+            raise InputError(
+                f"--proxy reward-model has no uncertainty, which {', '.join(asking)} ask for: name "
+                "the others with --methods, or take --proxy linear."
             )
         sizes = self.sizes
         if sizes.rounds < 1 or sizes.labels < 1 or sizes.labels % (2 * sizes.rounds):
@@ -171,10 +179,14 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     with _progress(console) as progress:
         place = _place(config, progress)
         lab = laboratory(config, place, output=output)
-        found: dict[cells.Name, cells.Found] = {}
-        for _ in run(config, lab, progress, into=found):
-            # After every seed, so that a run cut short has its report too.
-            path, rows, said = write(config, place, found, output=output)
+        found = run(
+            config,
+            lab,
+            progress,
+            # So that a run that is broken off has its report too.
+            after_seed=lambda there: write(config, place, there, output=output),
+        )
+    path, rows, said = write(config, place, found, output=output)
     _print(console, place, config, rows, said)
     console.print(
         f"{path}, report.html and the figures beside it, in {time.perf_counter() - began:.0f} s"
@@ -245,23 +257,28 @@ def laboratory(config: Config, place: worlds.Place, *, output: Path) -> cells.La
     # Pieces that even the smallest set fills, or each size would be compiled for itself.
     rows = min(64, sizes.train_prompts, sizes.held_out_prompts, sizes.labels // (2 * sizes.rounds))
     sample = place.encode(world.prompts[: sizes.held_out_prompts])
-    features, dim = proxy.whitened_features(
-        world.model,
-        world.params,
-        sample,
-        draw(max(2, sizes.eval_samples))(jax.random.key(21), world.params, sample),
-        tokens=sizes.tokens,
-        hidden=sizes.hidden,
-        rows=rows,
-    )
+    fitting = _fitting(sizes, sizes.steps)
+    if config.proxy == "linear":
+        features, dim = proxy.whitened_features(
+            world.model,
+            world.params,
+            sample,
+            draw(max(2, sizes.eval_samples))(jax.random.key(21), world.params, sample),
+            tokens=sizes.tokens,
+            hidden=sizes.hidden,
+            rows=rows,
+        )
+        reward = rounds.linear(features, dim=dim, ridge=sizes.ridge, radius=sizes.radius)
+    else:
+        reward = proxy.reward_model(world.model, world.params, sample, fitting=fitting, rows=rows)
     parts = methods.Parts(
+        model=world.model,
         pi0=world.params,
-        reward=rounds.linear(features, dim=dim, ridge=sizes.ridge, radius=sizes.radius),
+        reward=reward,
         oracle=rounds.oracle.bradley_terry(place.judge),
-        fit=methods.fitter(world.model, _fitting(sizes, sizes.steps), rows=rows),
-        short_fit=methods.fitter(
-            world.model, _fitting(sizes, sizes.steps // sizes.rounds), rows=rows
-        ),
+        fitting=fitting,
+        short_fitting=_fitting(sizes, sizes.steps // sizes.rounds),
+        rows=rows,
         explore=draw(sizes.explore),
         propose=draw(sizes.propose * sizes.rounds),
         propose_step=draw(sizes.propose),
@@ -290,6 +307,8 @@ def laboratory(config: Config, place: worlds.Place, *, output: Path) -> cells.La
         "other prompts": journal.digest(place.encode(place.other))[:16],
         "gold reward": journal.digest(_weights(place))[:16],
     }
+    if config.proxy != "linear":
+        identity["proxy"] = config.proxy
     return cells.Lab(
         place, parts, evaluate.measure(world.model, rows=rows), draw(sizes.eval_samples), seed,
         output=output, identity=identity,
@@ -301,9 +320,9 @@ def run(
     lab: cells.Lab,
     progress: Progress,
     *,
-    into: dict[cells.Name, cells.Found],
-) -> Iterator[int]:
-    """Every cell, from disk where it is there; yields each seed when its cells are in ``into``.
+    after_seed: Callable[[Mapping[cells.Name, cells.Found]], Any] = lambda found: None,
+) -> dict[cells.Name, cells.Found]:
+    """Every cell, from disk where it is there; ``after_seed`` is called when a seed is whole.
 
     Raises:
         InputError: where a cell on disk was made of something else, or a fit was stopped.
@@ -320,10 +339,9 @@ def run(
     there = {name: lab.read(name) for name in every}
     left = [name for name in every if there[name] is None]
     bar = progress.add_task("cells (in fits)", total=sum(map(cells.cost, left)))
+    found: dict[cells.Name, cells.Found] = {}
     for seed in range(config.seeds):
-        for name in every:
-            if name.seed != seed:
-                continue
+        for name in (n for n in every if n.seed == seed):
             cell = there[name]
             if cell is None:
                 late = time.perf_counter() - began
@@ -342,8 +360,10 @@ def run(
                     f"{cell.held_out.gold_gain.mean():.3f}, {cell.seconds:.0f} s",
                     highlight=False,
                 )
-            into[name] = cell
-        yield seed
+            found[name] = cell
+        if seed + 1 < config.seeds:
+            after_seed(found)
+    return found
 
 
 def _place(config: Config, progress: Progress) -> worlds.Place:

@@ -1,8 +1,10 @@
 r"""Reward-KL frontiers with their errors, and whether the paper's statements hold on them.
 
-A method's frontier is the polyline through pi0 (no KL, no gain) and its coefficients' points in the
-order of their KL. Two methods are compared *at equal KL*: the mean difference of their frontiers
-over the KL that both reach,
+A method's frontier runs through pi0 and its coefficients' points in the order of their KL, each
+piece straight in the root of the KL: towards :math:`\pi_0 e^{r/\eta}` the gain sets out as
+:math:`\sqrt{2 \mathrm{KL} \operatorname{Var} r}`, so that a chord in the KL itself would favour
+methods whose points lie close together. Two methods are compared *at equal KL*: the mean difference
+of their frontiers over the KL that both reach,
 
 .. math:: \Delta = \frac{1}{k} \int_0^k \big( f_1(u) - f_2(u) \big) \, du, \qquad
     k = \min(\max \mathrm{KL}_1, \max \mathrm{KL}_2).
@@ -34,7 +36,7 @@ Verdict = Literal["held", "not held", "undecided"]
 
 
 class Curve(NamedTuple):
-    """One method and seed, its coefficients in any order."""
+    """One method and seed: pi0 and the method's coefficients, in any order."""
 
     kl: Float[np.ndarray, "C B"]
     """Nats, of each held-out prompt."""
@@ -134,17 +136,23 @@ def _difference(
 ) -> tuple[float, float]:
     """Mean difference of two frontiers over the KL that both reach, and that KL."""
     top = max(0.0, min(one[0].max(), two[0].max()))
-    # Exact for polylines: the trapezoidal rule on the knots of both.
-    knots = np.unique(np.clip(np.concatenate([[0.0, top], one[0], two[0]]), 0.0, top))
     if top == 0.0:
         return 0.0, 0.0
-    gap = frontier(one[0], one[1], knots) - frontier(two[0], two[1], knots)
-    return float(np.sum((gap[1:] + gap[:-1]) / 2 * np.diff(knots)) / top), top
+    knots = np.unique(np.clip(np.sqrt(np.maximum([0.0, top, *one[0], *two[0]], 0)), 0, top**0.5))
+    middle = (knots[1:] + knots[:-1]) / 2
+
+    def gap(root: np.ndarray) -> np.ndarray:
+        """The difference at KL u = root^2 and what du is to d root."""
+        at = root**2
+        return 2 * root * (frontier(*one, at) - frontier(*two, at))
+
+    # Simpson's rule, exact for the quadratics between the knots.
+    pieces = np.diff(knots) / 6 * (gap(knots[1:]) + 4 * gap(middle) + gap(knots[:-1]))
+    return float(pieces.sum() / top), top
 
 
 def frontier(kl: np.ndarray, gain: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """The polyline through (0, 0) and the points in the order of their KL."""
+    """The points in the order of their KL, joined by straight lines in the root of the KL."""
     order = np.argsort(kl, kind="stable")
     # Rounding can make pi0's own KL a little negative.
-    x = np.concatenate([[0.0], np.maximum(kl[order], 0.0)])
-    return np.interp(at, x, np.concatenate([[0.0], gain[order]]))
+    return np.interp(np.sqrt(at), np.sqrt(np.maximum(kl[order], 0.0)), gain[order])

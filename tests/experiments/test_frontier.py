@@ -22,12 +22,9 @@ from experiments.frontier.cells import Name
 from experiments.frontier.statements import Curve
 from experiments.quickstart import grammar
 from experiments.quickstart import world as quickstart
-from jax_klrlhf.core import objectives
-from jax_klrlhf.core.objectives import Scores
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.training.rounds.parts import ragged
-from jax_klrlhf.training.rounds.rejection import Accepted
 from tests.models import toy
 
 SIZES = run.Sizes(
@@ -41,8 +38,16 @@ SIZES = run.Sizes(
     eval_samples=2,
     steps=4,
     batch=8,
+    tokens=20,
 )
-CONFIG = run.Config(seeds=2, coefficients=(0.5,), best_of=(2,), sizes=SIZES)
+CONFIG = run.Config(
+    seeds=2, coefficients=(0.5,), rejection_coefficients=(0.5,), best_of=(2,), sizes=SIZES
+)
+
+
+def _run(config, lab):
+    with Progress(console=Console(quiet=True)) as progress:
+        return run.run(config, lab, progress)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +76,7 @@ def finished(place, tmp_path_factory):
     """A whole run of one seed, and its laboratory."""
     folder = tmp_path_factory.mktemp("frontier")
     lab = run.laboratory(CONFIG, place, output=folder)
-    with Progress(console=Console(quiet=True)) as progress:
-        found = run.run(dataclasses.replace(CONFIG, seeds=1), lab, progress)
-    return folder, lab, found
+    return folder, lab, _run(dataclasses.replace(CONFIG, seeds=1), lab)
 
 
 def test_every_method_leaves_its_cell_and_spends_the_same_labels(finished):
@@ -84,7 +87,7 @@ def test_every_method_leaves_its_cell_and_spends_the_same_labels(finished):
         # KL is a sum of exact divergences: never negative, but for rounding.
         assert cell.held_out.kl.min() > -1e-4
         asked = sum(r["labels/count"].value for r in cell.rounds if "labels/count" in r)
-        if name.method in ("online GSHF-DPO", "moving reference"):
+        if name.method.startswith("online GSHF-DPO") or name.method == "moving reference":
             assert asked == SIZES.labels
         elif name.method == "hybrid GSHF-DPO":
             assert asked == SIZES.labels // 2
@@ -133,8 +136,7 @@ def test_a_killed_run_goes_on_and_comes_to_the_same_cells(finished, place, monke
 
     with monkeypatch.context() as patched:
         patched.setitem(methods.METHODS, name.method, inner._replace(run=watched))
-        with Progress(console=Console(quiet=True)) as progress:
-            again = run.run(dataclasses.replace(CONFIG, seeds=1), lab, progress)
+        again = _run(dataclasses.replace(CONFIG, seeds=1), lab)
     assert ran == []  # every phase was read
     assert not rounds_folder.exists()
     for one, two in zip(again[name].held_out, found[name].held_out, strict=True):
@@ -180,37 +182,31 @@ def test_the_program_writes_results_and_one_self_contained_page(finished, place,
     assert "undecided" in console.export_text()
 
 
-def test_the_loss_with_a_coefficient_per_row_is_dpo():
-    task = methods.dpo_task(toy.language_model())
-    draw = np.random.default_rng(0)
-    policy, ref = draw.normal(size=(2, 6, 2)).astype(np.float32)
-    coefs = np.array([0.1, 0.1, 0.5, 0.5, 2.0, 2.0], np.float32)
-    label = np.array([1, 0, 1, 0, 1, 0], np.float32)
-    found = task.loss(methods.Ratios(*map(jax.numpy.asarray, (policy - ref, label, coefs))))
-    order = np.where(label[:, None] == 1, [[0, 1]], [[1, 0]])
-    sorted_policy, sorted_ref = (np.take_along_axis(x, order, 1) for x in (policy, ref))
-    scores = Scores(*map(jax.numpy.asarray, (sorted_policy, sorted_ref, np.ones((6, 2), int))))
-    expected = [
-        objectives.sigmoid(scores.chosen_log_ratio, scores.rejected_log_ratio, kl_coef=float(c))[i]
-        for i, c in enumerate(coefs)
+def test_a_run_cut_short_is_balanced_and_goes_on(finished, monkeypatch):
+    found = cells.names(sweeps={"a": [3.0, 1.0], "b": [0.5]}, best_of=[2], seeds=2)
+    assert found[:5] == [
+        Name(cells.PI0, 0.0, 0),
+        Name(cells.BEST_OF, 2.0, 0),
+        Name("a", 3.0, 0),
+        Name("b", 0.5, 0),
+        Name("a", 1.0, 0),
     ]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-
-
-def test_accepted_pairs_are_of_accepted_and_different_responses():
-    ids = np.array([[[1, 2], [3, 4], [1, 2], [5, 6]], [[1, 1], [2, 2], [3, 3], [4, 4]]])
-    responses = ragged(ids, np.full((2, 4), 2))
-    accepted = np.array([[True, False, True, True], [False, True, False, False]])
-    reward = np.array([[0.0, 9.0, 0.0, 50.0], [1.0, 2.0, 3.0, 4.0]], np.float32)
-    prompts = ragged([[7], [8]], [1, 1])
-    data = methods.accepted_pairs(
-        jax.random.key(0), prompts, Accepted(responses, accepted, reward, 0.5)
-    )
-    kept = data.weight > 0
-    assert kept.sum() == 1  # of three accepted, two are copies; the other prompt has one
-    np.testing.assert_array_equal(data.prompts.ids[kept], [[7]])
-    # 50 nats apart: the winner is certain, and stands first.
-    np.testing.assert_array_equal(data.responses.ids[kept], [[[5, 6], [1, 2]]])
+    assert [name.seed for name in found] == [0] * 5 + [1] * 5
+    # Statements use the seeds at which both methods are whole.
+    there = dict.fromkeys(found[:-1])
+    assert report._seeds(there, "a", "b") == [0]
+    assert report._seeds(there, "b") == [0, 1]
+    _, lab, kept = finished
+    clock = iter(range(0, 10**6, 100))
+    monkeypatch.setattr(run.time, "perf_counter", lambda: float(next(clock)))
+    reported = []
+    with Progress(console=Console(quiet=True)) as progress:
+        short = run.run(  # every look at the clock is 100 s later
+            dataclasses.replace(CONFIG, minutes=1.0), lab, progress,
+            after_seed=lambda there: reported.append(len(there)),
+        )  # fmt: skip
+    assert short.keys() == kept.keys()  # what was on disk, and no cell of seed 1 begun
+    assert reported == [len(kept)]
 
 
 def test_rounds_take_turns_of_the_prompts():
@@ -240,12 +236,16 @@ def test_best_of_n_keeps_what_is_believed_best():
     np.testing.assert_array_equal(kept.ids.sum(-1), every.sum(-1).max(0))
 
 
-def test_whitened_features_have_unit_mean_variance_within_prompts(place):
+@pytest.mark.parametrize("hidden", [False, True])
+def test_whitened_features_have_unit_mean_variance_within_prompts(place, hidden):
     world = place.world
     prompts = place.encode(world.prompts[:6])
     draw = np.random.default_rng(0)
-    responses = ragged(draw.integers(3, 90, (6, 12, 5)), np.full((6, 12), 5))
-    features, dim = proxy.whitened_features(world.model, world.params, prompts, responses, rows=6)
+    responses = ragged(draw.integers(3, 30, (6, 12, 5)), np.full((6, 12), 5))
+    features, dim = proxy.whitened_features(
+        world.model, world.params, prompts, responses, tokens=10, hidden=hidden, rows=6
+    )
+    assert (dim > 10) if hidden else (dim == 10)
     found = features(prompts, responses).astype(np.float64)
     within = found - found.mean(1, keepdims=True)
     covariance = np.einsum("bkd,bke->de", within, within) / (6 * 11)
@@ -253,6 +253,27 @@ def test_whitened_features_have_unit_mean_variance_within_prompts(place):
     assert np.linalg.eigvalsh(covariance * dim).max() < 1
     assert 0.3 < np.trace(covariance) < 1
     np.testing.assert_allclose(found.mean((0, 1)), 0, atol=1e-4)
+
+
+def test_shares_count_the_tokens_that_are_asked_for():
+    responses = ragged([[[5, 7, 5, 9], [7, 7, 7, 7]], [[0, 0, 0, 0], [9, 8, 0, 0]]],
+                       [[4, 2], [0, 2]])  # fmt: skip
+    found = proxy.shares(responses, np.array([7, 5, 30]))
+    np.testing.assert_allclose(found, [[[0.25, 0.5, 0], [1, 0, 0]], [[0, 0, 0], [0, 0, 0]]])
+
+
+def test_a_reward_model_can_be_the_proxy(place, tmp_path):
+    config = dataclasses.replace(CONFIG, seeds=1, proxy="reward-model", methods=("RSO",))
+    config.check()
+    lab = run.laboratory(config, place, output=tmp_path)
+    found = _run(config, lab)
+    judged = found[Name("RSO", 0.5, 0)]
+    assert np.isfinite(judged.held_out.proxy_gain).all()
+    assert -1 <= judged.agreement <= 1
+    # A folder of cells knows whose proxy they were made with.
+    linear = run.laboratory(dataclasses.replace(config, proxy="linear"), place, output=tmp_path)
+    with pytest.raises(InputError, match="made with another proxy"):
+        linear.read(Name("RSO", 0.5, 0))
 
 
 def test_distinct_n_counts_different_n_grams():
@@ -263,36 +284,39 @@ def test_distinct_n_counts_different_n_grams():
     np.testing.assert_allclose(evaluate.distinct(responses, 2), [2 / 4, 0.0])
 
 
-def _curve(slope, *, bend=0.0, seed=0, noise=0.0, coefs=3, prompts=50):
+def _curve(slope, *, seed=0, noise=0.0, coefs=3, prompts=50):
+    """pi0 and coefficients at KL 1, 2, ..., whose gain is ``slope`` to the root of the KL."""
     draw = np.random.default_rng(seed)
-    kl = np.arange(1, coefs + 1)[:, None] + 0.1 * draw.normal(size=(coefs, prompts))
-    kl = kl - kl.mean(1, keepdims=True) + np.arange(1, coefs + 1)[:, None]
-    clean = slope * np.arange(1, coefs + 1)[:, None] + bend
-    error = noise * draw.normal(size=(coefs, prompts))
+    kl = np.arange(coefs + 1)[:, None] + 0.1 * draw.normal(size=(coefs + 1, prompts))
+    kl = kl - kl.mean(1, keepdims=True) + np.arange(coefs + 1)[:, None]
+    clean = slope * np.arange(coefs + 1)[:, None] ** 0.5
+    error = noise * draw.normal(size=(coefs + 1, prompts))
     return Curve(kl, clean + error - error.mean(1, keepdims=True))
 
 
 def test_frontiers_are_compared_over_the_kl_that_both_reach():
     better, worse = [_curve(2.0, seed=s, coefs=4) for s in (1, 2)], [_curve(0.5)] * 2
     found = statements.compare("", better, worse)
-    # f1 - f2 = 1.5 u on [0, 3]: mean 2.25
-    assert found.difference.value == pytest.approx(2.25)
+    # f1 - f2 = 1.5 sqrt(u) on [0, 3]: mean 1.5 (2 / 3) sqrt(3)
+    assert found.difference.value == pytest.approx(3**0.5)
     assert found.shared_kl == pytest.approx(3)
     assert found.verdict == "held"
     assert statements.compare("", worse, better).verdict == "not held"
     # The order of coefficients says nothing.
     shuffled = [Curve(c.kl[::-1], c.gain[::-1]) for c in better]
-    assert statements.compare("", shuffled, worse).difference.value == pytest.approx(2.25)
+    assert statements.compare("", shuffled, worse).difference.value == pytest.approx(3**0.5)
+    # A method whose points lie farther apart on the same curve is as good.
+    sparse = [Curve(c.kl[[0, 4]], c.gain[[0, 4]]) for c in better]
+    assert statements.compare("", sparse, better).difference.value == pytest.approx(0, abs=1e-12)
 
 
-def test_the_difference_is_the_integral_of_two_polylines():
+def test_the_difference_is_the_integral_over_the_kl_of_two_broken_lines():
     """Against a fine Riemann sum, with knots that interlace."""
     draw = np.random.default_rng(5)
-    one, two = ((np.sort(draw.uniform(0, 3, 4)), draw.normal(size=4)) for _ in range(2))
+    one, two = ((np.r_[0, np.sort(draw.uniform(0, 3, 4))], draw.normal(size=5)) for _ in range(2))
     value, top = statements._difference(one, two)
     grid = (np.arange(200_000) + 0.5) / 200_000 * top
-    with_origin = [(np.r_[0, kl], np.r_[0, gain]) for kl, gain in (one, two)]
-    first, second = (np.interp(grid, *curve) for curve in with_origin)
+    first, second = (np.interp(grid**0.5, kl**0.5, gain) for kl, gain in (one, two))
     assert top == min(one[0].max(), two[0].max())
     assert value == pytest.approx((first - second).mean(), abs=1e-6)
 
@@ -310,7 +334,7 @@ def test_noise_one_seed_or_no_shared_kl_leave_a_statement_undecided():
     assert statements.compare("", still, noisy).verdict == "undecided"
     # Seeds that disagree widen the interval by Student's t: 12.7 of two seeds.
     apart = statements.compare("", [_curve(2.0), _curve(3.0)], [_curve(0.5)] * 2)
-    stderr = (3.75 - 2.25) / 2
+    stderr = (2.5 - 1.5) / 2 * 3**0.5 * 2 / 3
     assert apart.difference.stderr == pytest.approx(stderr)
     assert apart.high - apart.low == pytest.approx(2 * 12.706 * stderr, rel=1e-3)
 
@@ -379,7 +403,10 @@ def test_the_embedded_world_has_openings_that_its_grammar_never_makes(monkeypatc
         (["--sizes.labels", "100"], "multiple of twice the rounds"),
         (["--sizes.steps", "2"], "fewer than the 3 steps"),
         (["--coefficients", "0"], "positive"),
+        (["--rejection-coefficients", "-1"], "positive"),
         (["--best-of", "1"], "at least 2"),
+        (["--minutes", "0"], "--minutes must be positive"),
+        (["--proxy", "reward-model"], "no uncertainty, which offline GSHF, online GSHF-DPO, en"),
         (
             ["--model", "m", "--prompts", "p", "--gold", "g", "--ood", "absent.txt"],
             "absent.txt: no such file",

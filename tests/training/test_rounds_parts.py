@@ -397,6 +397,35 @@ def test_a_reward_model_learns_to_rank_and_knows_nothing_without_data(drawn, com
     assert np.all(margin[differ] > 0)
 
 
+def test_members_of_one_fitting_are_one_program_and_fits_of_their_own(drawn, comparisons):
+    traced = []
+
+    def pooling(prompt, hidden, mask):
+        traced.append(hidden.shape)
+        return rewards.mean(prompt, hidden, mask)
+
+    fitting = rounds.Fitting(optimizer=optax.adam(0.03), steps=2, batch_size=6)
+
+    def member(seed):
+        head = jnp.asarray(np.random.default_rng(seed).normal(size=8), jnp.float32)
+        params = rewards.RewardParams(world.PARAMS, head)
+        return rounds.reward_model(
+            world.MODEL, params, fitting=fitting, pooling=pooling, rows=6
+        )  # fmt: skip
+
+    key, hand = jax.random.key(1), world.policies()
+    one = member(0)
+    alone = one.fit(jax.random.fold_in(key, 0), one.init, [comparisons], hand)
+    expected = one.score(alone, hand, drawn.prompts, drawn.responses).reward
+    count = len(traced)
+    both = rounds.ensemble([member(0), member(1)], combine=lambda rewards: rewards[0])
+    state = both.fit(key, both.init, [comparisons], hand)
+    found = both.score(state, hand, drawn.prompts, drawn.responses)
+    assert len(traced) == count
+    np.testing.assert_array_equal(found.reward, expected)
+    assert np.all(found.uncertainty.max(1) > 0)  # the other member is another
+
+
 # --- what is improved
 
 

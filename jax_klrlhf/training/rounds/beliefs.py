@@ -74,14 +74,21 @@ def reward_model(
 ) -> Reward:
     """A Bradley-Terry reward model, fitted from ``params`` again each round, on all comparisons.
 
-    Its rewards are centred at 0 by ``centring`` (:func:`tasks.bradley_terry_reward`).
+    Its rewards are centred at 0 by ``centring`` (:func:`tasks.bradley_terry_reward`). All that are
+    made of one ``fitting``, as an ensemble's members, share their compiled programs.
     """
 
     def reward(params: Any, prompts: Ragged, responses: Ragged) -> Array:
         return rewards.reward(model, params, prompts, responses, pooling=pooling)
 
-    step = fitting.compile(tasks.bradley_terry_reward(reward, centring=centring))
-    program = mapped(reward, rows=rows, mesh=fitting.mesh)
+    step = fitting.shared(
+        ("reward_model", model, pooling, centring),
+        lambda: fitting.compile(tasks.bradley_terry_reward(reward, centring=centring)),
+    )
+    program = fitting.shared(
+        ("reward_model", model, pooling, "score", rows),
+        lambda: mapped(reward, rows=rows, mesh=fitting.mesh),
+    )
 
     def fit(
         key: Any, belief: Any, comparisons: Sequence[Comparisons], policies: Policies
@@ -105,7 +112,9 @@ def ensemble(members: Sequence[Reward], *, combine: Combine | None = None) -> Re
     :func:`worst`, :func:`uncertainty_weighted` of a number, or another. The uncertainty is the
     members' standard deviation once each is centred on the prompt, since a constant per prompt is
     not identified. Members differ by their initial parameters, their data's order, or
-    :func:`resampled` data. Sources: arXiv 2310.02743, 2312.09244.
+    :func:`resampled` data. They are fitted one after the other, so that one alone is in memory with
+    its optimizer; reward models made of one ``Fitting`` compile once.
+    Sources: arXiv 2310.02743, 2312.09244.
 
     Raises:
         ValueError: for fewer than two members.

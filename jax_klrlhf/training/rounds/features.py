@@ -90,7 +90,8 @@ def linear(
         radius: beta, the scale of the uncertainty in units of reward (:func:`bounds.radius`).
         bound: B, the largest norm of theta; None: the ridge alone.
         origin: nu. None: the mean feature of the responses that were compared.
-        rows: comparisons of which Sigma is summed at one time.
+        rows: comparisons whose features are computed, and of which Sigma is summed, at one time;
+            of each only the difference [D] is kept, for the fit.
         mesh: rows lie over its devices; one device without.
         dtype: of the fit and of Sigma, whose factor is sound to (largest eigenvalue) / ridge of
             about 1 / (D eps).
@@ -104,9 +105,9 @@ def linear(
         if not comparisons:
             return empty
         data = join(comparisons)
-        found = np.asarray(features(data.prompts, data.responses), dtype)
+        differences, centre = _differences(features, data, rows=rows, dtype=dtype)
         state = estimate(
-            found[:, 0] - found[:, 1],
+            differences,
             data.label,
             data.weight,
             ridge=ridge,
@@ -114,8 +115,6 @@ def linear(
             rows=rows,
             mesh=mesh,
         )
-        weight = data.weight.astype(found.dtype)
-        centre = np.einsum("nkd,n->d", found, weight) / (2 * max(weight.sum(), 1e-9))
         return state._replace(origin=jnp.asarray(centre, dtype) if origin is None else empty.origin)
 
     def score(belief: Any, policies: Policies, prompts: Ragged, responses: Ragged) -> Scored:
@@ -129,6 +128,19 @@ def linear(
         )
 
     return Reward(init=empty, fit=fit, score=score)
+
+
+def _differences(
+    features: Features, data: Comparisons, *, rows: int, dtype: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Feature differences ``[N, D]``, and the weighted mean feature of the responses compared."""
+    found, total = [], np.zeros(())
+    for begin in range(0, len(data.weight), rows):
+        piece = jax.tree.map(lambda x, at=begin: x[at : at + rows], data)
+        both = np.asarray(features(piece.prompts, piece.responses), dtype)
+        found.append(both[:, 0] - both[:, 1])
+        total = total + np.einsum("nkd,n->d", both.astype(np.float64), piece.weight)
+    return np.concatenate(found), total / (2 * max(float(data.weight.sum()), 1e-9))
 
 
 def estimate(

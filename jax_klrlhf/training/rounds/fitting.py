@@ -56,6 +56,7 @@ class Fitting:
     evaluate: Callable[[TrainState], Metrics] | None = None
     """Metrics of the policy along the fit and at its end."""
     console: Console = field(default_factory=lambda: Console(quiet=True))
+    _shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
@@ -64,6 +65,15 @@ class Fitting:
             )
         if (self.mesh is None) != (self.shardings is None):
             raise ValueError("mesh and the parameters' shardings go together: give both or none.")
+
+    def shared(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make()`` returned when this fitting was first asked for ``key`` (hashable).
+
+        Improvements that are made of one ``Fitting`` share their compiled programs by it.
+        """
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     def compile(self, task: Task) -> Callable[..., Fitted]:
         """``fit(key, params, mixture, *, pi0=None, folder=None) -> Fitted`` for one task.
@@ -135,7 +145,8 @@ class Deal(NamedTuple):
     """Rows to train on, in groups: every batch gives each group its share."""
 
     rows: Batch
-    """All rows, the groups one after the other."""
+    """All rows, the groups one after the other; or another record whose arrays have the rows first
+    (:mod:`.coefficient`)."""
     sizes: Sequence[int]
     """Rows of each group."""
     shares: Sequence[float] | None
@@ -205,8 +216,8 @@ class Stream:
         self._next = 0
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
-    def __next__(self) -> Batch:
-        """This process's part of the next batch."""
+    def __next__(self) -> Any:
+        """This process's part of the next batch: what the deal's rows are, fewer of them."""
         picked = np.concatenate(
             [self._rows_of(group, count) for group, count in enumerate(self._counts)]
         )

@@ -15,21 +15,19 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jax_klrlhf.core import objectives
-from jax_klrlhf.core.objectives import Scores
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.results import mean
 from jax_klrlhf.training import tasks
+from jax_klrlhf.training.rounds import coefficient
+from jax_klrlhf.training.rounds.coefficient import Loss, LossAt
 from jax_klrlhf.training.rounds.compute import mapped
-from jax_klrlhf.training.rounds.fitting import Deal, Fitting, comparisons_deal, deal
+from jax_klrlhf.training.rounds.fitting import Deal, Fitted, Fitting, comparisons_deal, deal
 from jax_klrlhf.training.rounds.parts import Improve, Improved, Judge, Situation, pick, ragged
 from jax_klrlhf.training.rounds.samplers import Draw
 from jax_klrlhf.training.state import cast_floating
 from jax_klrlhf.training.tasks import Batch
-
-Loss = Callable[[Scores], Float[Array, " B"]]
 
 
 def preference(
@@ -45,12 +43,29 @@ def preference(
         kl_coef: scale of the *reported* rewards; the loss has its own.
         rows: comparisons that the reference scores at one time.
     """
-    return _preference(model, loss, fitting, kl_coef, rows, lambda bonus: None)
+    fit = fitting.compile(tasks.preference(model, loss, kl_coef=kl_coef))
+    reference = reference_log_prob(model, fitting, rows=rows)
+
+    def improve(key: Key[Array, ""], situation: Situation) -> Improved:
+        data = comparisons_deal(situation.data)
+        return _fitted(fit, key, situation, data, reference(situation, data))
+
+    return improve
 
 
 def dpo(model: LanguageModel, *, kl_coef: float, fitting: Fitting, rows: int = 64) -> Improve:
-    """:func:`preference` with the DPO loss (arXiv 2305.18290, eq. 7)."""
-    return preference(model, _sigmoid(kl_coef), fitting=fitting, kl_coef=kl_coef, rows=rows)
+    """:func:`preference` with the DPO loss (arXiv 2305.18290, eq. 7).
+
+    All coefficients of one ``fitting`` are one compiled program.
+    """
+    fit = fit_at(model, coefficient.sigmoid, fitting=fitting)
+    reference = reference_log_prob(model, fitting, rows=rows)
+
+    def improve(key: Key[Array, ""], situation: Situation) -> Improved:
+        data = comparisons_deal(situation.data)
+        return _fitted(fit, key, situation, data, reference(situation, data), kl_coef=kl_coef)
+
+    return improve
 
 
 def pessimistic_dpo(
@@ -64,52 +79,60 @@ def pessimistic_dpo(
     with Gamma the belief's uncertainty (:func:`~jax_klrlhf.training.rounds.linear`, an ensemble).
     It is :func:`objectives.pessimistic`, computed as DPO against
     :math:`\log \pi_0 - \Gamma / \eta`: the reference of every log-ratio, so the reported rewards
-    are the implicit ones plus the bonus.
+    are the implicit ones plus the bonus, and the program is :func:`dpo`'s.
 
     When called, raises ValueError where the belief is certain of everything.
     """
-    return _preference(
-        model, _sigmoid(kl_coef), fitting, kl_coef, rows, lambda bonus: bonus / kl_coef
-    )
-
-
-def _sigmoid(kl_coef: float) -> Loss:
-    return lambda s: objectives.sigmoid(s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=kl_coef)
-
-
-def _preference(
-    model: LanguageModel,
-    loss: Loss,
-    fitting: Fitting,
-    kl_coef: float,
-    rows: int,
-    discount: Callable[[Any], Any],
-) -> Improve:
-    fit = fitting.compile(tasks.preference(model, loss, kl_coef=kl_coef))
+    fit = fit_at(model, coefficient.sigmoid, fitting=fitting)
     reference = reference_log_prob(model, fitting, rows=rows)
-    asks = discount(np.zeros(1)) is not None
 
     def improve(key: Key[Array, ""], situation: Situation) -> Improved:
-        found = comparisons_deal(situation.data)
-        ref_log_prob = reference(situation, found)
-        if asks:
-            bonus = situation.score(found.rows.prompts, found.rows.responses).uncertainty
-            if not np.any(bonus):
-                raise ValueError(
-                    "pessimistic_dpo: the belief's uncertainty is 0 everywhere, so this would be "
-                    "plain DPO; hand in reward=linear(...) with a radius, or an ensemble."
-                )
-            ref_log_prob = ref_log_prob - discount(bonus).astype(ref_log_prob.dtype)
-        fitted = fit(
-            key,
-            situation.start,
-            found._replace(rows=found.rows._replace(ref_log_prob=ref_log_prob)),
-            pi0=situation.policies.reference,
-            folder=situation.folder,
-        )
-        return Improved(fitted.params, fitted.metrics)
+        data = comparisons_deal(situation.data)
+        bonus = situation.score(data.rows.prompts, data.rows.responses).uncertainty
+        if not np.any(bonus):
+            raise ValueError(
+                "pessimistic_dpo: the belief's uncertainty is 0 everywhere, so this would be "
+                "plain DPO; hand in reward=linear(...) with a radius, or an ensemble."
+            )
+        ref_log_prob = reference(situation, data)
+        ref_log_prob = ref_log_prob - (bonus / kl_coef).astype(ref_log_prob.dtype)
+        return _fitted(fit, key, situation, data, ref_log_prob, kl_coef=kl_coef)
 
     return improve
+
+
+def fit_at(model: LanguageModel, loss: LossAt, *, fitting: Fitting) -> Callable[..., Fitted]:
+    """``fit(key, params, deal, *, kl_coef, pi0=None, folder=None)``: one program at every kl_coef.
+
+    The rows must hold ``ref_log_prob``. Shared by all who ask with this loss and fitting.
+    """
+    step = fitting.shared(
+        ("fit_at", model, loss), lambda: fitting.compile(coefficient.preference(model, loss))
+    )
+
+    def fit(key: Any, params: Any, deal: Deal, *, kl_coef: float, **where: Any) -> Fitted:
+        return step(key, params, coefficient.at(deal, kl_coef), **where)
+
+    return fit
+
+
+def _fitted(
+    fit: Callable[..., Fitted],
+    key: Any,
+    situation: Situation,
+    data: Deal,
+    ref_log_prob: Any,
+    **coefficients: float,
+) -> Improved:
+    found = fit(
+        key,
+        situation.start,
+        data._replace(rows=data.rows._replace(ref_log_prob=ref_log_prob)),
+        pi0=situation.policies.reference,
+        folder=situation.folder,
+        **coefficients,
+    )
+    return Improved(found.params, found.metrics)
 
 
 def reference_log_prob(
@@ -121,7 +144,9 @@ def reference_log_prob(
         params = cast_floating(params, fitting.compute_dtype)
         return scoring.log_prob(model, params, prompts, responses)
 
-    program = mapped(score, rows=rows, mesh=fitting.mesh)
+    program = fitting.shared(
+        ("reference", model, rows), lambda: mapped(score, rows=rows, mesh=fitting.mesh)
+    )
     return lambda situation, found: program(
         situation.policies.reference, found.rows.prompts, found.rows.responses
     )

@@ -22,15 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from jax_klrlhf.core import gibbs, objectives, pairs, rejection
-from jax_klrlhf.core.objectives import Scores
+from jax_klrlhf.core import gibbs, pairs, rejection
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.results import Metric, mean
 from jax_klrlhf.training import tasks
 from jax_klrlhf.training.metrics import Metrics
+from jax_klrlhf.training.rounds import coefficient
+from jax_klrlhf.training.rounds.coefficient import LossAt
 from jax_klrlhf.training.rounds.fitting import Fitted, Fitting, comparisons_deal, deal
-from jax_klrlhf.training.rounds.improve import reference_log_prob, single_responses
+from jax_klrlhf.training.rounds.improve import fit_at, reference_log_prob, single_responses
 from jax_klrlhf.training.rounds.parts import (
     Comparisons,
     Improve,
@@ -131,6 +132,7 @@ def rso(
     steps: int = 1,
     reward_bound: float | None = None,
     rule: Callable[..., pairs.Pair] = pairs.first_round,
+    rows: int = 64,
 ) -> Improve:
     """RSO (arXiv 2309.06657): DPO on pairs of accepted responses, labelled by what is believed.
 
@@ -138,14 +140,9 @@ def rso(
     is multi-step RSO, each step's fit with that step's eta.
     """
 
-    def loss(kl_coef: float) -> Callable[[Scores], Array]:
-        return lambda s: objectives.sigmoid(
-            s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=kl_coef
-        )
-
     return rejection_sampling(
         draw,
-        ranked(model, loss, fitting=fitting, rule=rule),
+        ranked(model, coefficient.sigmoid, fitting=fitting, rule=rule, rows=rows),
         kl_coef=kl_coef,
         steps=steps,
         reward_bound=reward_bound,
@@ -167,7 +164,7 @@ def likelihood(model: LanguageModel, *, fitting: Fitting) -> Learn:
 
 def ranked(
     model: LanguageModel,
-    loss: Callable[[float], Callable[[Scores], Array]],
+    loss: LossAt,
     *,
     fitting: Fitting,
     rule: Callable[..., pairs.Pair] = pairs.first_round,
@@ -175,9 +172,10 @@ def ranked(
 ) -> Learn:
     """A preference loss on pairs of accepted responses, the winners drawn by Bradley-Terry.
 
-    ``loss(kl_coef)`` is the loss at a step's eta. The reference is the situation's.
+    ``loss(kl_coef)`` is the loss at a step's eta, which is traced: a chain is one program. The
+    reference is the situation's. Reports ``rejection/pairs``, how many there were.
     """
-    fits: dict[float, Callable[..., Fitted]] = {}
+    fit = fit_at(model, loss, fitting=fitting)
     reference = reference_log_prob(model, fitting, rows=rows)
 
     @jax.jit
@@ -187,9 +185,6 @@ def ranked(
         return rule(key, reward, where=accepted & pairs.distinct(marked))
 
     def learn(key: Any, params: Any, situation: Situation, accepted: Accepted) -> Fitted:
-        eta = accepted.kl_coef
-        if eta not in fits:
-            fits[eta] = fitting.compile(tasks.preference(model, loss(eta), kl_coef=eta))
         key_pair, key_fit = jax.random.split(key)
         pair = choose(key_pair, accepted.reward, accepted.responses.ids, accepted.accepted)
         first, second, valid = (np.asarray(f).reshape(len(accepted.reward), -1) for f in pair)
@@ -197,13 +192,16 @@ def ranked(
             Mixture([_won(situation.prompts, accepted.responses, first, second, valid)], None)
         )
         ref = reference(situation, data)
-        return fits[eta](
+        found = fit(
             key_fit,
             params,
             data._replace(rows=data.rows._replace(ref_log_prob=ref)),
+            kl_coef=accepted.kl_coef,
             pi0=situation.policies.reference,
             folder=situation.folder,
         )
+        count = Metric(float(len(data.rows.weight)))
+        return found._replace(metrics={**found.metrics, "rejection/pairs": count})
 
     return learn
 
