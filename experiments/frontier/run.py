@@ -163,7 +163,9 @@ def small(config: Config) -> Config:
         best_of=(4,),
         sizes=dataclasses.replace(
             config.sizes, labels=192, train_prompts=64, held_out_prompts=64, steps=15, batch=32,
-            learning_rate=1e-3,             stories=1500, sft_steps=150,
+            # As many draws as a policy is judged by: one program less to compile for each.
+            explore=config.sizes.eval_samples, propose=config.sizes.eval_samples,
+            stories=1500, sft_steps=150,
         ),
     )  # fmt: skip
 
