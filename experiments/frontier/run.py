@@ -158,7 +158,7 @@ def small(config: Config) -> Config:
     return dataclasses.replace(
         config,
         seeds=2,
-        coefficients=(0.4, 0.06),
+        coefficients=(0.4, 0.1),
         rejection_coefficients=(1.5, 0.6),
         best_of=(4,),
         sizes=dataclasses.replace(
