@@ -71,8 +71,8 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     """
     began = time.perf_counter()
     check(config)
-    console = console or Console()
     mesh = _devices(config)
+    console = console or Console(quiet=jax.process_index() != 0)
     folder = output_folder(config.output)
     _claim(config, folder)
     name = config.model

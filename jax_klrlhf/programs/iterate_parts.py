@@ -311,10 +311,8 @@ def make_belief(key: Key[Array, ""], place: Place, judge: Judge | None, prompts:
             mesh=place.mesh,
         )
     elif belief.kind == "ensemble":
-        members = [
-            rounds.resampled(_reward_model(jax.random.fold_in(key, number), place))
-            for number in range(belief.members)
-        ]
+        keys = [jax.random.fold_in(key, number) for number in range(belief.members)]
+        members = [rounds.resampled(member) for member in _reward_models(keys, place)]
         combine = {
             "mean": rounds.mean,
             "worst": rounds.worst,
@@ -322,7 +320,7 @@ def make_belief(key: Key[Array, ""], place: Place, judge: Judge | None, prompts:
         }[belief.combine]
         found = rounds.ensemble(members, combine=combine)
     else:
-        found = _reward_model(key, place)
+        (found,) = _reward_models([key], place)
     if belief.length_penalty:
         found = rounds.length_penalty(found, belief.length_penalty)
     if belief.transform != "none":
@@ -331,28 +329,30 @@ def make_belief(key: Key[Array, ""], place: Place, judge: Judge | None, prompts:
     return found
 
 
-def _reward_model(key: Key[Array, ""], place: Place) -> Reward:
-    """A reward model on pi0's trunk with a random head."""
-    belief, loaded = place.config.belief, place.loaded
-    head: Any = rewards.init_head(key, dim=loaded.config.hidden_size)
-    if place.mesh is not None:
-        whole = jax.NamedSharding(place.mesh, jax.P())
-        head = jax.device_put(np.asarray(head), whole)
-    params = RewardParams(loaded.params, head)
+def _reward_models(keys: Sequence[Key[Array, ""]], place: Place) -> list[Reward]:
+    """Reward models on pi0's trunk with random heads, which share their programs."""
+    belief, loaded, config = place.config.belief, place.loaded, place.config
+    starts = []
+    for key in keys:
+        head: Any = rewards.init_head(key, dim=loaded.config.hidden_size)
+        if place.mesh is not None:
+            head = jax.device_put(np.asarray(head), jax.NamedSharding(place.mesh, jax.P()))
+        starts.append(RewardParams(loaded.params, head))
     fit = Fit(
         steps=belief.steps,
         learning_rate=belief.learning_rate,
-        batch_size=place.config.fit.batch_size,
-        micro_batches=place.config.fit.micro_batches,
-        log_every=place.config.fit.log_every,
+        batch_size=config.fit.batch_size,
+        micro_batches=config.fit.micro_batches,
+        log_every=config.fit.log_every,
     )
-    return rounds.reward_model(
-        loaded.model,
-        params,
-        fitting=place.fitting(fit, params),
-        pooling=rewards.mean if belief.pooling == "mean" else rewards.last,
-        rows=place.config.rows,
-    )
+    fitting = place.fitting(fit, starts[0])
+    pooling = rewards.mean if belief.pooling == "mean" else rewards.last
+    return [
+        rounds.reward_model(
+            loaded.model, params, fitting=fitting, pooling=pooling, rows=config.rows
+        )
+        for params in starts
+    ]
 
 
 def _features(key: Key[Array, ""], place: Place, prompts: Ragged) -> Features:
