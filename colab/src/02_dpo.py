@@ -1,0 +1,220 @@
+# %% [markdown]
+# # DPO on a small model
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jax-klrlhf/jax_klrlhf/blob/main/colab/02_dpo.ipynb)
+#
+# A language model learns from comparisons of its own responses, by the bandit's likelihood: the
+# implicit reward $\eta \log \pi / \pi_0$ takes the place of $\langle\theta, \phi\rangle$. The model
+# is trained here; nothing is downloaded, and a CPU will do.
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+SOURCE = "jax-klrlhf @ git+https://github.com/jax-klrlhf/jax_klrlhf"
+if importlib.util.find_spec("jax_klrlhf") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", SOURCE], check=True)
+
+# %%
+import os
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+from jax_klrlhf import models, training
+from jax_klrlhf.core import bradley_terry, objectives, pairs
+from jax_klrlhf.models import scoring
+from jax_klrlhf.training import rounds
+from jax_klrlhf.training.rounds.compute import mapped
+from jax_klrlhf.training.rounds.parts import pick, ragged
+
+SMALL = os.environ.get("KLRLHF_SMALL") == "1"  # continuous integration
+
+# %% [markdown]
+# ## A toy world
+#
+# A vocabulary of 13 words; a prompt is a name and what it did first, a response goes on. pi0 is a
+# small transformer trained here on sentences in which sad things happen more often than happy ones.
+# The gold reward counts happy words less sad words; only the annotator knows it.
+
+# %%
+NAMES = ["Ana", "Ben", "Cleo"]
+HAPPY, PLAIN = ["laughed", "danced", "sang"], ["walked", "waited", "slept"]
+SAD = ["cried", "fell", "left"]
+WORDS = ["<end>", *NAMES, *HAPPY, *PLAIN, *SAD]
+WORTH = np.array([0, 0, 0, 0, 1, 1, 1, 0, 0, 0, -1, -1, -1], np.float32)
+PROB = np.array([2, 2, 2, 4, 4, 4, 5, 5, 5]) / 33  # of the nine verbs
+END, LONGEST = 0, 6
+
+model = models.language_model(
+    models.ModelConfig(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, layers=1, heads=2,
+        kv_heads=2, head_dim=16, max_length=16,
+    )
+)  # fmt: skip
+
+
+def stories(count, *, seed):
+    """Prompts ``[count, 2]`` and responses ``[count, 1, LONGEST]``, on the host."""
+    rng = np.random.default_rng(seed)
+    prompts = np.stack([rng.integers(1, 4, count), rng.choice(9, count, p=PROB) + 4], 1)
+    length = rng.integers(2, LONGEST, count)
+    words = rng.choice(9, (count, LONGEST), p=PROB) + 4
+    words = np.where(np.arange(LONGEST) < length[:, None], words, END)
+    return (
+        ragged(prompts, np.full(count, 2)),
+        ragged(words[:, None], (length + 1)[:, None]),
+    )
+
+
+def gold(prompts, responses):
+    """Reward ``[B, K]`` in nats."""
+    del prompts
+    ids, lengths = np.asarray(responses.ids), np.asarray(responses.lengths)
+    kept = np.arange(ids.shape[-1]) < lengths[..., None]
+    return np.where(kept, WORTH[ids], 0.0).sum(-1).astype(np.float32)
+
+
+def text(ids, length):
+    return " ".join(WORDS[i] for i in np.asarray(ids)[: int(length)])
+
+
+def train_pi0(*, steps):
+    questions, answers = stories(1024, seed=0)
+    optimizer = optax.adam(1e-2)
+    step = training.make_step(training.tasks.likelihood(model), optimizer)
+    carried = training.state.init(jax.random.key(0), model.init(jax.random.key(1)), optimizer)
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        at = rng.choice(1024, 128, replace=False)
+        picked = jax.tree.map(lambda x, at=at: x[at], (questions, answers))
+        carried, _ = step(carried, training.Batch(*picked, weight=np.ones(128, np.float32)))
+    return carried.policy
+
+
+pi0 = train_pi0(steps=20 if SMALL else 200)
+draw = rounds.Draw(model=model, samples=4, max_new_tokens=LONGEST, stop=(END,))
+held_out, _ = stories(64 if SMALL else 256, seed=1)
+
+
+def divergence(both, prompts, responses):
+    """Sum over tokens of the exact divergence at each: unbiased for KL(pi || pi0)."""
+    scores = scoring.score(model, both[0], prompts, responses, reference=(model, both[1]))
+    return scores.kl.sum(-1)
+
+
+kl_of = mapped(divergence, rows=256)
+
+
+def judge(params):
+    """Gold reward and KL(pi || pi0) in nats, on held-out prompts, with standard errors."""
+    answers = draw(jax.random.key(7), params, held_out)
+    found = (
+        gold(held_out, answers).mean(1),
+        np.asarray(kl_of((params, pi0), held_out, answers)).mean(1),
+    )
+    return [(x.mean(), x.std(ddof=1) / len(x) ** 0.5) for x in found]
+
+
+answers = draw(jax.random.key(2), pi0, held_out)
+for row in range(4):
+    print(f"{text(held_out.ids[row], 2)} |", text(answers.ids[row, 0], answers.lengths[row, 0]))
+print("gold reward of pi0: {:.3f} ± {:.3f}".format(*judge(pi0)[0]))
+
+# %% [markdown]
+# ## Comparisons
+#
+# pi0 answers each prompt four times, two different answers are taken at random, and an annotator
+# prefers one with the Bradley-Terry probability $\sigma(r_1 - r_2)$. The three functions are the
+# core's: the same that label a bandit's arms.
+
+# %%
+ETA = 0.2
+questions, _ = stories(128 if SMALL else 1024, seed=2)
+answers = draw(jax.random.key(3), pi0, questions)
+reward = jnp.asarray(gold(questions, answers))
+
+pair = pairs.sampled(jax.random.key(4), reward, where=pairs.distinct(jnp.asarray(answers.ids)))
+rows = jnp.arange(len(reward))
+wins = bradley_terry.sample(jax.random.key(5), reward[rows, pair.first] - reward[rows, pair.second])
+chosen = jnp.where(wins, pair.first, pair.second)
+rejected = jnp.where(wins, pair.second, pair.first)
+compared = pick(answers, np.stack([chosen, rejected], 1))
+batch = training.Batch(
+    questions,
+    compared,
+    weight=np.asarray(pair.valid, np.float32),
+    ref_log_prob=np.asarray(scoring.log_prob(model, pi0, questions, compared)),
+)
+for row in range(3):
+    both = [text(compared.ids[row, k], compared.lengths[row, k]) for k in (0, 1)]
+    print(f"{text(questions.ids[row], 2)} | {both[0]}   >   {both[1]}")
+
+# %% [markdown]
+# ## The loss, the step, the loop
+#
+# A loss is any function of log-probabilities. `objectives.sigmoid` is DPO; `ipo`, `hinge`, `rpo`,
+# `chi_po` and others take its place.
+
+# %%
+optimizer = optax.adam(3e-3)
+
+
+def dpo(scores):
+    return objectives.sigmoid(scores.chosen_log_ratio, scores.rejected_log_ratio, kl_coef=ETA)
+
+
+step = training.make_train_step(model, optimizer, dpo, kl_coef=ETA)
+state = training.state.init(jax.random.key(6), pi0, optimizer)
+rng = np.random.default_rng(0)
+STEPS = 6 if SMALL else 120
+way = [(0, *judge(state.policy))]
+for number in range(1, STEPS + 1):
+    at = rng.choice(len(rows), 64, replace=False)
+    state, info = step(state, jax.tree.map(lambda x, at=at: x[at], batch))
+    if number % (STEPS // 6) == 0:
+        way.append((number, *judge(state.policy)))
+        print(
+            "step {:4d}  gold {:.3f} ± {:.3f}  KL {:.3f} ± {:.3f}".format(
+                number, *way[-1][1], *way[-1][2]
+            )
+        )
+
+# %%
+number, reward_way, kl_way = (np.array(x) for x in zip(*way, strict=True))
+figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+axes[0].errorbar(number, reward_way[:, 0], 2 * reward_way[:, 1])
+axes[0].set(xlabel="step", ylabel="gold reward", title="Held-out prompts, two standard errors")
+axes[1].errorbar(kl_way[:, 0], reward_way[:, 0], 2 * reward_way[:, 1], 2 * kl_way[:, 1])
+_ = axes[1].set(xlabel="KL(pi || pi0), nats", ylabel="gold reward", title="What it costs")
+
+# %% [markdown]
+# ## The implicit reward is a reward
+#
+# DPO never fits a reward model, yet $\eta \log \pi / \pi_0$ ranks responses. On fresh responses of
+# pi0, how does it go with the gold reward?
+
+# %%
+fresh = draw(jax.random.key(8), pi0, held_out)
+implicit = ETA * (
+    scoring.log_prob(model, state.policy, held_out, fresh)
+    - scoring.log_prob(model, pi0, held_out, fresh)
+)
+implicit, truth = np.asarray(implicit), gold(held_out, fresh)
+# A constant per prompt is not identified.
+implicit, truth = (x - x.mean(1, keepdims=True) for x in (implicit, truth))
+figure, axes = plt.subplots(figsize=(4, 3), layout="constrained")
+axes.plot(truth.ravel(), implicit.ravel(), ".", alpha=0.3)
+axes.set(xlabel="gold reward, centred", ylabel="implicit reward, centred")
+print(
+    "correlation within prompts:",
+    round(float(np.corrcoef(truth.ravel(), implicit.ravel())[0, 1]), 3),
+)
+
+# %% [markdown]
+# On a model of your own the same is `klrlhf dpo --model ... --data pairs.jsonl --output run`,
+# sharded over whatever devices there are. The next notebook goes on asking.

@@ -1,0 +1,241 @@
+# %% [markdown]
+# # Iterative alignment and the frontier
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jax-klrlhf/jax_klrlhf/blob/main/colab/03_iterative.ipynb)
+#
+# Offline DPO learns from what pi0 said. Online iterations (GSHF, arXiv 2312.11456) draw from the
+# policy so far, ask about a pair that tells, and fit again from pi0 on all data. At an equal number
+# of labels, where do both end in the plane of reward and KL?
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+SOURCE = "jax-klrlhf @ git+https://github.com/jax-klrlhf/jax_klrlhf"
+if importlib.util.find_spec("jax_klrlhf") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", SOURCE], check=True)
+
+# %%
+import os
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+from jax_klrlhf import models, training
+from jax_klrlhf.core import pairs
+from jax_klrlhf.models import scoring
+from jax_klrlhf.training import rounds
+from jax_klrlhf.training.rounds import oracle, pairing
+from jax_klrlhf.training.rounds.compute import mapped
+from jax_klrlhf.training.rounds.parts import ragged
+
+SMALL = os.environ.get("KLRLHF_SMALL") == "1"  # continuous integration
+
+# %% [markdown]
+# ## A toy world
+#
+# A vocabulary of 13 words; a prompt is a name and what it did first, a response goes on. pi0 is a
+# small transformer trained here on sentences in which sad things happen more often than happy ones.
+# The gold reward counts happy words less sad words; only the annotator knows it.
+
+# %%
+NAMES = ["Ana", "Ben", "Cleo"]
+HAPPY, PLAIN = ["laughed", "danced", "sang"], ["walked", "waited", "slept"]
+SAD = ["cried", "fell", "left"]
+WORDS = ["<end>", *NAMES, *HAPPY, *PLAIN, *SAD]
+WORTH = np.array([0, 0, 0, 0, 1, 1, 1, 0, 0, 0, -1, -1, -1], np.float32)
+PROB = np.array([2, 2, 2, 4, 4, 4, 5, 5, 5]) / 33  # of the nine verbs
+END, LONGEST = 0, 6
+
+model = models.language_model(
+    models.ModelConfig(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, layers=1, heads=2,
+        kv_heads=2, head_dim=16, max_length=16,
+    )
+)  # fmt: skip
+
+
+def stories(count, *, seed):
+    """Prompts ``[count, 2]`` and responses ``[count, 1, LONGEST]``, on the host."""
+    rng = np.random.default_rng(seed)
+    prompts = np.stack([rng.integers(1, 4, count), rng.choice(9, count, p=PROB) + 4], 1)
+    length = rng.integers(2, LONGEST, count)
+    words = rng.choice(9, (count, LONGEST), p=PROB) + 4
+    words = np.where(np.arange(LONGEST) < length[:, None], words, END)
+    return (
+        ragged(prompts, np.full(count, 2)),
+        ragged(words[:, None], (length + 1)[:, None]),
+    )
+
+
+def gold(prompts, responses):
+    """Reward ``[B, K]`` in nats."""
+    del prompts
+    ids, lengths = np.asarray(responses.ids), np.asarray(responses.lengths)
+    kept = np.arange(ids.shape[-1]) < lengths[..., None]
+    return np.where(kept, WORTH[ids], 0.0).sum(-1).astype(np.float32)
+
+
+def text(ids, length):
+    return " ".join(WORDS[i] for i in np.asarray(ids)[: int(length)])
+
+
+def train_pi0(*, steps):
+    questions, answers = stories(1024, seed=0)
+    optimizer = optax.adam(1e-2)
+    step = training.make_step(training.tasks.likelihood(model), optimizer)
+    carried = training.state.init(jax.random.key(0), model.init(jax.random.key(1)), optimizer)
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        at = rng.choice(1024, 128, replace=False)
+        picked = jax.tree.map(lambda x, at=at: x[at], (questions, answers))
+        carried, _ = step(carried, training.Batch(*picked, weight=np.ones(128, np.float32)))
+    return carried.policy
+
+
+pi0 = train_pi0(steps=20 if SMALL else 200)
+draw = rounds.Draw(model=model, samples=4, max_new_tokens=LONGEST, stop=(END,))
+held_out, _ = stories(64 if SMALL else 256, seed=1)
+
+
+def divergence(both, prompts, responses):
+    """Sum over tokens of the exact divergence at each: unbiased for KL(pi || pi0)."""
+    scores = scoring.score(model, both[0], prompts, responses, reference=(model, both[1]))
+    return scores.kl.sum(-1)
+
+
+kl_of = mapped(divergence, rows=256)
+
+
+def judge(params):
+    """Gold reward and KL(pi || pi0) in nats, on held-out prompts, with standard errors."""
+    answers = draw(jax.random.key(7), params, held_out)
+    found = (
+        gold(held_out, answers).mean(1),
+        np.asarray(kl_of((params, pi0), held_out, answers)).mean(1),
+    )
+    return [(x.mean(), x.std(ddof=1) / len(x) ** 0.5) for x in found]
+
+
+answers = draw(jax.random.key(2), pi0, held_out)
+for row in range(4):
+    print(f"{text(held_out.ids[row], 2)} |", text(answers.ids[row, 0], answers.lengths[row, 0]))
+print("gold reward of pi0: {:.3f} ± {:.3f}".format(*judge(pi0)[0]))
+
+# %% [markdown]
+# ## Every part is a value
+#
+# A round is: sample, score, pair, label, believe, fit. The annotator labels by gold with noise of
+# Bradley-Terry; the learner believes a linear reward on pi0's frozen hidden states, fitted by the
+# bandit's own maximum likelihood, with the bandit's own ellipsoid.
+
+# %%
+LABELS, ROUNDS = (64, 2) if SMALL else (512, 2)
+train, _ = stories(LABELS, seed=2)
+two = rounds.Draw(model=model, samples=2, max_new_tokens=LONGEST, stop=(END,))
+features = rounds.hidden_features(model, pi0, scale=8.0, rows=256)
+annotator = oracle.bradley_terry(gold)
+
+
+def belief():
+    return rounds.linear(features, dim=32, ridge=0.01, radius=0.3)
+
+
+def fitting():
+    return rounds.Fitting(optimizer=optax.adam(3e-3), steps=4 if SMALL else 80, batch_size=64)
+
+
+offline = rounds.collect(
+    jax.random.key(3),
+    pi0,
+    prompts=train,
+    sampler=rounds.main_agent(two),
+    reward=rounds.known(gold),  # not looked at: the pair is drawn at random
+    pair_rule=pairing.by_reward(pairs.sampled),
+    oracle=annotator,
+)
+print(len(offline.label), "labelled pairs of pi0")
+
+
+def portion(number):
+    """Each round its own part of the prompts."""
+    count = LABELS // ROUNDS
+    at = (np.arange(count) + max(number - 1, 0) * count) % LABELS
+    return ragged(train.ids[at], train.lengths[at])
+
+
+def run(method, eta):
+    shared = {
+        "sampler": rounds.main_agent(draw),
+        "reward": belief(),
+        "oracle": annotator,
+        "pair_rule": pairing.by_reward(),  # best and worst, by what is believed
+        "improve": rounds.dpo(model, kl_coef=eta, fitting=fitting(), rows=256),
+    }
+    key = jax.random.key(4)
+    if method == "offline DPO":
+        return rounds.iterate(key, pi0, prompts=train, rounds=0, offline=offline, **shared)
+    if method == "online, enhancer":
+        shared["pair_rule"] = pairing.enhancer(kl_coef=eta)
+    return rounds.iterate(key, pi0, prompts=portion, rounds=ROUNDS, **shared)
+
+
+# %% [markdown]
+# ## The frontier
+#
+# One point for each coefficient; the same number of labels everywhere.
+
+# %%
+ETAS = (0.2,) if SMALL else (0.1, 0.3, 1.0)
+METHODS = ("offline DPO", "online, best and worst", "online, enhancer")
+figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+for method in METHODS:
+    outcomes = [run(method, eta) for eta in ETAS]
+    found = np.array([judge(outcome.policy) for outcome in outcomes])
+    (reward, error), (kl, kl_error) = found[:, 0].T, found[:, 1].T
+    axes.errorbar(kl, reward, 2 * error, 2 * kl_error, marker="o", capsize=2, label=method)
+    for eta, outcome, point in zip(ETAS, outcomes, found, strict=True):
+        labels = sum(len(data.label) for data in outcome.comparisons) or len(offline.label)
+        gold_reward, nats = (f"{mean:.3f} ± {error:.3f}" for mean, error in point)
+        print(f"{method:<24} eta {eta:<4g} labels {labels}  gold {gold_reward}  KL {nats}")
+base = judge(pi0)[0]
+axes.axhline(base[0], color="grey", ls=":", label="pi0")
+axes.set(
+    xlabel="KL(pi || pi0), nats",
+    ylabel="gold reward",
+    title="Held-out prompts, two standard errors",
+)
+_ = axes.legend()
+
+# %% [markdown]
+# One seed and a toy: read the error bars, not the order of the points. `experiments/frontier` does
+# this with a pretrained model, more methods and seeds, and says which of the paper's statements
+# hold.
+#
+# ## Killed, and going on
+#
+# With `output=` every phase is left on disk. A run that was killed goes on from the phase it was
+# in.
+
+# %%
+import tempfile
+
+with tempfile.TemporaryDirectory() as folder:
+    parts = {
+        "prompts": portion,
+        "sampler": rounds.main_agent(draw),
+        "reward": rounds.known(gold),
+        "oracle": annotator,
+        "pair_rule": pairing.by_reward(),
+        "improve": rounds.dpo(model, kl_coef=0.2, fitting=fitting(), rows=256),
+        "output": folder,
+    }
+    rounds.iterate(jax.random.key(5), pi0, rounds=1, **parts)
+    again = rounds.iterate(jax.random.key(5), pi0, rounds=2, **parts)
+    print("computed by the second call:", *again.computed)
+
+# %% [markdown]
+# From the shell: `klrlhf iterate --model ... --prompts ... --reward ... --output run`.
