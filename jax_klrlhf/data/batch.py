@@ -12,7 +12,7 @@ Axes: ``B`` prompts of this process, ``K`` responses, ``P`` prompt and ``C`` res
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -214,18 +214,32 @@ def from_rows(rows: Sequence[Row]) -> tuple[Callable[[Sequence[int]], list[Row]]
     return (lambda numbers: [rows[number] for number in numbers]), lengths
 
 
+@runtime_checkable
+class Steps(Protocol):
+    """What :class:`Stream` reads: batches by step number, padded or packed."""
+
+    @property
+    def identity(self) -> str:
+        """Hash of all that decides the stream."""
+        ...
+
+    def __getitem__(self, step: int, /) -> Any:
+        """The batch of a step."""
+        ...
+
+
 class Stream:
     """Endless iteration over a loader, read ahead by Grain's threads, resumable at any step."""
 
-    def __init__(self, loader: Loader, *, start: int = 0, threads: int = 2, ahead: int = 8):
+    def __init__(self, loader: Steps, *, start: int = 0, threads: int = 2, ahead: int = 8):
         self._loader = loader
         self._threads, self._ahead = threads, ahead
         self._seek(start)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         batch = next(self._iterator)
         self._step += 1
         return batch
@@ -261,12 +275,12 @@ class Stream:
 class _Steps:
     """The batches from a step on as Grain's random-access source: practically endless."""
 
-    def __init__(self, loader: Loader, start: int):
+    def __init__(self, loader: Steps, start: int):
         self._loader = loader
         self._start = start
 
     def __len__(self) -> int:
         return 2**40
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Any:
         return self._loader[self._start + index]

@@ -66,3 +66,6 @@ class LanguageModel:
     makes all the room there will be."""
     unembed: Callable[[Any, Array], Array]
     """``unembed(params, hidden [..., D]) -> logits [..., V]``, float32 (or float64)."""
+    pack: Callable[[Any, Any], Array] | None = None
+    """``pack(params, packed) -> hidden [R, T, D]``: the hidden state after reading each token of
+    the streams of a :class:`.packed.Packed`. None: the model scores rectangles alone."""

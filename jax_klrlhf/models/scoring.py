@@ -63,7 +63,7 @@ def token_log_prob(
         return sequence.token_log_prob(model.unembed(params, hidden), tokens)
 
     hidden = _predicting_hidden(model, params, prompts, responses)
-    return _by_chunks(measure, hidden, responses, chunk=chunk)
+    return by_chunks(measure, hidden, responses, chunk=chunk)
 
 
 def log_prob(
@@ -117,7 +117,7 @@ def score(
     if reference is not None:
         frozen = jax.lax.stop_gradient(reference[1])
         hiddens.append(_predicting_hidden(reference[0], frozen, prompts, responses))
-    return _by_chunks(measure, hiddens, responses, chunk=chunk)
+    return by_chunks(measure, hiddens, responses, chunk=chunk)
 
 
 def _predicting_hidden(
@@ -137,7 +137,7 @@ def _predicting_hidden(
     return jnp.concatenate([first, after], axis=2)[:, :, :-1]
 
 
-def _by_chunks(measure: Callable[[Any, Array], Any], hidden: Any, responses: Ragged, *, chunk: int):
+def by_chunks(measure: Callable[[Any, Array], Any], hidden: Any, responses: Ragged, *, chunk: int):
     """Apply ``measure(hidden, tokens)`` to a few positions of every row at a time.
 
     Chunks are cut along the position axis, so that a batch sharded over devices stays so. Under

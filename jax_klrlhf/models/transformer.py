@@ -26,7 +26,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jax_klrlhf.core.sequence import Ragged
-from jax_klrlhf.models import attention, partition
+from jax_klrlhf.models import attention, packed, partition
 from jax_klrlhf.models.attention import EVERYTHING, Keys, Prompt
 from jax_klrlhf.models.base import LanguageModel, Prefix
 from jax_klrlhf.models.config import ModelConfig, wide
@@ -227,7 +227,7 @@ def language_model(
     constrain: Callable[[Array], Array] = partition.constrain,
     lora_scale: float | None = None,
 ) -> LanguageModel:
-    """The decoder as six pure functions of ``(params, arrays)``.
+    """The decoder as seven pure functions of ``(params, arrays)``.
 
     ``constrain`` is applied to the activations ``[B, K, T, E]`` after every residual sum. With
     ``lora_scale`` the parameters are ``{"base": ..., "lora": ...}``, low-rank updates are added
@@ -282,6 +282,34 @@ def language_model(
         prompt = Prompt(memory, lengths)
         out = attention.step(query[:, :, 0], mine, prompt, index, window=layer.window, **settings)
         return out[:, :, None], cache, None
+
+    def pack(params, streams: packed.Packed) -> Float[Array, "R T E"]:
+        def attend(query, own, layer, cache, memory, way):
+            """Laid out as rectangles for attention, prompts first and then what follows them."""
+            query, key, value = (
+                packed.rectangles(streams, packed.take(x[:, 0], way))
+                for x in (query, own.key.swapaxes(-3, -2), own.value.swapaxes(-3, -2))
+            )
+            mixed = []
+            for queries, keys, values, prompts in zip(
+                query, key, value, streams.prompts, strict=True
+            ):
+                prompt, mine = (
+                    Keys(k.swapaxes(-3, -2), v.swapaxes(-3, -2))
+                    for k, v in zip(keys, values, strict=True)
+                )
+                alone = jax.tree.map(lambda x: x[:, None], prompt)
+                first, _, _ = read(queries[0][:, None], alone, layer, None, None, None)
+                then, _, _ = read(queries[1], mine, layer, None, prompt, prompts.lengths)
+                rows = (way.forward.shape[0], -1, *first.shape[-2:])
+                mixed += [first.reshape(rows), then.reshape(rows)]
+            out = packed.take(jnp.concatenate(mixed, axis=1), way.inverse)
+            return out[:, None], cache, None
+
+        ids, positions = packed.tokens(streams)
+        way = packed.route(streams)
+        hidden, _, _ = run(params, attend, ids[:, None], positions[:, None], None, None, way)
+        return hidden[:, 0]
 
     def init(key):
         ids = jnp.zeros((1, 1, 1), jnp.int32)
@@ -352,6 +380,7 @@ def language_model(
         grow=grow,
         decode=decode,
         unembed=unembed,
+        pack=pack,
     )
 
 

@@ -17,8 +17,8 @@ from jax_klrlhf.plan.chips import Slice, devices, read_topology
 from jax_klrlhf.plan.presets import PRESETS, read_model
 from jax_klrlhf.plan.program import Program, Shapes, sampler, train_step
 from jax_klrlhf.results import write_results
+from jax_klrlhf.training import defaults, optimizers
 from jax_klrlhf.training import mesh as meshes
-from jax_klrlhf.training import optimizers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +48,16 @@ class PlanConfig:
     reference: Literal["cached", "live"] = "cached"
     """Reference log-probabilities: computed before, or in the step (from a second copy; with
     --lora, from the frozen base)."""
-    frozen_dtype: Literal["bfloat16", "float32"] = "float32"
-    """In which an adapter's base, or a live reference's second copy, lies in memory; `klrlhf dpo`
-    loads float32."""
+    frozen_dtype: Literal["bfloat16", "float32"] | None = None
+    """In which an adapter's base, or a live reference's second copy, lies in memory; by default,
+    as in `klrlhf dpo`, a base in that of the computation and a second copy in float32."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the computation; master parameters and moments are float32."""
-    remat: str | None = "full"
+    remat: str | None = defaults.REMAT
     """What the backward pass recomputes: full, a policy of jax.checkpoint_policies, or None."""
     chunk: int | None = None
-    """Tokens projected on the vocabulary at one time; 256 for each part of the batch by default."""
+    """Tokens projected on the vocabulary at one time, over all devices; by default, as in `klrlhf
+    dpo`, what fills 128 MiB of logits on each part of the batch, 1024 at most."""
     samples: int = 8
     """Responses that the sampler draws for each prompt; it takes as many prompts as pairs."""
     output: Path | None = None
@@ -152,6 +153,9 @@ def _programs(config: PlanConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -
     found = []
     if config.program in ("train", "both"):
         optimizer = {"adamw": optimizers.adamw, "adafactor": optimizers.adafactor}
+        frozen = config.frozen_dtype
+        if frozen is None:
+            frozen = "float32" if config.lora is None else defaults.base_dtype(config.dtype)
         found.append(
             train_step(
                 model,
@@ -159,11 +163,11 @@ def _programs(config: PlanConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -
                 shapes,
                 optimizer[config.optimizer](1e-6),
                 compute_dtype=jnp.dtype(config.dtype),
-                chunk=config.chunk or 256 * parts,
+                chunk=config.chunk or defaults.chunk(model.vocab_size, parts=parts),
                 micro_batches=config.micro_batches,
                 live_reference=config.reference == "live",
                 adapter=None if config.lora is None else Lora(rank=config.lora),
-                frozen_dtype=jnp.dtype(config.frozen_dtype),
+                frozen_dtype=jnp.dtype(frozen),
             )
         )
     if config.program in ("sample", "both"):

@@ -17,8 +17,10 @@ from jax_klrlhf.core import objectives
 from jax_klrlhf.core.objectives import Scores
 from jax_klrlhf.data.examples import Columns
 from jax_klrlhf.errors import InputError
+from jax_klrlhf.training import defaults
 
 Config = TypeVar("Config")
+Layout = Literal["bucketed", "packed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +89,11 @@ class TrainingConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; master parameters and moments are float32."""
-    remat: str | None = None
-    """What the backward pass recomputes: full, or a policy of jax.checkpoint_policies."""
-    chunk: int = 1024
-    """Tokens projected on the vocabulary at one time."""
+    remat: str | None = defaults.REMAT
+    """What the backward pass recomputes: full, a policy of jax.checkpoint_policies, or None."""
+    chunk: int | None = None
+    """Tokens projected on the vocabulary at one time, over all devices; by default what fills
+    128 MiB of logits on each, 1024 at most."""
     mesh: MeshSizes = MeshSizes()
     processes: Processes = Processes()
 
@@ -129,6 +132,9 @@ class DpoConfig(TrainingConfig):
     """Reference log-probabilities: computed once and kept on disk, or in each step."""
     reference_cache: Path | None = None
     """File of the cache; in the run's folder by default."""
+    layout: Layout = "bucketed"
+    """packed: streams of tokens with next to no padding, a shape for each of max_shapes lengths;
+    batch_size is then an average. bucketed: prompts and responses padded to max_shapes shapes."""
     lora: Adapter = Adapter()
     kl_prompts: int = 32
     """Held-out prompts from which KL(policy || reference) is estimated; 0 for none."""
@@ -143,6 +149,8 @@ class SftConfig(TrainingConfig):
     learning_rate: float = 1e-5
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` takes of the model's folder its config.json and tokenizer alone."""
+    layout: Layout = "bucketed"
+    """As in `klrlhf dpo`."""
     lora: Adapter = Adapter()
 
 
@@ -276,7 +284,8 @@ def check(config: TrainingConfig) -> None:
     """What no type says. Raises ``InputError`` naming the option."""
     positive = ("batch_size", "micro_batches", "max_shapes", "log_every", "save_every", "keep")
     for name in (*positive, "evaluate_every", "chunk"):
-        if getattr(config, name) < 1:
+        value = getattr(config, name)
+        if value is not None and value < 1:
             raise InputError(f"{name} is {getattr(config, name)}; it must be at least 1.")
     if config.steps is not None and config.steps < 1:
         raise InputError(f"steps is {config.steps}; it must be at least 1.")

@@ -7,7 +7,7 @@ again with the same configuration, a run goes on from its last checkpoint.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,21 +19,23 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jax_klrlhf.core.sequence import Ragged
-from jax_klrlhf.data import prepare, tokenize
-from jax_klrlhf.data.batch import Loader, Stream
+from jax_klrlhf.data import packing, prepare, tokenize
+from jax_klrlhf.data.batch import Lengths, Loader, Stream
+from jax_klrlhf.data.packing import PackedLoader
 from jax_klrlhf.data.prepare import Prepared
+from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.models import partition
+from jax_klrlhf.models import LanguageModel, partition
 from jax_klrlhf.programs.config import TrainingConfig, check, steps_of
 from jax_klrlhf.results import Metric, output_folder, write_json, write_results
+from jax_klrlhf.training import defaults, health, loop, metrics, optimizers
 from jax_klrlhf.training import evaluate as evaluation
-from jax_klrlhf.training import health, loop, metrics, optimizers
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import state as states
 from jax_klrlhf.training.checkpoint import Checkpoints
 from jax_klrlhf.training.state import TrainState
 from jax_klrlhf.training.step import make_step
-from jax_klrlhf.training.tasks import Batch, Task
+from jax_klrlhf.training.tasks import Batch, PackedBatch, Task
 
 # What may change between a run and its continuation: how often it reports, and on what it runs.
 FREE = {
@@ -175,6 +177,43 @@ def loader(run: Run, data: Prepared, *, seed: int | None) -> Loader:
     )
 
 
+def packed_loader(run: Run, data: Prepared, take: np.ndarray) -> PackedLoader:
+    """Packed batches of a split, of the responses ``take [rows, K]`` of each row.
+
+    Raises:
+        InputError: where the token budget does not hold the longest row on each device.
+    """
+    config: TrainingConfig = run.config
+    parts = 1 if run.mesh is None else meshes.rows(run.mesh)
+    rows = np.arange(len(data))[:, None]
+    lengths = Lengths(data.lengths.prompts, data.lengths.responses[rows, take])
+
+    def fetch(numbers: Sequence[int]) -> list[Row]:
+        return [
+            row._replace(
+                responses=[row.responses[k] for k in take[number]],
+                scores=[row.scores[k] for k in take[number]],
+            )
+            for number, row in zip(numbers, data.fetch(numbers), strict=True)
+        ]
+
+    layouts = packing.fit(
+        lengths,
+        streams=parts * config.micro_batches,
+        token_budget=config.token_budget,
+        batch_size=config.batch_size if config.token_budget is None else None,
+        max_shapes=config.max_shapes,
+    )
+    return PackedLoader(
+        fetch,
+        lengths,
+        layouts=layouts,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
 def whole_epoch(loaded: Loader) -> Iterator[Any]:
     """Every row once, in order of the loader."""
     return (loaded[step] for step in range(loaded.steps_per_epoch))
@@ -185,9 +224,8 @@ def pairs(batch: Any, table: np.ndarray | None = None) -> Batch:
 
     Of K > 2 responses to a prompt the best and the worst are the pair.
     """
-    count = np.maximum((batch.responses.lengths > 0).sum(-1), 1)
-    take = np.stack([np.zeros_like(count), count - 1], -1)
-    rows = np.arange(len(count))[:, None]
+    take = best_and_worst(batch.responses.lengths)
+    rows = np.arange(len(take))[:, None]
     ref_log_prob: Any = None if table is None else table[batch.row[:, None], take]
     return Batch(
         prompts=batch.prompts,
@@ -197,6 +235,24 @@ def pairs(batch: Any, table: np.ndarray | None = None) -> Batch:
         ref_log_prob=ref_log_prob,
         scores=batch.scores[rows, take],
     )
+
+
+def best_and_worst(lengths: np.ndarray) -> np.ndarray:
+    """Numbers ``[rows, 2]`` of the first and the last response of each row that has tokens."""
+    count = np.maximum((lengths > 0).sum(-1), 1)
+    return np.stack([np.zeros_like(count), count - 1], -1)
+
+
+def best(lengths: np.ndarray) -> np.ndarray:
+    """Numbers ``[rows, 1]`` of the first response of each row: 0."""
+    return np.zeros((len(lengths), 1), np.int64)
+
+
+def packed(batch: packing.PackedBatch, table: np.ndarray | None = None) -> PackedBatch:
+    """A packed data batch for the training step, and pi0's ``table`` of the responses in it."""
+    given: Any = batch
+    ref_log_prob: Any = None if table is None else table[batch.row]
+    return PackedBatch(given.packed, given.weight, given.label, ref_log_prob, given.scores)
 
 
 def firsts(batch: Any, table: np.ndarray | None = None) -> Batch:
@@ -249,6 +305,7 @@ def fit(
     splits: Splits,
     convert: Any,
     *,
+    picked: Callable[[np.ndarray], np.ndarray] = best_and_worst,
     tables: Sequence[np.ndarray | None] = (None, None),
     trainable: Any = None,
     live: bool = False,
@@ -263,6 +320,7 @@ def fit(
         params: whole parameters at the start.
         splits: the data.
         convert: data batch and table of the reference to training batch.
+        picked: which responses of a row the packed layout holds (:func:`best_and_worst`).
         tables: pi0's log-probabilities of the rows of each split.
         trainable: predicate on paths; all by default.
         live: keep ``params`` as the live reference.
@@ -273,7 +331,14 @@ def fit(
         loop.Stopped: where the run was stopped, with the reason.
     """
     config: TrainingConfig = run.config
-    source = loader(run, splits.train, seed=config.seed)
+    if getattr(config, "layout", "bucketed") == "packed":
+        take = picked(splits.train.lengths.responses)
+        source: Loader | PackedLoader = packed_loader(run, splits.train, take)
+        table = None if tables[0] is None else tables[0][np.arange(len(take))[:, None], take]
+        feed = partial(packed, table=table)
+    else:
+        source = loader(run, splits.train, seed=config.seed)
+        feed = partial(convert, table=tables[0])
     steps = steps_of(config, source.steps_per_epoch)
     optimizer, rate = make_optimizer(config, steps)
     options = {
@@ -303,7 +368,7 @@ def fit(
         return found | (more(state) if more is not None else {})
 
     store = Checkpoints(run.folder / "checkpoints", keep=config.keep)
-    batches = Feed(Stream(source), lambda batch: convert(batch, tables[0]))
+    batches = Feed(Stream(source), feed)
     state = loop.resume(store, state, batches)
     first = int(state.step)
     if first:
@@ -380,7 +445,15 @@ def first_prompts(loaded: Loader, count: int) -> list[Ragged]:
     return found
 
 
-def optional(config: Any) -> dict[str, Any]:
-    """Loading options of a configuration."""
-    options: dict[str, Any] = {"param_dtype": jnp.float32, "dtype": jnp.dtype(config.dtype)}
+def chunk(run: Run, model: LanguageModel) -> int:
+    """Tokens projected on the vocabulary at one time: the configuration's, or the default."""
+    parts = 1 if run.mesh is None else meshes.rows(run.mesh)
+    return run.config.chunk or defaults.chunk(model.vocab_size, parts=parts)
+
+
+def optional(config: Any, *, frozen: bool = False) -> dict[str, Any]:
+    """Loading options of a configuration; ``frozen`` for an adapter's base."""
+    dtype = jnp.dtype(config.dtype)
+    stored = defaults.base_dtype(dtype) if frozen else jnp.float32
+    options: dict[str, Any] = {"param_dtype": stored, "dtype": dtype}
     return options | ({} if config.remat is None else {"remat": config.remat})

@@ -1,11 +1,13 @@
 """The training programs: ``klrlhf dpo``, ``klrlhf sft``, ``klrlhf reward``."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 
 from jax_klrlhf import models
@@ -36,7 +38,8 @@ def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
     if config.reference == "live" and not needs_reference:
         raise InputError(f"reference: {config.objective} reads no reference; leave it out.")
     run = runs.begin(config, "dpo", console)
-    loaded = models.load(config.model, mesh=run.mesh, **runs.optional(config))
+    options = runs.optional(config, frozen=config.lora.rank > 0)
+    loaded = models.load(config.model, mesh=run.mesh, **options)
     splits = runs.open_data(run, loaded.tokenizer)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     model, params, adapter = _adapted(key, loaded, config.lora)
@@ -53,7 +56,7 @@ def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
             if data is not None:
                 tables[number] = _reference_table(run, model, pi0, data, name)
     task = tasks.preference(
-        model, loss, reference=source, kl_coef=config.kl_coef, chunk=config.chunk
+        model, loss, reference=source, kl_coef=config.kl_coef, chunk=runs.chunk(run, model)
     )
 
     more = None
@@ -93,14 +96,21 @@ def sft(config: SftConfig, *, console: Console | None = None) -> TrainState:
     if config.weights == "random":
         loaded = _random(key, config, run)
     else:
-        loaded = models.load(config.model, mesh=run.mesh, **runs.optional(config))
+        options = runs.optional(config, frozen=config.lora.rank > 0)
+        loaded = models.load(config.model, mesh=run.mesh, **options)
     splits = runs.open_data(run, loaded.tokenizer)
     model, params, adapter = _adapted(key, loaded, config.lora)
-    task = tasks.likelihood(model, chunk=config.chunk)
+    task = tasks.likelihood(model, chunk=runs.chunk(run, model))
     whole = loaded.config
     del loaded
     final = runs.fit(
-        run, task, params, splits, runs.firsts, trainable=_is_adapter if adapter else None
+        run,
+        task,
+        params,
+        splits,
+        runs.firsts,
+        picked=runs.best,
+        trainable=_is_adapter if adapter else None,
     )
     _save(run, whole, final.policy, splits, adapter)
     return final
@@ -144,7 +154,8 @@ def _adapted(
         facts = lora.Lora(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
     except ValueError as error:
         raise InputError(f"lora: {error}") from None
-    update = lora.init(key, loaded.config, facts)
+    # Masters of what is trained are float32, whatever the base lies in.
+    update = lora.init(key, dataclasses.replace(loaded.config, param_dtype=jnp.float32), facts)
     model = lora.language_model(loaded.config, facts)
     return model, {"base": loaded.params, "lora": update}, facts
 
@@ -197,7 +208,7 @@ def _reference_table(run: runs.Run, model: Any, pi0: Any, data: Prepared, name: 
         rows=len(data),
         responses=data.responses,
         compute_dtype=run.compute_dtype,
-        chunk=config.chunk,
+        chunk=runs.chunk(run, model),
         mesh=run.mesh,
     )
     if jax.process_index() == 0:
@@ -227,7 +238,7 @@ def _divergence(
         stop=(splits.encoder.end,),
         mesh=run.mesh,
         compute_dtype=run.compute_dtype,
-        chunk=config.chunk,
+        chunk=runs.chunk(run, model),
     )
 
     def more(carried: TrainState) -> Any:

@@ -2,6 +2,7 @@
 
 from jax_klrlhf.training import (
     checkpoint,
+    defaults,
     evaluate,
     health,
     loop,
@@ -14,15 +15,17 @@ from jax_klrlhf.training import (
 )
 from jax_klrlhf.training.state import TrainState
 from jax_klrlhf.training.step import Info, TrainStep, make_step, make_train_step
-from jax_klrlhf.training.tasks import Batch, Task
+from jax_klrlhf.training.tasks import Batch, PackedBatch, Task
 
 __all__ = [
     "Batch",
     "Info",
+    "PackedBatch",
     "Task",
     "TrainState",
     "TrainStep",
     "checkpoint",
+    "defaults",
     "evaluate",
     "health",
     "loop",

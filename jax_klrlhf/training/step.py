@@ -151,7 +151,7 @@ def make_step(
             update_norm=optax.tree.norm(updates),
             finite=finite,
             tokens=_tokens(batch),
-            slots=jnp.int32(batch.prompts.ids.size + batch.responses.ids.size),
+            slots=jnp.int32(tasks.slots(batch)),
         )
         return moved, info
 
@@ -273,23 +273,27 @@ def _accumulate(differentiate: Any, params: Any, parts: Any) -> tuple[Sums, Any]
 def _cut(batch: Any, micro_batches: int, parts: int) -> Any:
     """``[B, ...]`` to ``[n, B / n, ...]``; the batch itself where n is 1.
 
-    Micro-batch m takes every n-th row from the m-th on: each device keeps its own rows.
+    Micro-batch m takes every n-th row from the m-th on (of a packed batch, every n-th stream with
+    its examples): each device keeps its own.
     """
-    count = batch.weight.shape[0]
+    kind, count = "rows", batch.weight.shape[0]
+    if isinstance(batch, tasks.PackedBatch):
+        kind, count = "streams", batch.packed.stream.shape[0]
     if count % (micro_batches * parts):
         raise ValueError(
-            f"a batch of {count} rows does not divide into {micro_batches} micro-batches on "
+            f"a batch of {count} {kind} does not divide into {micro_batches} micro-batches on "
             f"{parts} parts of the mesh; make it a multiple of {micro_batches * parts} "
             "(rows of weight 0 may fill it)."
         )
     if micro_batches == 1:
         return batch
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(
-            x.reshape(count // micro_batches, micro_batches, *x.shape[1:]), 1, 0
-        ),
-        batch,
-    )
+
+    def cut(x: Array) -> Array:
+        each = x.shape[0] // count
+        split = x.reshape(count // micro_batches, micro_batches, each, *x.shape[1:])
+        return jnp.moveaxis(split, 1, 0).reshape(micro_batches, -1, *x.shape[1:])
+
+    return jax.tree.map(cut, batch)
 
 
 def _tokens(batch: Any) -> Int[Array, ""]:

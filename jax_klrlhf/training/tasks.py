@@ -17,8 +17,10 @@ from jaxtyping import Array, Float, Int
 from jax_klrlhf.core import bradley_terry
 from jax_klrlhf.core.objectives import Scores
 from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.models import packed as packing
 from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.models.packed import Packed
 from jax_klrlhf.training import reference as references
 
 
@@ -37,6 +39,45 @@ class Batch(NamedTuple):
     """Log-probability of the responses under pi0, where it was computed before."""
     scores: Float[Array, "B K"] | None = None
     """How good each response was said to be, for a reward model with margins."""
+
+
+class PackedBatch(NamedTuple):
+    """Rows of a training batch in streams without padding; fields as in :class:`Batch`.
+
+    Rows are in the order of :func:`models.packed.rows`. A model without ``pack`` cannot score it.
+    """
+
+    packed: Packed
+    weight: Float[Array, " B"]
+    label: Float[Array, " B"] | None = None
+    ref_log_prob: Float[Array, "B K"] | None = None
+    scores: Float[Array, "B K"] | None = None
+
+    @property
+    def prompts(self) -> Ragged:
+        """ids ``[B, P]``, P of the largest rectangle."""
+        return packing.padded(self.packed, self.packed.prompts)
+
+    @property
+    def responses(self) -> Ragged:
+        """ids ``[B, K, C]``, C of the largest rectangle."""
+        return packing.padded(self.packed, self.packed.responses)
+
+
+def slots(batch: Any) -> int:
+    """Token slots that a model computes on for a batch: the true tokens and their padding."""
+    if isinstance(batch, PackedBatch):
+        return batch.packed.stream.size
+    return batch.prompts.ids.size + batch.responses.ids.size
+
+
+def log_prob(
+    model: LanguageModel, params: Any, batch: Any, *, chunk: int = scoring.CHUNK
+) -> Float[Array, "B K"]:
+    """Log-probability of a batch's responses, padded or packed."""
+    if isinstance(batch, PackedBatch):
+        return packing.log_prob(model, params, batch.packed, chunk=chunk)
+    return scoring.log_prob(model, params, batch.prompts, batch.responses, chunk=chunk)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +152,13 @@ def preference(
         chunk: tokens projected on the vocabulary at one time.
     """
 
-    def log_prob(params: Any, batch: Any) -> Float[Array, "B K"]:
-        return scoring.log_prob(model, params, batch.prompts, batch.responses, chunk=chunk)
+    def scored(params: Any, batch: Any) -> Float[Array, "B K"]:
+        return log_prob(model, params, batch, chunk=chunk)
 
     def score(params: Any, ref_params: Any, batch: Any) -> Preference:
         scores = Scores(
-            log_prob=log_prob(params, batch),
-            ref_log_prob=cast(Array, reference(log_prob, params, ref_params, batch)),
+            log_prob=scored(params, batch),
+            ref_log_prob=cast(Array, reference(scored, params, ref_params, batch)),
             length=batch.responses.lengths,
         )
         return Preference(scores, batch.label)
@@ -171,9 +212,11 @@ def likelihood(model: LanguageModel, *, chunk: int = scoring.CHUNK) -> Task:
 
     def score(params: Any, ref_params: Any, batch: Any) -> Scores:
         del ref_params
-        responses = jax.tree.map(lambda x: x[:, :1], batch.responses)
-        log_prob = scoring.log_prob(model, params, batch.prompts, responses, chunk=chunk)
-        return Scores(log_prob, cast(Array, None), responses.lengths)
+        if not isinstance(batch, PackedBatch):
+            batch = batch._replace(responses=jax.tree.map(lambda x: x[:, :1], batch.responses))
+        # The streams of a packed batch are what they are: all their responses are scored.
+        first = log_prob(model, params, batch, chunk=chunk)[:, :1]
+        return Scores(first, cast(Array, None), batch.responses.lengths[:, :1])
 
     def tokens(scores: Scores) -> Float[Array, " B"]:
         return scores.chosen_length.astype(scores.log_prob.dtype)
