@@ -1,19 +1,34 @@
 """How fast responses are drawn, against transformers and against ourselves without shared prompts.
 
-Three panels, each paired within one run (contenders take turns, every other round reversed):
+    python -m experiments.benchmarks.sampling --model MODEL --prompts STORIES --output FOLDER
+
+takes about 4 minutes on four cores and prints every turn as it ends. Panels, each paired within one
+run (contenders take turns, every other round reversed), each written to ``results.json`` as soon as
+it is there:
 
 - ``transformers``: tokens per second on a pretrained model and real prompts, against Hugging Face
-  ``generate`` (torch, same machine, no early stop on either side) at each of several batch sizes.
+  ``generate`` (torch with as many threads as cores; same machine, prompts and law; exactly
+  ``--new-tokens`` tokens of every sample on either side, none stopped early). A short sweep over
+  its batch sizes finds its best, which is what we are compared with. On CPU there are two of us:
+  one JAX device, whose threads share each operation, and one device per core with the prompts
+  divided over them by a mesh. XLA runs the many small products of attention on one thread each, so
+  the second is how a CPU of several cores is meant to be used.
 - ``sharing``: the time of our sampler with a prompt read once for its K samples against the same
-  sampler given every prompt K times, by prompt length, on a Llama-shaped model of random weights.
+  sampler given every prompt K times, by prompt length, on a Llama-shaped model of random weights;
+  and the bytes of keys and values that each of them keeps.
 - ``bandwidth`` (with ``--bandwidth``, in GB/s): tokens per second of a Llama-shaped bfloat16 model
   of about 1B parameters, and the share of the time that moving its weights and caches once per
   step would take at that bandwidth.
+
+Finished rows are neither refilled nor compacted here, because no row finishes early; whether that
+would pay on real stories is in the documentation of :func:`jax_klrlhf.models.sampling.sample`.
 """
 
 import dataclasses
 import importlib.util
+import os
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +40,13 @@ import tyro
 from rich.console import Console
 
 from experiments import prompts as texts
-from experiments.benchmarks import paired
+from experiments.benchmarks import aloud, paired
 from jax_klrlhf import models, results
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.errors import InputError, reported
 from jax_klrlhf.models import sampling
 from jax_klrlhf.results import Metric
+from jax_klrlhf.training import mesh as meshes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,12 +67,19 @@ class Config:
     """Tokens of each sample."""
     turns: int = 7
     """Timed rounds."""
-    hf_batches: tuple[int, ...] = (128, 256, 512)
+    hf_batches: tuple[int, ...] = (64, 256, 512)
     """Sequences at a time for transformers; its best is what we compare with."""
+    hf_threads: int | None = None
+    """Threads of torch, one per core unless given: beside other programs its threads wait for each
+    other hundreds of times longer than they work, and 1 is its best."""
+    sweep_turns: int = 2
+    """Timed rounds of the sweep that finds it."""
     lengths: tuple[int, ...] = (64, 512, 2048)
     """Prompt lengths of the sharing panel."""
-    sharing_batch: int = 8
+    sharing_batch: int = 4
     """Prompts of the sharing panel."""
+    sharing_turns: int = 3
+    """Timed rounds of the sharing panel, whose longest prompts take seconds a turn."""
     sharing_new_tokens: int = 32
     """Tokens of each sample in the sharing panel."""
     width: int = 256
@@ -82,24 +105,35 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     begin = time.perf_counter()
     metrics: dict[str, Metric] = {}
     before = paired.machine()
+
+    def write() -> Path:
+        """What there is so far: a run that is cut short leaves its finished panels."""
+        return results.write_results(
+            output,
+            name="benchmarks/sampling",
+            config={
+                **dataclasses.asdict(config),
+                "machine": before,
+                "load_after": paired.machine()["load_average"],
+            },
+            seeds=[0],
+            seconds=time.perf_counter() - begin,
+            metrics=metrics,
+        )
+
     if config.model is not None and config.prompts is not None:
         metrics |= against_transformers(config, config.model, config.prompts, console)
-    metrics |= sharing(config, console)
+        write()
+    rows: dict[str, dict[str, Metric | str]] = {}
+    for length in config.lengths:
+        rows[f"prompts of {length} tokens"], found = sharing(config, length, console)
+        metrics |= found
+        write()
+    if rows:
+        _show(f"A prompt once for {config.samples} samples", rows, config.sharing_turns, console)
     if config.bandwidth is not None:
         metrics |= of_bandwidth(config, config.bandwidth, console)
-    after = paired.machine()
-    return results.write_results(
-        output,
-        name="benchmarks/sampling",
-        config={
-            **dataclasses.asdict(config),
-            "machine": before,
-            "load_after": after["load_average"],
-        },
-        seeds=[0],
-        seconds=time.perf_counter() - begin,
-        metrics=metrics,
-    )
+    return write()
 
 
 def against_transformers(
@@ -128,6 +162,7 @@ def against_transformers(
     left = torch.tensor([[*[0] * (width - len(row)), *row] for row in rows])
     mask = torch.tensor(np.arange(width)[None] >= width - lengths[:, None]).long()
 
+    torch.set_num_threads(config.hf_threads or os.cpu_count() or 1)
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     settings = transformers.GenerationConfig(
         do_sample=True,
@@ -151,79 +186,129 @@ def against_transformers(
                 if out.shape[1] != width + config.new_tokens:
                     raise RuntimeError(f"transformers stopped early: {tuple(out.shape)}")
 
-    def ours() -> sampling.Samples:
+    def ours(key: Any, params: Any, prompts: Ragged) -> sampling.Samples:
         return sampling.generate(
-            jax.random.key(0),
+            key,
             loaded.model,
-            loaded.params,
+            params,
             prompts,
             samples=config.samples,
             max_new_tokens=config.new_tokens,
         )
 
-    contenders = {
-        f"transformers, {n} at a time": partial(transformers_at, n) for n in config.hf_batches
-    }
-    times = paired.alternate({"ours": ours, **contenders}, turns=config.turns)
     work = config.batch * config.samples * config.new_tokens
-    rates = {name: paired.rate(work, taken) for name, taken in times.items()}
-    best = max(contenders, key=lambda name: rates[name].value)
-    speedup = paired.ratio(times[best], times["ours"])
-    rows_of = {name: {"tokens/s": _whole(rate)} for name, rate in rates.items()}
-    rows_of["ours"] |= {"times transformers' best": str(speedup)}
-    rows_of["ours"] |= {"compile s": str(paired.compile_seconds(times["ours"]))}
-    results.print_table("Drawing responses", rows_of, console=console, caption=_caption(config))
-    metrics = {f"transformers/{name}/tokens_per_second": rate for name, rate in rates.items()}
-    metrics["transformers/ours/speedup_over_best"] = speedup
-    metrics["transformers/ours/compile_seconds"] = paired.compile_seconds(times["ours"])
+    console.print(f"transformers, {work} tokens a turn, sequences at a time:")
+    contenders = aloud.contenders(
+        console,
+        {f"transformers, {n} at a time": partial(transformers_at, n) for n in config.hf_batches},
+    )
+    sweep = paired.alternate(contenders, turns=config.sweep_turns)
+    found = {name: paired.rate(work, taken) for name, taken in sweep.items()}
+    best = max(found, key=lambda name: found[name].value)
+    metrics = {f"transformers/{name}/tokens_per_second": rate for name, rate in found.items()}
+
+    mine: dict[str, Callable[[], object]] = {
+        "ours": partial(ours, jax.random.key(0), loaded.params, prompts)
+    }
+    if (spread := _spread(jax.random.key(0), loaded.params, prompts)) is not None:
+        count, laid = spread
+        mine[f"ours, {count} devices"] = lambda: _on(laid[0], partial(ours, *laid[1:]))
+    console.print(f"its best, {best}, and ours:")
+    times = paired.alternate(
+        {**aloud.contenders(console, mine), best: contenders[best]}, turns=config.turns
+    )
+    rows = {name: {"tokens/s": _whole(rate)} for name, rate in found.items() if name != best}
+    rows[best] = {"tokens/s": _whole(paired.rate(work, times[best]))}
+    metrics[f"transformers/{best}/tokens_per_second"] = paired.rate(work, times[best])
+    for name in mine:
+        speedup = paired.ratio(times[best], times[name])
+        rate, compiling = paired.rate(work, times[name]), paired.compile_seconds(times[name])
+        rows[name] = {
+            "tokens/s": _whole(rate),
+            "times transformers' best": _short(speedup),
+            "compile s": _short(compiling),
+        }
+        metrics[f"transformers/{name}/tokens_per_second"] = rate
+        metrics[f"transformers/{name}/speedup_over_best"] = speedup
+        metrics[f"transformers/{name}/compile_seconds"] = compiling
+    _show("Drawing responses", rows, config.turns, console)
     return metrics
 
 
-def sharing(config: Config, console: Console) -> dict[str, Metric]:
-    """Each prompt once for K samples against each prompt K times, by prompt length."""
+def _spread(key: Any, params: Any, prompts: Ragged) -> tuple[int, tuple[Any, ...]] | None:
+    """Mesh, key, parameters and prompts over the CPU's devices; None where there is one device, or
+    an accelerator, of which one is what we compare with."""
+    devices = jax.devices()
+    count = max(n for n in range(1, len(devices) + 1) if prompts.ids.shape[0] % n == 0)
+    if jax.default_backend() != "cpu" or count == 1:
+        return None
+    mesh = meshes.make(data=count, fsdp=1, devices=devices[:count])
+    everywhere = jax.device_put((key, params), jax.NamedSharding(mesh, jax.P()))
+    width = sampling.bucket(prompts.ids.shape[1])
+    ids = jnp.pad(prompts.ids, ((0, 0), (0, width - prompts.ids.shape[1])))
+    rows = jax.device_put(Ragged(ids, prompts.lengths), jax.NamedSharding(mesh, jax.P("data")))
+    return count, (mesh, *everywhere, rows)
+
+
+def _on(mesh: Any, run: Callable[[], Any]) -> Any:
+    with jax.set_mesh(mesh):
+        return run()
+
+
+def sharing(
+    config: Config, length: int, console: Console
+) -> tuple[dict[str, Metric | str], dict[str, Metric]]:
+    """Each prompt once for K samples against each prompt K times, for prompts of one length.
+
+    Returns its row of the table, and its metrics.
+    """
     model = models.language_model(
-        _llama(config.width, config.layers, context=max(config.lengths) + config.sharing_new_tokens)
+        _llama(config.width, config.layers, context=length + config.sharing_new_tokens)
     )
     params = model.init(jax.random.key(0))
-    metrics: dict[str, Metric] = {}
-    rows: dict[str, dict[str, Metric | str]] = {}
-    work = config.sharing_batch * config.samples * config.sharing_new_tokens
-    for length in config.lengths:
-        shape = (config.sharing_batch, length)
-        ids = np.random.default_rng(length).integers(0, model.vocab_size, shape, np.int32)
-        lengths = np.full(config.sharing_batch, length, np.int32)
-        run = partial(
+    shape = (config.sharing_batch, length)
+    ids = np.random.default_rng(length).integers(0, model.vocab_size, shape, np.int32)
+    lengths = np.full(config.sharing_batch, length, np.int32)
+    once = Ragged(jnp.asarray(ids), jnp.asarray(lengths))
+    repeated = Ragged(*(jnp.repeat(leaf, config.samples, axis=0) for leaf in once))
+    layouts = {"shared": (once, config.samples), "repeated": (repeated, 1)}
+
+    def kept(prompts: Ragged, samples: int) -> float:
+        """MiB of keys and values at the end, by the shapes of the model's own caches."""
+
+        def caches(params: Any, prompts: Ragged) -> Any:
+            prefix = model.prefill(params, prompts)
+            return prefix.cache, model.start(params, prefix, samples, config.sharing_new_tokens)
+
+        leaves = jax.tree.leaves(jax.eval_shape(caches, params, prompts))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 2**20
+
+    runs = {
+        name: partial(
             sampling.generate,
             jax.random.key(0),
             model,
             params,
+            prompts,
+            samples=samples,
             max_new_tokens=config.sharing_new_tokens,
         )
-        once = Ragged(jnp.asarray(ids), jnp.asarray(lengths))
-        repeated = Ragged(*(jnp.repeat(leaf, config.samples, axis=0) for leaf in once))
-        times = paired.alternate(
-            {
-                "shared": partial(run, once, samples=config.samples),
-                "repeated": partial(run, repeated, samples=1),
-            },
-            turns=config.turns,
-        )
-        speedup = paired.ratio(times["repeated"], times["shared"])
-        rates = {name: paired.rate(work, taken) for name, taken in times.items()}
-        rows[f"prompts of {length} tokens"] = {
-            **{f"{name}, tokens/s": _whole(rate) for name, rate in rates.items()},
-            "speedup": speedup,
-        }
-        metrics[f"sharing/length {length}/speedup"] = speedup
-        for name, rate in rates.items():
-            metrics[f"sharing/length {length}/{name}_tokens_per_second"] = rate
-    results.print_table(
-        f"A prompt once for {config.samples} samples",
-        rows,
-        console=console,
-        caption=_caption(config),
-    )
-    return metrics
+        for name, (prompts, samples) in layouts.items()
+    }
+    console.print(f"prompts of {length} tokens, {config.samples} samples of each:")
+    times = paired.alternate(aloud.contenders(console, runs), turns=config.sharing_turns)
+    work = config.sharing_batch * config.samples * config.sharing_new_tokens
+    speedup = paired.ratio(times["repeated"], times["shared"])
+    row: dict[str, Metric | str] = {}
+    metrics = {f"sharing/length {length}/speedup": speedup}
+    for name, (prompts, samples) in layouts.items():
+        rate, mebibytes = paired.rate(work, times[name]), Metric(kept(prompts, samples))
+        row[f"{name}, tokens/s"] = _whole(rate)
+        row[f"{name}, cache MiB"] = f"{mebibytes.value:,.1f}"
+        metrics[f"sharing/length {length}/{name}_tokens_per_second"] = rate
+        metrics[f"sharing/length {length}/{name}_cache_mebibytes"] = mebibytes
+    row["speedup"] = _short(speedup)
+    return row, metrics
 
 
 def of_bandwidth(config: Config, bandwidth: float, console: Console) -> dict[str, Metric]:
@@ -258,12 +343,11 @@ def of_bandwidth(config: Config, bandwidth: float, console: Console) -> dict[str
     moved = weights + per_token * config.batch * (prompt + filled)
     share = results.mean(moved / (seconds * bandwidth * 1e9))
     rate = results.mean(config.batch * config.samples / seconds)
-    results.print_table(
-        "A Llama-shaped model of 1B parameters",
-        {"ours": {"tokens/s while decoding": _whole(rate), "share of bandwidth": share}},
-        console=console,
-        caption=_caption(config),
-    )
+    row: dict[str, Metric | str] = {
+        "tokens/s while decoding": _whole(rate),
+        "share of bandwidth": _short(share),
+    }
+    _show("A Llama-shaped model of 1B parameters", {"ours": row}, config.turns, console)
     return {
         "bandwidth/ours/decode_tokens_per_second": rate,
         "bandwidth/ours/share_of_limit": share,
@@ -288,14 +372,23 @@ def _whole(metric: Metric) -> str:
     return f"{metric.value:,.0f}{spread}"
 
 
-def _caption(config: Config) -> str:
+def _short(metric: Metric) -> str:
+    spread = "" if metric.stderr is None else f" ± {metric.stderr:.2f}"
+    return f"{metric.value:.2f}{spread}"
+
+
+def _show(title: str, rows: Any, turns: int, console: Console) -> None:
     facts = paired.machine()
-    return (
-        f"{facts['processor']}, load average {facts['load_average']}, {config.turns} rounds in "
-        "turn; ± is the standard error over rounds"
+    note = (
+        f"{facts['processor']}, {os.cpu_count()} cores, load average {facts['load_average']}; "
+        f"{turns} rounds in turn, ± is the standard error over them"
     )
+    aloud.markdown(f"**{title}** ({note})", rows, console)
 
 
 if __name__ == "__main__":
     with reported():
+        # One CPU device per core, unless the environment has said how many. Before JAX starts.
+        if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+            jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
         main(tyro.cli(Config, description=__doc__))

@@ -3,10 +3,16 @@
 The gradient of the summed log-probability of B x K responses is compiled with the projection in
 chunks and with all logits at once, at vocabularies of 32k and 128k. Temporaries are the compiler's
 own account (``memory_analysis``), so the whole projection is not run, only compiled.
+
+    python -m experiments.benchmarks.scoring --output FOLDER
+
+takes about 2 minutes on four cores, prints what it finds as it goes, and writes ``results.json``
+after each vocabulary.
 """
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,7 +20,7 @@ import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
-from experiments.benchmarks import paired
+from experiments.benchmarks import aloud, paired
 from jax_klrlhf import models, results
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.errors import InputError, reported
@@ -53,43 +59,65 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     begin = time.perf_counter()
     metrics: dict[str, Metric] = {}
     rows: dict[str, dict[str, Metric | str]] = {}
-    tokens = config.batch * config.samples * config.length
+
+    def write() -> Path:
+        return results.write_results(
+            output,
+            name="benchmarks/scoring",
+            config={**dataclasses.asdict(config), "machine": paired.machine()},
+            seeds=[0],
+            seconds=time.perf_counter() - begin,
+            metrics=metrics,
+        )
+
     for vocabulary in config.vocabularies:
-        logits = 4 * tokens * vocabulary / MIB
-        rows[f"{vocabulary} words, all logits (float32)"] = {"MiB": f"{logits:,.0f}"}
-        metrics[f"memory/{vocabulary} logits/mebibytes"] = Metric(logits)
-        compiled = {}
-        for chunk in (*config.chunks, tokens):
-            program, arguments = gradient(config, vocabulary, chunk)
-            analysis = program.memory_analysis()
-            if analysis is None:
-                raise InputError("this backend reports no memory analysis: run on CPU, GPU or TPU.")
-            temporaries = analysis.temp_size_in_bytes / MIB
-            name = "whole" if chunk == tokens else f"chunks of {chunk}"
-            rows[f"{vocabulary} words, {name}"] = {"MiB": f"{temporaries:,.0f}"}
-            metrics[f"memory/{vocabulary} {name}/mebibytes"] = Metric(temporaries)
-            if chunk != tokens and config.turns:
-                compiled[name] = lambda program=program, arguments=arguments: program(*arguments)
-        for name, times in (
-            paired.alternate(compiled, turns=config.turns).items() if compiled else ()
-        ):
-            speed = paired.rate(tokens, times)
-            rows[f"{vocabulary} words, {name}"] |= {"response tokens/s": f"{speed.value:,.0f}"}
-            metrics[f"time/{vocabulary} {name}/tokens_per_second"] = speed
-    results.print_table(
-        f"Temporaries of the gradient of {tokens} response tokens' log-probabilities",
+        found, mine = of_vocabulary(config, vocabulary, console)
+        rows |= {f"{vocabulary} words, {name}": row for name, row in mine.items()}
+        metrics |= found
+        write()
+    tokens = config.batch * config.samples * config.length
+    machine = paired.machine()
+    aloud.markdown(
+        f"**Temporaries of the gradient of {tokens} response tokens' log-probabilities** "
+        f"({machine['processor']}, load average {machine['load_average']}, hidden size "
+        f"{config.width}, one layer; {config.turns} rounds in turn, ± is the standard error)",
         rows,
-        console=console,
-        caption=f"{paired.machine()['processor']}, hidden size {config.width}, one layer",
+        console,
     )
-    return results.write_results(
-        output,
-        name="benchmarks/scoring",
-        config={**dataclasses.asdict(config), "machine": paired.machine()},
-        seeds=[0],
-        seconds=time.perf_counter() - begin,
-        metrics=metrics,
-    )
+    return write()
+
+
+def of_vocabulary(
+    config: Config, vocabulary: int, console: Console
+) -> tuple[dict[str, Metric], dict[str, dict[str, Metric | str]]]:
+    """Metrics and table rows of one vocabulary: every chunk compiled, all but the whole run."""
+    tokens = config.batch * config.samples * config.length
+    logits = Metric(4 * tokens * vocabulary / MIB)
+    metrics = {f"memory/{vocabulary} logits/mebibytes": logits}
+    rows: dict[str, dict[str, Metric | str]] = {
+        "all logits (float32)": {"MiB": f"{logits.value:,.0f}"}
+    }
+    console.print(f"vocabulary {vocabulary}:", highlight=False)
+    compiled = {}
+    for chunk in (*config.chunks, tokens):
+        program, arguments = gradient(config, vocabulary, chunk)
+        analysis = program.memory_analysis()
+        if analysis is None:
+            raise InputError("this backend reports no memory analysis: run on CPU, GPU or TPU.")
+        temporaries = Metric(analysis.temp_size_in_bytes / MIB)
+        name = "whole" if chunk == tokens else f"chunks of {chunk}"
+        console.print(f"  {name}: {temporaries.value:,.0f} MiB of temporaries", highlight=False)
+        rows[name] = {"MiB": f"{temporaries.value:,.0f}"}
+        metrics[f"memory/{vocabulary} {name}/mebibytes"] = temporaries
+        if chunk != tokens:
+            compiled[name] = partial(program, *arguments)
+    if config.turns:
+        times = paired.alternate(aloud.contenders(console, compiled), turns=config.turns)
+        for name, taken in times.items():
+            speed = paired.rate(tokens, taken)
+            rows[name]["response tokens/s"] = f"{speed.value:,.0f} ± {speed.stderr or 0:,.0f}"
+            metrics[f"time/{vocabulary} {name}/tokens_per_second"] = speed
+    return metrics, rows
 
 
 def gradient(config: Config, vocabulary: int, chunk: int):
