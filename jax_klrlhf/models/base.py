@@ -2,7 +2,8 @@
 
 A model is a :class:`LanguageModel`: functions of ``(params, arrays)`` and nothing else. Scoring,
 sampling and training are written on these six, so a Flax module, an Equinox module or a plain
-pytree serve alike. Parameters are any pytree.
+pytree serve alike. Parameters are any pytree. A seventh, ``pack``, is optional: batches without
+padding (:mod:`.packed`) need it, and nothing else does.
 
 The layout is *a prompt once and K responses to it*: ``prefill`` reads each prompt a single time
 and returns a :class:`Prefix`; ``extend`` (teacher forcing) and ``decode`` (one token at a time)

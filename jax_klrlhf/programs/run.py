@@ -271,7 +271,7 @@ class Feed:
     def __init__(self, stream: Stream, convert: Any):
         self._stream, self._convert = stream, convert
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Batch | PackedBatch:
         """The next batch."""
         return self._convert(next(self._stream))
 
