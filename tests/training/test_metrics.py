@@ -116,6 +116,21 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     assert (event.step, event.value) == (3, 0.5)
 
 
+def test_wandb_writes_what_it_was_given(tmp_path, monkeypatch):
+    """Without a network: the names and values stand in the run's file, as text."""
+    client = pytest.importorskip("wandb", reason="wandb is not installed (the extra `logging`)")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    sink = metrics.wandb(tmp_path, project="a_project", config={"a_setting": "a_value"})
+    sink(3, {"rewards/margins": Metric(0.4375, 0.1, 8)})
+    client.finish()
+    client.teardown()  # Its own process writes the file: only when that has ended is it whole.
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    written = file.read_bytes()
+    for text in (b"a_project", b"a_setting", b"a_value", b"rewards/margins", b"0.4375"):
+        assert text in written
+
+
 def test_schedules():
     rate = optimizers.schedule(1.0, warmup=4, steps=14, decay=optimizers.linear)
     found = [float(rate(step)) for step in range(15)]
