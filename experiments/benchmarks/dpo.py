@@ -6,9 +6,10 @@ nothing is reported. Each tool is a process of its own, warmed first (compiling 
 take their turns alternately. What is counted is *useful* tokens: each prompt once, each response
 once, no padding.
 
-The pairs are those of whole batches of an epoch of ours, taken evenly over the batch shapes; the
-peers get the same pairs in random order (TRL also in order of length) in batches of --batch-size.
-Allocator settings are equal for all within a table; each tool's best of them is set against ours.
+The pairs are those of whole batches of an epoch of ours (``--layout packed``), taken evenly over
+the batch shapes; the peers get the same pairs in random order (TRL also in order of length) in
+batches of --batch-size. Allocator settings are equal for all within a table; each tool's best of
+them is set against ours. Results are written after every table; after --minutes no other is begun.
 
 TRL and tunix live in environments of their own, named by --trl-python and --tunix-python.
 """
@@ -32,8 +33,8 @@ from rich.console import Console
 
 from experiments.benchmarks import paired
 from jax_klrlhf import models, results
-from jax_klrlhf.data import buckets, prepare, tokenize
-from jax_klrlhf.data.batch import Loader
+from jax_klrlhf.data import packing, prepare, tokenize
+from jax_klrlhf.data.packing import PackedLoader
 from jax_klrlhf.data.prepare import Prepared
 from jax_klrlhf.data.sources import open_source
 from jax_klrlhf.errors import InputError, reported
@@ -62,13 +63,19 @@ AGREEMENT = 1e-3
 Part = Literal["cached", "live", "breakdown"]
 OFF = {
     "reference cache off": ["cache"],
-    "length buckets off": ["buckets"],
-    "shared prompts off": ["sharing"],
-    "shared prompts off, all logits at once": ["projection"],
+    "packing off": ["packing"],
+    "packing, length buckets off": ["packing", "buckets"],
+    "packing, shared prompts off": ["packing", "sharing"],
+    "packing, shared prompts off, all logits at once": ["packing", "projection"],
     "attention in one block": ["blocks"],
     "rematerialization off": ["remat"],
 }
-"""The breakdown: what of ours is switched off."""
+"""The breakdown: what of ours is switched off (prompts are copied in rectangles alone)."""
+TITLES = {
+    "cached": "reference cached",
+    "live": "reference live",
+    "breakdown": "ours, parts off",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,14 +98,16 @@ class Config:
     """Batches of ours whose pairs are trained on in a turn."""
     turns: int = 3
     """Timed turns of each contender under each setting."""
+    minutes: float = 14.0
+    """No further table is begun that would likely end later than this."""
     check_steps: int = 20
     """Steps whose losses must agree."""
     max_prompt_length: int = 384
     max_response_length: int = 256
     batch_size: int = 8
     """Pairs in a batch of the peers."""
-    token_budget: int = 4096
-    """Token slots in a batch of ours: about as many pairs."""
+    token_budget: int = 2048
+    """Token slots in a batch of ours: about as many pairs as the peers'."""
     max_shapes: int = 8
     """Batch shapes of ours: the default of klrlhf dpo."""
     vocab_size: int = 4096
@@ -117,13 +126,13 @@ class Task:
     model: Path
     pairs: list[list[list[int]]]
     """Prompt, chosen and rejected ids."""
-    batches: Sequence[tuple[Sequence[int], list[int]]]
-    """Shapes and rows of our batches."""
+    batches: Sequence[tuple[Sequence[Any], list[int]]]
+    """Layouts and rows of our batches."""
     check: list[list[list[int]]]
     useful: int
     """Tokens of the pairs, each prompt once."""
-    padding: float
-    """Padding fraction of a whole epoch of ours."""
+    padding: tuple[float, float]
+    """Padding fraction of a whole epoch of ours, packed and in as many padded shapes."""
 
 
 def main(config: Config, *, console: Console | None = None) -> Path:
@@ -134,68 +143,86 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     output = results.output_folder(config.output)
     work = results.output_folder(output / "work")
     task = _prepare(config, work)
+    packed, padded = task.padding
     console.print(
         f"{len(task.pairs)} pairs, {task.useful} useful tokens; padding of an epoch of ours "
-        f"{task.padding:.1%}",
+        f"{packed:.1%} (in padded batches of as many shapes {padded:.1%})",
         highlight=False,
     )
     metrics: dict[str, Metric] = {
         "data/pairs/number": Metric(len(task.pairs)),
         "data/pairs/useful_tokens": Metric(task.useful),
-        "data/ours/padding_fraction": Metric(task.padding),
+        "data/ours/padding_fraction": Metric(packed),
+        "data/ours/padding_fraction_bucketed": Metric(padded),
     }
-    ours = {"ours": _ours()}
-    cached = dict(ours)
-    live = {"ours": _ours("cache")}
-    if "TRL" in peers:
-        cached |= {
-            "TRL": _trl("cached"),
-            "TRL, by length": _trl("cached", grouped=True),
-            "TRL, checkpointing": _trl("cached", checkpointing=True),
-        }
-        live |= {"TRL": _trl("live")}
-    if "tunix" in peers:
-        cached |= {"tunix, no reference": _tunix("none")}
-        live |= {"tunix": _tunix("live")}
+    versions = {name: _versions(python) for name, python in peers.items()}
+
+    def write() -> Path:
+        return results.write_results(
+            output,
+            name="benchmarks/dpo",
+            config={
+                **dataclasses.asdict(config),
+                "machine": paired.machine(),
+                "peers": versions,
+            },
+            seeds=[0],
+            seconds=time.perf_counter() - began,
+            metrics=metrics,
+        )
+
     found: dict[str, dict[str, dict[str, paired.Times]]] = {"cached": {}, "live": {}}
-    stage = 0
-    for part, contenders in (("cached", cached), ("live", live)):
-        if part not in config.parts:
+    agreed, longest = False, 0.0
+    for part, setting in _stages(config):
+        start = time.perf_counter() - began
+        if start + longest > 60 * config.minutes:
+            console.print(f"left out for lack of time: {part}, allocator {setting}")
             continue
-        for setting in config.settings:
-            title = f"reference {part}, allocator {setting}"
-            with _Stage(config, task, work / f"{part}-{setting}", setting, peers) as run:
-                run.start(contenders)
-                if stage == 0:
-                    metrics |= run.agree()
-                found[part][setting] = run.measure()
-                metrics |= run.report(title, f"{part} {setting}", console)
-            stage += 1
-    metrics |= _at_best(found, task.useful, console)
-    if "breakdown" in config.parts:
-        contenders = ours | {name: _ours(*off) for name, off in OFF.items()}
-        setting = config.settings[0]
-        with _Stage(config, task, work / "breakdown", setting, peers) as run:
-            run.start(contenders)
-            if stage == 0:
+        console.print(f"{start:.0f} s: {part}, allocator {setting}", highlight=False)
+        with _Stage(config, task, work / f"{part}-{setting}", setting, peers) as run:
+            run.start(_contenders(part, peers, everything=setting == config.settings[0]))
+            if not agreed:
                 metrics |= run.agree()
-            run.measure()
-            metrics |= run.report(f"ours, parts off, allocator {setting}", "breakdown", console)
-    seconds = time.perf_counter() - began
-    path = results.write_results(
-        output,
-        name="benchmarks/dpo",
-        config={
-            **dataclasses.asdict(config),
-            "machine": paired.machine(),
-            "peers": {name: _versions(python) for name, python in peers.items()},
-        },
-        seeds=[0],
-        seconds=seconds,
-        metrics=metrics,
-    )
-    console.print(f"{path}, in {seconds:.0f} s", highlight=False)
+                agreed = True
+            times = run.measure(console)
+            if part in found:
+                found[part][setting] = times
+            metrics |= run.report(
+                f"{TITLES[part]}, allocator {setting}", f"{part} {setting}", console
+            )
+        longest = max(longest, time.perf_counter() - began - start)
+        write()
+    metrics |= _at_best(found, task.useful, console)
+    path = write()
+    console.print(f"{path}, in {time.perf_counter() - began:.0f} s", highlight=False)
     return path
+
+
+def _stages(config: Config) -> list[tuple[Part, str]]:
+    """What to measure, in order of worth: all parts as the system is, then other allocators."""
+    first, *others = config.settings
+    stages: list[tuple[Part, str]] = [(part, first) for part in config.parts]
+    return stages + [(p, s) for s in others for p in config.parts if p != "breakdown"]
+
+
+def _contenders(part: Part, peers: Mapping[str, Path], *, everything: bool) -> dict[str, Any]:
+    """Who takes part; those that trade speed for memory only where ``everything`` is wanted."""
+    if part == "breakdown":
+        return {"ours": _ours()} | {name: _ours(*off) for name, off in OFF.items()}
+    found = {"ours": _ours() if part == "cached" else _ours("cache")}
+    if "TRL" in peers and part == "cached":
+        found |= {"TRL": _trl("cached"), "TRL, by length": _trl("cached", grouped=True)}
+        if everything:
+            found["TRL, checkpointing"] = _trl("cached", grouped=True, checkpointing=True)
+    elif "TRL" in peers:
+        found |= {"TRL": _trl("live"), "TRL, by length": _trl("live", grouped=True)}
+    if "tunix" in peers and part == "cached":
+        found["tunix, no reference"] = _tunix("none")
+    elif "tunix" in peers:
+        found["tunix"] = _tunix("live")
+        if everything:
+            found["tunix, remat"] = _tunix("live", remat="DECODER")
+    return found
 
 
 def _check(config: Config, console: Console) -> dict[str, Path]:
@@ -246,21 +273,22 @@ def _prepare(config: Config, work: Path) -> Task:
     )["train"]
     if data.responses != 2:
         raise InputError(f"{config.data}: {data.responses} responses to a prompt; pairs are wanted")
-    shapes = buckets.fit(
-        data.lengths.prompts,
-        data.lengths.longest,
-        responses=2,
-        max_shapes=config.max_shapes,
-        token_budget=config.token_budget,
-    )
-    loader = Loader(data.fetch, data.lengths, shapes=shapes, seed=0)
-    pieces = sorted(loader.epoch(0), key=lambda piece: piece.shape.row_slots)
+    settings = {"token_budget": config.token_budget, "max_shapes": config.max_shapes}
+    # A rectangle for each shape: attention then wastes least, which is what a CPU spends most on.
+    layouts = packing.fit(data.lengths, **settings, rectangles=config.max_shapes)
+    loader = PackedLoader(data.fetch, data.lengths, layouts=layouts, seed=0)
+    padded = data.loader(seed=0, **settings).padding_fraction
+    pieces = sorted(loader.epoch(0), key=lambda piece: piece[0].groups[0].row_slots)
     count = min(config.batches, len(pieces))
     # Every n-th of the batches in order of shape: a small epoch of the same make-up.
     taken = [pieces[math.floor((k + 0.5) * len(pieces) / count)] for k in range(count)]
-    rows = np.random.default_rng(0).permutation(np.concatenate([piece.rows for piece in taken]))
+    taken = [(layout, streams[streams >= 0]) for layout, streams in taken]
+    rows = np.random.default_rng(0).permutation(np.concatenate([held for _, held in taken]))
     place = {int(row): number for number, row in enumerate(rows)}
-    held = [(tuple(piece.shape), [place[int(row)] for row in piece.rows]) for piece in taken]
+    held = [
+        ((tuple(layout.groups[0]), layout.tokens, layout.answers), [place[int(n)] for n in numbers])
+        for layout, numbers in taken
+    ]
     used = data.lengths.prompts[rows].sum() + data.lengths.responses[rows].sum()
     model = models.ModelConfig(
         vocab_size=len(tokenizer),
@@ -282,7 +310,7 @@ def _prepare(config: Config, work: Path) -> Task:
         batches=held,
         check=_ids(data, _short(data, config)),
         useful=int(used),
-        padding=loader.padding_fraction,
+        padding=(loader.padding_fraction, padded),
     )
 
 
@@ -312,8 +340,8 @@ def _trl(reference: str, *, grouped: bool = False, checkpointing: bool = False):
     }
 
 
-def _tunix(reference: str) -> dict[str, Any]:
-    return {"tool": "tunix", "module": "with_tunix", "reference": reference, "remat": "NONE"}
+def _tunix(reference: str, *, remat: str = "NONE") -> dict[str, Any]:
+    return {"tool": "tunix", "module": "with_tunix", "reference": reference, "remat": remat}
 
 
 class _Process:
@@ -406,11 +434,14 @@ class _Stage:
         asked = [n for n in self._processes if n in ("ours", "TRL")]
         return agreement({name: self._processes[name].ask("check")["losses"] for name in asked})
 
-    def measure(self) -> dict[str, paired.Times]:
+    def measure(self, console: Console) -> dict[str, paired.Times]:
         """Warm all at the same time, then time them in turn, every other round reversed."""
+        begin = time.perf_counter()
         with ThreadPoolExecutor(len(self._processes)) as pool:
             answers = pool.map(lambda process: process.ask("warm"), self._processes.values())
             warmed = dict(zip(self._processes, answers, strict=True))
+        seconds = time.perf_counter() - begin
+        console.print(f"  compiled and warm in {seconds:.0f} s", highlight=False)
         taken: dict[str, list[float]] = {name: [] for name in self._processes}
         self._work = {name: [] for name in self._processes}
         training = dict.fromkeys(self._processes, 0.0)
@@ -422,6 +453,8 @@ class _Stage:
                 taken[name].append(answer["seconds"])
                 self._work[name].append(answer["cpu_seconds"])
                 training[name] = answer["peak"]
+            said = ", ".join(f"{name} {seconds[-1]:.1f}" for name, seconds in taken.items())
+            console.print(f"  turn {turn + 1}, seconds: {said}", highlight=False, soft_wrap=True)
         self._times = {name: paired.Times(0.0, np.array(t)) for name, t in taken.items()}
         self._peaks = {name: (warmed[name]["peak"], training[name]) for name in taken}
         return self._times

@@ -39,10 +39,15 @@ def fit(pairs: Sequence[tuple[str, str]], *, least: int = 5) -> Words:
     counts = Counter(word for pair in pairs for text in pair for word in set(words(text)))
     kept = sorted(word for word, count in counts.items() if count >= least)
     vocabulary = {word: number for number, word in enumerate(kept)}
-    data = jnp.asarray(differences(vocabulary, pairs))
+    data = differences(vocabulary, pairs)
+    # With a ridge the optimum lies in the span of the data, so Newton's matrices need be no larger
+    # than the pairs are many.
+    basis = np.linalg.qr(data.T)[0]
+    inside = jnp.asarray(data @ basis)
     fold = np.random.default_rng(0).permutation(len(pairs)) % FOLDS
-    ridge = min(RIDGES, key=lambda ridge: _held_out_loss(data, fold, ridge))
-    return Words(vocabulary, np.asarray(_fit(data, ridge, jnp.ones(len(pairs)))), ridge)
+    ridge = min(RIDGES, key=lambda ridge: _held_out_loss(inside, fold, ridge))
+    theta = np.asarray(_fit(inside, ridge, jnp.ones(len(pairs))))
+    return Words(vocabulary, basis @ theta, ridge)
 
 
 def words(text: str) -> list[str]:

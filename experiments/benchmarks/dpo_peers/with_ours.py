@@ -1,9 +1,10 @@
 """This library on the job's pairs: ``training.loop.train`` over batches collated as they come.
 
 ``without`` names what is switched off, for the breakdown: ``cache`` (the reference is scored in
-each step), ``buckets`` (every row padded to the two lengths), ``sharing`` (each response reads its
-own copy of the prompt), ``projection`` (that, and the logits of every position at once, prompts
-included), ``blocks`` (attention as one masked product), ``remat`` (all activations kept).
+each step), ``packing`` (the same batches, padded to their rectangle), ``buckets`` (every row padded
+to the two lengths), ``sharing`` (each response reads its own copy of the prompt), ``projection``
+(that, and the logits of every position at once, prompts included), ``blocks`` (attention as one
+masked product), ``remat`` (all activations kept). The middle three need ``packing`` off too.
 """
 
 import dataclasses
@@ -22,8 +23,10 @@ from jax_klrlhf.core.objectives import Scores
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data.batch import collate
 from jax_klrlhf.data.buckets import Shape
+from jax_klrlhf.data.packing import Layout, collate_streams
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.models import attention, scoring
+from jax_klrlhf.programs.run import packed as as_packed
 from jax_klrlhf.programs.run import pairs as as_pairs
 from jax_klrlhf.training import loop, make_step, optimizers, reference, state, tasks
 
@@ -36,15 +39,31 @@ WHOLE = 2**30
 class Collated:
     """Batches collated when they are asked for, in order, again and again."""
 
-    def __init__(self, rows: Sequence[Row], batches: Sequence[tuple[Shape, list[int]]], table: Any):
-        self._rows, self._batches, self._table = rows, batches, table
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        batches: Sequence[tuple[Layout, list[int]]],
+        table: Any,
+        pack: bool,
+    ):
+        self._rows, self._batches, self._table, self._pack = rows, batches, table, pack
         self._next = 0
 
     def __next__(self) -> Any:
         """The next batch."""
-        shape, held = self._batches[self._next % len(self._batches)]
+        layout, held = self._batches[self._next % len(self._batches)]
         self._next += 1
-        return as_pairs(collated(self._rows, shape, held), self._table)
+        if not self._pack:
+            return as_pairs(collated(self._rows, layout, held), self._table)
+        absent = [-1] * (layout.groups[0].rows - len(held))
+        streams = collate_streams(
+            lambda numbers: [self._rows[n] for n in numbers],
+            layout,
+            np.array([held + absent]),
+            responses=2,
+            stand_in=held[0],
+        )
+        return as_packed(streams, self._table)
 
     def state(self) -> int:
         """Batches given so far."""
@@ -55,8 +74,9 @@ class Collated:
         self._next = state
 
 
-def collated(rows: Sequence[Row], shape: Shape, held: list[int]) -> Any:
-    """The rows held, and copies of the first of them at weight 0, as one data batch."""
+def collated(rows: Sequence[Row], layout: Layout, held: list[int]) -> Any:
+    """The rows held, and copies of the first of them at weight 0, as one padded data batch."""
+    (shape,) = layout.groups
     numbers = np.array(held + [held[0]] * (shape.rows - len(held)), np.int32)
     weight = (np.arange(shape.rows) < len(held)).astype(np.float32)
     return collate([rows[n] for n in numbers], shape, numbers=numbers, weight=weight)
@@ -70,14 +90,18 @@ def make(job: dict[str, Any]) -> Contender:
     loaded = models.load(job["model"], remat=None if "remat" in without else REMAT)
     score = {"sharing": unshared, "projection": everywhere}
     switched = [score[name] for name in ("projection", "sharing") if name in without]
-    log_prob = switched[0] if switched else scoring.log_prob
+    pack = "packing" not in without
     kl_coef = job["kl_coef"]
 
+    def log_prob(params: Any, batch: Any) -> jax.Array:
+        if switched:
+            return switched[0](loaded.model, params, batch.prompts, batch.responses)
+        return tasks.log_prob(loaded.model, params, batch)
+
     def scores(params: Any, ref_params: Any, batch: Any) -> tasks.Preference:
-        ours = log_prob(loaded.model, params, batch.prompts, batch.responses)
+        ours = log_prob(params, batch)
         if "cache" in without:
-            theirs = log_prob(loaded.model, ref_params, batch.prompts, batch.responses)
-            theirs = jax.lax.stop_gradient(theirs)
+            theirs = jax.lax.stop_gradient(log_prob(ref_params, batch))
         else:
             theirs = batch.ref_log_prob
         return tasks.Preference(Scores(ours, theirs, batch.responses.lengths), batch.label)
@@ -99,11 +123,11 @@ def make(job: dict[str, Any]) -> Contender:
             table = reference.tabulate(
                 loaded.model,
                 loaded.params,
-                (collated(data, shape, held) for shape, held in batches),
+                (collated(data, layout, held) for layout, held in batches),
                 rows=len(data),
                 responses=2,
             )
-        return first, Collated(data, batches, table)
+        return first, Collated(data, batches, table, pack)
 
     def check() -> list[float]:
         data = rows_of(job["check"])
@@ -119,7 +143,7 @@ def make(job: dict[str, Any]) -> Contender:
     if "buckets" in without:
         batches = fixed(data, job["batch_size"], lengths=job["lengths"])
     else:
-        batches = [(Shape(*shape), list(held)) for shape, held in job["batches"]]
+        batches = [(read(layout), list(held)) for layout, held in job["batches"]]
     carried: list[Any] = []
 
     def turn() -> None:
@@ -136,11 +160,19 @@ def make(job: dict[str, Any]) -> Contender:
         carried[0] = outcome.state
 
     copied = bool(without & {"sharing", "projection"})
-    slots = sum(
-        shape.rows * (shape.prompt * (2 if copied else 1) + 2 * shape.response)
-        for shape, _ in batches
-    )
-    return Contender(check, turn, slots)
+
+    def slots(layout: Layout) -> int:
+        (shape,) = layout.groups
+        padded = shape.rows * (shape.prompt * (2 if copied else 1) + 2 * shape.response)
+        return layout.tokens if pack else padded
+
+    return Contender(check, turn, sum(slots(layout) for layout, _ in batches))
+
+
+def read(layout: Sequence[Any]) -> Layout:
+    """A layout of one stream from the job: its rectangle, tokens and response tokens."""
+    shape, tokens, answers = layout
+    return Layout((Shape(*shape),), tokens, answers, streams=1, epoch=1)
 
 
 def rows_of(pairs: Sequence[Sequence[list[int]]]) -> list[Row]:
@@ -153,17 +185,18 @@ def rows_of(pairs: Sequence[Sequence[list[int]]]) -> list[Row]:
 
 def fixed(
     data: Sequence[Row], size: int, *, lengths: Sequence[int] | None = None, multiple: int = 1
-) -> list[tuple[Shape, list[int]]]:
+) -> list[tuple[Layout, list[int]]]:
     """Batches of ``size`` rows in order, all of one shape: ``lengths``, or what holds all rows."""
     if lengths is None:
         prompt = max(len(row.prompt) for row in data)
         response = max(len(response) for row in data for response in row.responses)
         lengths = [-(-n // multiple) * multiple for n in (prompt, response)]
-    shape = Shape(size, lengths[0], 2, lengths[1])
-    return [
-        (shape, list(range(begin, min(begin + size, len(data)))))
-        for begin in range(0, len(data), size)
-    ]
+    batches = [list(range(at, min(at + size, len(data)))) for at in range(0, len(data), size)]
+    answers = [sum(len(r) for n in held for r in data[n].responses) for held in batches]
+    prompts = [sum(len(data[n].prompt) for n in held) for held in batches]
+    tokens = max(p + a for p, a in zip(prompts, answers, strict=True))
+    layout = read([(size, lengths[0], 2, lengths[1]), tokens, max(answers)])
+    return [(layout, held) for held in batches]
 
 
 def unshared(
