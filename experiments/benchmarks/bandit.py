@@ -355,8 +355,9 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     times = paired.alternate(contenders, turns=config.turns)
     metrics = {"agreement/float64/largest difference": results.Metric(worst)}
     metrics |= _numbers(config, times)
-    steps = np.asarray(refits(counts))
-    metrics["refits/Newton steps/per refit"] = results.mean(steps.mean(1))
+    steps, hessians = (np.asarray(count) for count in refits(counts))
+    metrics["refits/steps/per refit"] = results.mean(steps.mean(1))
+    metrics["refits/Hessians/per refit"] = results.mean(hessians.mean(1))
     _print(config, metrics, console)
     path = results.write_results(
         output,
@@ -373,20 +374,20 @@ def main(config: Config, *, console: Console | None = None) -> Path:
 LIBRARY, REFITS = "jax_klrlhf", "jax_klrlhf, refits alone"
 
 
-def _refits(problem: bandit.Problem, tallies: history.History, ridge: float) -> Array:
-    """Every round's refit and nothing else; the Newton steps of each."""
+def _refits(problem: bandit.Problem, tallies: history.History, ridge: float) -> tuple[Array, Array]:
+    """Every round's refit and nothing else; the steps and the Hessians of each."""
     dim = problem.setting.features.shape[-1]
 
-    def one(theta: Array, tally: history.History) -> tuple[Array, Array]:
+    def one(theta: Array, tally: history.History) -> tuple[Array, tuple[Array, Array]]:
         rows = history.view(tally)
         differences = history.differences(problem.setting, tally)
         fit = refit.newton(differences, rows.wins, rows.losses, theta, ridge=ridge)
-        return fit.theta, fit.iterations
+        return fit.theta, (fit.iterations, fit.hessians)
 
     start = jnp.zeros(dim, problem.setting.features.dtype)
-    theta, iterations = jax.lax.scan(one, start, tallies)
+    theta, (iterations, hessians) = jax.lax.scan(one, start, tallies)
     # The estimate must be used, or the last refit need not be computed.
-    return iterations + jnp.where(jnp.isnan(theta).any(), 1, 0)
+    return iterations + jnp.where(jnp.isnan(theta).any(), 1, 0), hessians
 
 
 def _numbers(config: Config, times: dict[str, paired.Times]) -> dict[str, results.Metric]:
@@ -442,7 +443,7 @@ def _print(config: Config, metrics: dict[str, results.Metric], console: Console)
         caption=f"± one standard error over {config.turns} turns; one process of each; the library "
         f"on {len(jax.devices())} device(s)",
     )
-    steps = metrics["refits/Newton steps/per refit"]
+    steps, hessians = (metrics[f"refits/{name}/per refit"] for name in ("steps", "Hessians"))
     at_best = metrics["ratio/headline, the plain form on every core at best/times"]
     console.print(
         f"headline: {headline.value:.0f} ± {headline.stderr or 0:.0f} times the faster plain form "
@@ -450,7 +451,7 @@ def _print(config: Config, metrics: dict[str, results.Metric], console: Console)
     )
     console.print(
         f"refits: {100 * share.value:.0f} % of the library's time, "
-        f"{steps.value:.2f} Newton steps each"
+        f"{steps.value:.2f} steps with {hessians.value:.2f} Hessians each"
     )
 
 

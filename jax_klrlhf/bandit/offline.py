@@ -76,7 +76,8 @@ def kl_pcb(
 
     Pessimism with the uncertainty measured in each context from that context's own mean under
     the behaviour policy: the usual way to remove the shift that comparisons leave unknown. The
-    paper has a general function class and its bonus; this linear form is a convention.
+    paper has a general function class; this linear form is our reading of its abstract
+    (pessimism, an extension to dueling bandits), not compared with its algorithm line by line.
     """
 
     def policy(setting: Setting, state: Estimate) -> Float[Array, "contexts actions"]:

@@ -101,7 +101,8 @@ def kl_ucb(
 
     KL-UCB (arXiv 2502.07460) has rewards as feedback; with comparisons the opponent and the origin
     ``nu`` of the bonus have to be chosen, and these choices are a convention. The optimistic
-    policy is what is deployed: it is the one whose regret the paper bounds.
+    policy is what is deployed: it is the one whose regret the paper bounds. Read from its
+    abstract and from what cites it (arXiv 2603.02155), not from its algorithm line by line.
     """
 
     def policy(setting: Setting, state: Estimate) -> Float[Array, "contexts actions"]:

@@ -51,8 +51,8 @@ def xpo(*, optimism: Scalar, ridge: Scalar = 1.0) -> Learner:
               - \sum_i \log\sigma\Big(\eta \log\tfrac{\pi}{\pi_0}(a^+_i)
               - \eta \log\tfrac{\pi}{\pi_0}(a^-_i)\Big)
 
-    Pairs are ``a ~ pi_t`` against ``a~ ~ pi0``. The sum over comparisons and the sampling from
-    pi0 are the paper's; the ridge is ours.
+    Pairs are ``a ~ pi_t`` against ``a~ ~ pi0``; the ridge is ours. The paper's text was not at
+    hand: that the bonus is summed over the same pi0 draws as the loss is our reading of it.
     """
     return _learner(_dpo_loss, optimism=optimism, against_reference=True, ridge=ridge)
 
@@ -63,7 +63,10 @@ def chi_po(*, reward_bound: Scalar, ridge: Scalar = 1.0) -> Learner:
     The implicit reward is :math:`\eta (z + \log z)` of the ratio z = pi/pi0, margins clipped at
     ``2 reward_bound``. The paper regularizes by chi-squared plus KL and asks that the class holds
     the optimum of *that*; a softmax-linear class doesn't, which is a misspecification that the
-    comparison with the others has to carry.
+    comparison with the others has to carry. Where the minimum lies on the edge of the clipping
+    there is no gradient that vanishes, and ``converged`` stays False whatever the number of steps.
+    The paper's algorithm was read by its abstract and notation only: the link ``z + log z``
+    multiplied by ``kl_coef`` and the clipping of the margin are our reading of it.
     """
 
     def loss(winner: Array, loser: Array, kl_coef: Array) -> Array:

@@ -88,9 +88,8 @@ def label(
 def draw_contexts(key: Key[Array, ""], setting: Setting, *, batch: int) -> Int[Array, " batch"]:
     """Contexts ``x ~ d0``, independently."""
     uniform = jax.random.uniform(key, (batch,), setting.context_prob.dtype)
-    return _invert(
-        uniform, jnp.broadcast_to(setting.context_prob[None], (batch, *setting.context_prob.shape))
-    )
+    cumulative = jnp.cumsum(setting.context_prob)
+    return _invert(uniform, jnp.broadcast_to(cumulative[None], (batch, *cumulative.shape)))
 
 
 def draw_actions(
@@ -101,22 +100,20 @@ def draw_actions(
 ) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
     """``a1 ~ first(.|x)`` and ``a2 ~ second(.|x)``, independently; one uniform number for each."""
     uniform = jax.random.uniform(key, (2, *context.shape), first_log_prob.dtype)
-    return (
-        _invert(uniform[0], jnp.exp(first_log_prob[context])),
-        _invert(uniform[1], jnp.exp(second_log_prob[context])),
-    )
+    # Summed once for each context, then looked up.
+    first, second = (jnp.cumsum(jnp.exp(p), -1) for p in (first_log_prob, second_log_prob))
+    return _invert(uniform[0], first[context]), _invert(uniform[1], second[context])
 
 
 def _invert(
-    uniform: Float[Array, " batch"], prob: Float[Array, "batch outcomes"]
+    uniform: Float[Array, " batch"], cumulative: Float[Array, "batch outcomes"]
 ) -> Int[Array, " batch"]:
     """Inverse of the distribution function: the first outcome whose cumulative sum exceeds u.
 
     u is scaled to stay strictly below the total, so rounding never selects a zero probability.
     """
-    cumulative = jnp.cumsum(prob, -1)
     total = cumulative[:, -1:]
-    below = uniform[:, None] * (1 - jnp.finfo(prob.dtype).eps) * total
+    below = uniform[:, None] * (1 - jnp.finfo(cumulative.dtype).eps) * total
     return jnp.sum(cumulative <= below, -1, dtype=jnp.int32)
 
 

@@ -11,6 +11,7 @@ one matrix product.
 Axes: ``rows`` (weighted comparisons), ``dim``, ``seeds`` (whatever axis is mapped).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_klrlhf.core import bradley_terry, linalg
@@ -42,27 +44,18 @@ def gram(
     r""":math:`\sum_i w_i z_i z_i^\top`, for weights that may be mapped where z is not.
 
     Mapped over seeds that share the differences, the products z z' are formed once and all sums
-    are one ``[seeds, rows] x [rows, dim (dim + 1) / 2]`` product: on CPU about ten times faster at
+    are one ``[dim (dim + 1) / 2, rows] x [rows, seeds]`` product: on CPU about ten times faster at
     256 seeds and dim 16 than what `vmap` makes of the plain formula, an array of weighted
     differences ``[seeds, rows, dim]`` that has to be written out first.
     """
-    weighted = weights[:, None] * differences
-    return jnp.matmul(weighted.T, differences, precision=_HIGHEST)
+    return _gram(differences, weights[:, None])[..., 0]
 
 
 @gram.def_vmap
 def _gram_of_many(axis_size, in_batched, differences, weights):
-    shared_differences, shared_weights = (not batched for batched in in_batched)
-    if not shared_differences or shared_weights:
-        plain = jax.vmap(gram.fun, in_axes=[0 if batched else None for batched in in_batched])
-        return plain(differences, weights), True
-    dim = differences.shape[-1]
-    row, column = np.triu_indices(dim)
-    products = differences[:, row] * differences[:, column]
-    sums = jnp.matmul(weights, products, precision=_HIGHEST)
-    position = np.zeros((dim, dim), np.int32)
-    position[row, column] = position[column, row] = np.arange(len(row))
-    return sums[:, position.reshape(-1)].reshape(axis_size, dim, dim), True
+    del axis_size
+    z, w = _seeds_last((differences, weights), in_batched)
+    return jnp.moveaxis(_gram(z, w), -1, 0), True
 
 
 def newton(
@@ -80,53 +73,125 @@ def newton(
     first step has the length :math:`\log(1 + m) / m`, which lowers F without a line search (Sun and
     Tran-Dinh, arXiv 1703.04599, order 2) and tends to 1. After margins drifted by no more than D in
     all, no curvature has changed by more than a factor :math:`e^D`; so full steps with the old
-    Hessian H lower F as long as :math:`D < \log 2`, each brings the optimum closer by a factor of
+    Hessian lower F as long as :math:`D < \log 2`, each brings the optimum closer by a factor of
     about D, and a new Hessian is formed when they don't suffice. It ends when ``m D`` is at the
     rounding of a margin: what is left is smaller.
 
     ``max_iterations`` is the number of Hessians.
     """
-    dim, dtype = differences.shape[-1], differences.dtype
-    ridge = jnp.asarray(ridge, dtype)
+
+    @custom_vmap
+    def fit(z: Array, wins: Array, losses: Array, start: Array, ridge: Array) -> Fit:
+        own = (wins[:, None], losses[:, None], start[:, None], ridge[None])
+        found = _newton(z, *own, max_iterations=max_iterations)
+        return Fit(*(leaf[..., 0] for leaf in found))
+
+    @fit.def_vmap
+    def _fit_many(axis_size, in_batched, z, *own):
+        z, *own = _seeds_last((z, *own), in_batched)
+        own = [jnp.broadcast_to(leaf, (*leaf.shape[:-1], axis_size)) for leaf in own]
+        found = _newton(z, *own, max_iterations=max_iterations)
+        found = Fit(*(jnp.moveaxis(leaf, -1, 0) for leaf in found))
+        return found, jax.tree.map(lambda _: True, found)
+
+    return fit(differences, wins, losses, start, jnp.asarray(ridge, differences.dtype))
+
+
+def _seeds_last(arrays: Sequence[ArrayLike], batched: Sequence[bool]) -> list[Array]:
+    """The mapped axis behind all others. Of differences that all seeds share there is none."""
+    first, *rest = (
+        jnp.moveaxis(jnp.asarray(leaf), 0, -1) if mapped else jnp.asarray(leaf)
+        for leaf, mapped in zip(arrays, batched, strict=True)
+    )
+    return [first, *(r if m else r[..., None] for r, m in zip(rest, batched[1:], strict=True))]
+
+
+def _times(z: Array, vector: Array) -> Array:
+    """``[rows, seeds]`` of differences ``[rows, dim]`` or ``[rows, dim, seeds]``."""
+    if z.ndim == 2:
+        return jnp.matmul(z, vector, precision=_HIGHEST)
+    return jnp.sum(z * vector[None], 1)
+
+
+def _transposed_times(z: Array, rows: Array) -> Array:
+    if z.ndim == 2:
+        return jnp.matmul(z.T, rows, precision=_HIGHEST)
+    return jnp.sum(z * rows[:, None], 0)
+
+
+def _gram(z: Array, weights: Array) -> Array:
+    """``[dim, dim, seeds]``."""
+    if z.ndim == 3:
+        return jnp.einsum("ris,rs,rjs->ijs", z, weights, z, precision=_HIGHEST)
+    dim = z.shape[-1]
+    row, column = np.triu_indices(dim)
+    # Slices, not a gather, which would take as long as the product itself.
+    lines = z.T
+    products = jnp.concatenate([lines[i : i + 1] * lines[i:] for i in range(dim)])
+    sums = jnp.matmul(products, weights, precision=_HIGHEST)
+    position = np.zeros((dim, dim), np.int32)
+    position[row, column] = position[column, row] = np.arange(len(row))
+    return sums[position]
+
+
+def _newton(
+    z: Array, wins: Array, losses: Array, start: Array, ridge: Array, *, max_iterations: int
+) -> Fit:
+    """All seeds side by side, the last axis of everything: long loops over like numbers."""
+    dim, dtype = start.shape[0], start.dtype
     eps = float(jnp.finfo(dtype).eps)
     count = wins + losses
+    identity = jnp.eye(dim, dtype=dtype)[..., None]
+    zero = jnp.zeros(ridge.shape, jnp.int32)
 
-    def from_hessian(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        theta, _, iterations, hessians = state
-        margin = jnp.matmul(differences, theta, precision=_HIGHEST)
-        hessian = gram(differences, count * bradley_terry.curvature(margin))
-        inverse = linalg.inverse(hessian + ridge * jnp.eye(dim, dtype=dtype))
+    def from_hessian(state: Fit) -> Fit:
+        margin = _times(z, state.theta)
+        hessian = _gram(z, count * bradley_terry.curvature(margin)) + ridge[None, None] * identity
+        inverse = linalg.inverse_of_many(hessian)
+        rounding = eps * (1 + jnp.max(jnp.abs(margin), 0, initial=0))
+        pending = ~state.converged
 
-        def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
-            theta, margin, drift, taken, _, _ = state
-            slope = count * jax.nn.sigmoid(margin) - wins
-            gradient = jnp.matmul(slope, differences, precision=_HIGHEST) + ridge * theta
-            direction = jnp.matmul(inverse, gradient, precision=_HIGHEST)
-            change = jnp.matmul(differences, direction, precision=_HIGHEST)
-            size = jnp.max(jnp.abs(change), initial=0)
-            first = taken == 0
+        def step(at: _Chain) -> _Chain:
+            slope = count * jax.nn.sigmoid(at.margin) - wins
+            gradient = _transposed_times(z, slope) + ridge[None] * at.theta
+            direction = jnp.sum(inverse * gradient[None], 1)
+            change = _times(z, direction)
+            size = jnp.max(jnp.abs(change), 0, initial=0)
+            first = at.taken == 0
             damped = jnp.where(size > 0, jnp.log1p(size) / jnp.where(size > 0, size, 1), 1)
-            safe = drift + size <= REACH
-            length = jnp.where(first, damped, jnp.where(safe, 1, 0))
-            drift = drift + length * size
-            largest = jnp.max(jnp.abs(margin), initial=0)
-            done = (first | safe) & (size * drift <= eps * (1 + largest))
-            more = ~done & (first | safe) & (drift < REACH) & (taken < STEPS - 1)
-            return (
-                theta - length * direction, margin - length * change, drift, taken + 1, done, more
-            )  # fmt: skip
+            sound = at.going & (first | (at.drift + size <= REACH))
+            length = jnp.where(sound, jnp.where(first, damped, 1), 0)
+            drift = at.drift + length * size
+            done = sound & (size * drift <= rounding)
+            return _Chain(
+                at.theta - length[None] * direction,
+                at.margin - length[None] * change,
+                drift,
+                jnp.where(sound, at.taken + 1, at.taken),
+                at.done | done,
+                sound & ~done & (at.taken < STEPS - 1),
+            )
 
-        no, zero = jnp.zeros((), bool), jnp.zeros((), jnp.int32)
-        begin = (theta, margin, jnp.zeros((), dtype), zero, no, ~no)
-        theta, _, _, taken, done, _ = lax.while_loop(lambda state: state[-1], step, begin)
-        return theta, done, iterations + taken, hessians + 1
+        begin = _Chain(state.theta, margin, jnp.zeros(ridge.shape, dtype), zero, ~pending, pending)
+        end = lax.while_loop(lambda at: jnp.any(at.going), step, begin)
+        hessians = jnp.where(pending, state.hessians + 1, state.hessians)
+        return Fit(end.theta, end.done, state.iterations + end.taken, hessians)
 
-    def unfinished(state: tuple[Array, ...]) -> Array:
-        _, done, _, hessians = state
-        return ~done & (hessians < max_iterations)
+    def unfinished(state: Fit) -> Array:
+        return jnp.any(~state.converged & (state.hessians < max_iterations))
 
-    zero = jnp.zeros((), jnp.int32)
-    return Fit(*lax.while_loop(unfinished, from_hessian, (start, zero > 0, zero, zero)))
+    return lax.while_loop(unfinished, from_hessian, Fit(start, zero > 0, zero, zero))
+
+
+class _Chain(NamedTuple):
+    """Steps with one Hessian."""
+
+    theta: Array
+    margin: Array
+    drift: Array
+    taken: Array
+    done: Array
+    going: Array
 
 
 REACH = 0.69

@@ -29,7 +29,8 @@ def two_stage(*, first_stage: Scalar, ridge: Scalar = 1.0, bound: Scalar | None 
     Until ``first_stage`` comparisons have been seen both actions come from pi0; from then on both
     come from the Gibbs policy of the estimate as it stood at that moment. The estimate that is
     deployed uses all data. A stage ends with the round in which it fills up. Weights count as
-    comparisons, so that offline data shorten the first stage.
+    comparisons, so that offline data shorten the first stage. That the second stage draws both
+    actions from the intermediate policy is our reading: only the abstract was at hand.
     """
     base = linear(from_behaviour(None), mle_policy, ridge=ridge, bound=bound)
 

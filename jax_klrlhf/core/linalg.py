@@ -31,18 +31,23 @@ def inverse(matrix: Float[Array, "dim dim"]) -> Float[Array, "dim dim"]:
     the last in memory, so that every operation runs over the matrices side by side. Not for
     reverse-mode differentiation: for that there is :func:`inverse_factor`.
     """
-    if matrix.shape[-1] > SMALL:
-        identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
-        return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(matrix), True), identity)
-    return _swept(matrix[..., None])[..., 0]
+    return inverse_of_many(matrix[..., None])[..., 0]
 
 
 @inverse.def_vmap
-def _inverse_of_many(axis_size, in_batched, matrices):
+def _inverse_mapped(axis_size, in_batched, matrices):
     del axis_size, in_batched
-    if matrices.shape[-1] > SMALL:
-        return jax.vmap(inverse.fun)(matrices), True
-    return jnp.moveaxis(_swept(jnp.moveaxis(matrices, 0, -1)), -1, 0), True
+    return jnp.moveaxis(inverse_of_many(jnp.moveaxis(matrices, 0, -1)), -1, 0), True
+
+
+def inverse_of_many(matrices: Float[Array, "dim dim many"]) -> Float[Array, "dim dim many"]:
+    """:func:`inverse` of matrices that lie side by side in the last axis."""
+    dim = matrices.shape[0]
+    if dim > SMALL:
+        factor = jnp.linalg.cholesky(jnp.moveaxis(matrices, -1, 0))
+        identity = jnp.broadcast_to(jnp.eye(dim, dtype=factor.dtype), factor.shape)
+        return jnp.moveaxis(jax.scipy.linalg.cho_solve((factor, True), identity), 0, -1)
+    return _swept(matrices)
 
 
 def _swept(matrix: Float[Array, "dim dim many"]) -> Float[Array, "dim dim many"]:

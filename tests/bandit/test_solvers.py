@@ -53,6 +53,35 @@ def test_bound_is_the_core_bound(learned):
     np.testing.assert_allclose(jnp.linalg.norm(state.theta), 0.4, rtol=1e-9)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_refit_of_many_seeds(x64, shared):
+    """Easy and hard seeds side by side: each has the optimum of the core fit, and its own count."""
+    del x64
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(4, 20, 3))
+    if shared:
+        z[:] = z[0]
+    wins, losses = rng.integers(0, 9, size=(2, 4, 20)).astype(float)
+    start = np.array([0.0, 0.1, 3.0, 40.0])[:, None] * rng.normal(size=(4, 3))
+    ridge = jnp.array([1.0, 0.1, 2.0, 1e-3])
+    z, wins, losses, start = (jnp.asarray(v) for v in (z, wins, losses, start))
+
+    def one(z, wins, losses, start, ridge):
+        return refit.newton(z, wins, losses, start, ridge=ridge)
+
+    of_all = jax.jit(jax.vmap(one, (None if shared else 0, 0, 0, 0, 0)))
+    found = of_all(z[0] if shared else z, wins, losses, start, ridge)
+    assert bool(found.converged.all())
+    assert len(set(found.iterations.tolist())) > 1
+    assert bool((found.hessians < found.iterations).all())
+    for k in range(4):
+        rows = jnp.concatenate([z[k], z[k]])
+        labels = jnp.repeat(jnp.array([1.0, 0.0]), 20)
+        weights = jnp.concatenate([wins[k], losses[k]])
+        fit = estimation.fit(rows, labels, ridge=ridge[k], weights=weights)
+        np.testing.assert_allclose(found.theta[k], fit.theta, atol=1e-10)
+
+
 @pytest.mark.parametrize("axes", [(None, 0), (0, None), (0, 0)])
 def test_gram_under_vmap(axes):
     rng = np.random.default_rng(0)
