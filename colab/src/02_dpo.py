@@ -134,6 +134,7 @@ print("gold reward of pi0: {:.3f} ± {:.3f}".format(*judge(pi0)[0]))
 
 # %%
 ETA = 0.2
+log_prob = jax.jit(scoring.log_prob, static_argnums=0)
 questions, _ = stories(128 if SMALL else 1024, seed=2)
 answers = draw(jax.random.key(3), pi0, questions)
 reward = jnp.asarray(gold(questions, answers))
@@ -148,7 +149,7 @@ batch = training.Batch(
     questions,
     compared,
     weight=np.asarray(pair.valid, np.float32),
-    ref_log_prob=np.asarray(scoring.log_prob(model, pi0, questions, compared)),
+    ref_log_prob=np.asarray(log_prob(model, pi0, questions, compared)),
 )
 for row in range(3):
     both = [text(compared.ids[row, k], compared.lengths[row, k]) for k in (0, 1)]
@@ -201,8 +202,7 @@ _ = axes[1].set(xlabel="KL(pi || pi0), nats", ylabel="gold reward", title="What 
 # %%
 fresh = draw(jax.random.key(8), pi0, held_out)
 implicit = ETA * (
-    scoring.log_prob(model, state.policy, held_out, fresh)
-    - scoring.log_prob(model, pi0, held_out, fresh)
+    log_prob(model, state.policy, held_out, fresh) - log_prob(model, pi0, held_out, fresh)
 )
 implicit, truth = np.asarray(implicit), gold(held_out, fresh)
 # A constant per prompt is not identified.
