@@ -193,6 +193,18 @@ def test_lora_with_the_base_as_reference(tiny, pairs, tmp_path):
     assert "eval/sigmoid/kl/ref" not in results(tmp_path)["metrics"]
 
 
+def test_dpo_in_streams_without_padding(dpo_run, tiny, pairs, tmp_path):
+    output = tmp_path / "packed"
+    arguments = options(tiny, pairs, output, **{"layout": "packed", "kl-prompts": 0})
+    assert cli.main(["dpo", *arguments, "--lora.rank", "2"]) == 0
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    # The cached reference was scored in padded batches: the policy begins at it all the same.
+    assert abs(rows[0]["loss"] - np.log(2)) < 0.1
+    padding = "train/sigmoid/perf/padding_fraction"
+    packed, padded = (results(place)["metrics"][padding]["value"] for place in (output, dpo_run[0]))
+    assert packed < 0.8 * padded
+
+
 def test_sft_then_reward_from_a_configuration_alone(tiny, pairs, tmp_path):
     arguments = options(tiny, pairs, tmp_path / "sft", weights="random", steps=8)
     assert cli.main(["sft", *arguments, "--learning-rate", "1e-2"]) == 0

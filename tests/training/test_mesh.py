@@ -202,15 +202,33 @@ def test_gradients_are_reduced_into_their_shards():
     assert kept["mix"].is_equivalent_to(NamedSharding(mesh, P("fsdp", "tensor")), 2)
 
 
-def test_adafactor_lays_out_what_has_a_parameters_shape():
+def test_adafactor_of_the_librarys_decoder():
+    """Its row and column means have no parameter's shape: whole on every device, and the same."""
+    config = ModelConfig(
+        vocab_size=toy.VOCAB, hidden_size=16, intermediate_size=32, layers=1, heads=4, kv_heads=2,
+        head_dim=8, max_length=32, tied=False,
+    )  # fmt: skip
+    model = language_model(config, constrain=partition.constrain)
+    params = model.init(jax.random.key(0))
     optimizer = optax.adafactor(1e-2, min_dim_size_to_factor=8)
-    mesh, shardings = layout(MESHES[3])
-    spread, laid = meshes.init(
-        jax.random.key(1), MODEL.init(jax.random.key(0)), optimizer, shardings=shardings
-    )
-    step.make_train_step(MODEL, optimizer, loss, shardings=laid)(
-        spread, meshes.put_batch(toy.batch(0), mesh)
-    )
+    mesh = meshes.make(**MESHES[3])
+    plain = state.init(jax.random.key(1), params, optimizer)
+    shardings = partition.shardings(params, mesh)
+    spread, laid = meshes.init(jax.random.key(1), params, optimizer, shardings=shardings)
+    for at in jax.tree.leaves(laid.opt_state[0].v_row):
+        assert at.spec == P()
+    assert spread.opt_state[0].v_row["embedding"].shape == (16,)  # It is factored.
+    one = step.make_train_step(model, optimizer, loss)
+    many = step.make_train_step(model, optimizer, loss, shardings=laid)
+    plain, info = one(plain, toy.batch(0))
+    spread, told = many(spread, meshes.put_batch(toy.batch(0), mesh))
+    np.testing.assert_allclose(told.grad_norm, info.grad_norm, rtol=1e-5)
+    # The means, not the parameters: an update divides by them, so that a row of a gradient that is
+    # rounding alone moves as far as any other.
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-12)
+    jax.tree.map(close, spread.opt_state[0], plain.opt_state[0])
+    kernel = spread.params["layers"]["up"]["kernel"]
+    assert kernel.sharding.spec == P(None, "fsdp", "tensor")
 
 
 def test_the_librarys_decoder_by_its_own_partition_rules():
