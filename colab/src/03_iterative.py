@@ -140,14 +140,9 @@ features = rounds.hidden_features(model, pi0, scale=8.0, rows=256)
 annotator = oracle.bradley_terry(gold)
 
 
-def belief():
-    return rounds.linear(features, dim=32, ridge=0.01, radius=0.3)
-
-
-def fitting():
-    return rounds.Fitting(optimizer=optax.adam(3e-3), steps=4 if SMALL else 80, batch_size=64)
-
-
+belief = rounds.linear(features, dim=32, ridge=0.01, radius=0.3)
+# All fits share it, and so one compiled step: the coefficient of the loss is data.
+fitting = rounds.Fitting(optimizer=optax.adam(3e-3), steps=4 if SMALL else 80, batch_size=64)
 offline = rounds.collect(
     jax.random.key(3),
     pi0,
@@ -170,10 +165,10 @@ def portion(number):
 def run(method, eta):
     shared = {
         "sampler": rounds.main_agent(draw),
-        "reward": belief(),
+        "reward": belief,
         "oracle": annotator,
         "pair_rule": pairing.by_reward(),  # best and worst, by what is believed
-        "improve": rounds.dpo(model, kl_coef=eta, fitting=fitting(), rows=256),
+        "improve": rounds.dpo(model, kl_coef=eta, fitting=fitting, rows=256),
     }
     key = jax.random.key(4)
     if method == "offline DPO":
@@ -230,7 +225,7 @@ with tempfile.TemporaryDirectory() as folder:
         "reward": rounds.known(gold),
         "oracle": annotator,
         "pair_rule": pairing.by_reward(),
-        "improve": rounds.dpo(model, kl_coef=0.2, fitting=fitting(), rows=256),
+        "improve": rounds.dpo(model, kl_coef=0.2, fitting=fitting, rows=256),
         "output": folder,
     }
     rounds.iterate(jax.random.key(5), pi0, rounds=1, **parts)
