@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -435,13 +434,14 @@ class _Stage:
         return agreement({name: self._processes[name].ask("check")["losses"] for name in asked})
 
     def measure(self, console: Console) -> dict[str, paired.Times]:
-        """Warm all at the same time, then time them in turn, every other round reversed."""
-        begin = time.perf_counter()
-        with ThreadPoolExecutor(len(self._processes)) as pool:
-            answers = pool.map(lambda process: process.ask("warm"), self._processes.values())
-            warmed = dict(zip(self._processes, answers, strict=True))
-        seconds = time.perf_counter() - begin
-        console.print(f"  compiled and warm in {seconds:.0f} s", highlight=False)
+        """Warm them one by one, then time them in turn, every other round reversed."""
+        warmed = {}
+        for name, process in self._processes.items():
+            # Side by side they would take far longer: torch's threads spin where cores are short.
+            begin = time.perf_counter()
+            warmed[name] = process.ask("warm")
+            seconds = time.perf_counter() - begin
+            console.print(f"  {name}: compiled and warm in {seconds:.0f} s", highlight=False)
         taken: dict[str, list[float]] = {name: [] for name in self._processes}
         self._work = {name: [] for name in self._processes}
         training = dict.fromkeys(self._processes, 0.0)

@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.sampling --model MODEL --prompts STORIES --output FOLDER
 
-takes about 4 minutes on four cores and prints every turn as it ends. Panels, each paired within one
+took 1.5 minutes on four quiet cores and prints every turn as it ends. Panels, each paired within one
 run (contenders take turns, every other round reversed), each written to ``results.json`` as soon as
 it is there:
 
@@ -11,8 +11,8 @@ it is there:
   ``--new-tokens`` tokens of every sample on either side, none stopped early). A short sweep over
   its batch sizes finds its best, which is what we are compared with. On CPU there are two of us:
   one JAX device, whose threads share each operation, and one device per core with the prompts
-  divided over them by a mesh. XLA runs the many small products of attention on one thread each, so
-  the second is how a CPU of several cores is meant to be used.
+  divided over them by a mesh. The small products of a decoding step
+  share badly among threads, so the second is much the faster of the two.
 - ``sharing``: the time of our sampler with a prompt read once for its K samples against the same
   sampler given every prompt K times, by prompt length, on a Llama-shaped model of random weights;
   and the bytes of keys and values that each of them keeps.
