@@ -63,8 +63,8 @@ def chi_po(*, reward_bound: Scalar, ridge: Scalar = 1.0) -> Learner:
     The implicit reward is :math:`\eta (z + \log z)` of the ratio z = pi/pi0, margins clipped at
     ``2 reward_bound``. The paper regularizes by chi-squared plus KL and asks that the class holds
     the optimum of *that*; a softmax-linear class doesn't, which is a misspecification that the
-    comparison with the others has to carry. Where the minimum lies on the edge of the clipping
-    there is no gradient that vanishes, and ``converged`` stays False whatever the number of steps.
+    comparison with the others has to carry. A minimum on the edge of the clipping has
+    no gradient that vanishes: ``converged`` then stays False whatever the number of steps.
     The paper's algorithm was read by its abstract and notation only: the link ``z + log z``
     multiplied by ``kl_coef`` and the clipping of the margin are our reading of it.
     """

@@ -177,9 +177,17 @@ def preference(
     return Task(
         score=score,
         loss=labelled,
-        report=lambda given: _preference_report(given.scores, kl_coef),
+        report=lambda given: _preference_report(_winner_first(given), kl_coef),
         names=PREFERENCE_NAMES,
     )
+
+
+def _winner_first(given: Preference) -> Scores:
+    """Pairs whose label says that the second won are turned, for what is reported as chosen."""
+    if given.label is None:
+        return given.scores
+    turn = (given.label < 0.5)[:, None]
+    return jax.tree.map(lambda x: jnp.where(turn, x[:, ::-1], x), given.scores)
 
 
 def _preference_report(scores: Scores, kl_coef: float) -> PreferenceReport:

@@ -41,6 +41,18 @@ def test_soft_labels_are_the_expected_loss(params):
     np.testing.assert_allclose(task.loss(hard), nll(margin), rtol=1e-5, atol=1e-6)
 
 
+def test_chosen_in_the_report_is_what_the_label_chose(params):
+    batch = jax.tree.map(jnp.asarray, toy.batch(0))
+    task = tasks.preference(MODEL, LOSS)
+    first = task.score(params, None, batch._replace(label=jnp.ones(16)))
+    turned = jax.tree.map(lambda x: x[:, ::-1], first.scores)
+    second = tasks.Preference(turned, jnp.zeros(16))
+    for one, other in zip(task.report(first), task.report(second), strict=True):
+        np.testing.assert_array_equal(one, other)
+    as_they_lie = task.report(tasks.Preference(turned, jnp.ones(16)))
+    np.testing.assert_array_equal(as_they_lie.margin, -task.report(first).margin)
+
+
 def test_likelihood_is_the_mean_over_all_tokens(params):
     batch = toy.batch(1, responses=1)
     batch = batch._replace(weight=np.where(batch.weight > 0, 1.0, 0.0).astype(np.float32))
