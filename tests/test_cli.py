@@ -94,6 +94,10 @@ def results(folder: Path):
     return json.loads((folder / "results.json").read_text())
 
 
+def history(folder: Path):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def dpo_run(tiny, pairs, tmp_path_factory):
     """`klrlhf dpo` with all that it writes, on eight devices."""
@@ -124,7 +128,7 @@ def test_dpo_trains_and_leaves_everything(dpo_run, tiny):
         assert isinstance(metrics[name]["value"], float), name
     assert metrics["eval/sigmoid/kl/ref"]["value"] > 0
     assert metrics["eval/sigmoid/kl/ref"]["stderr"] > 0
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    rows = history(output)
     assert [row["step"] for row in rows] == [2, 4, 4]
     # The policy began at the reference, scored by another program: the first margins are those of
     # two steps, not of two models.
@@ -186,7 +190,7 @@ def test_another_models_reference_cache_is_refused_by_name(dpo_run, tiny, pairs,
 def test_lora_with_the_base_as_reference(tiny, pairs, tmp_path):
     arguments = options(tiny, pairs, tmp_path, **{"lora.rank": 2, "reference": "live"})
     assert cli.main(["dpo", *arguments, "--kl-prompts", "0", "--learning-rate", "1e-2"]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = history(tmp_path)
     assert rows[0]["rewards/margins"] != 0
     tensors = safetensors.numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert any(np.abs(value).max() > 0 for name, value in tensors.items() if "lora_B" in name)
@@ -197,20 +201,17 @@ def test_dpo_in_streams_without_padding(dpo_run, tiny, pairs, tmp_path):
     output = tmp_path / "packed"
     arguments = options(tiny, pairs, output, **{"layout": "packed", "kl-prompts": 0})
     assert cli.main(["dpo", *arguments, "--lora.rank", "2"]) == 0
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    rows = history(output)
     # The cached reference was scored in padded batches: the policy begins at it all the same.
     assert abs(rows[0]["loss"] - np.log(2)) < 0.1
-    padding = "train/sigmoid/perf/padding_fraction"
-    packed, padded = (results(place)["metrics"][padding]["value"] for place in (output, dpo_run[0]))
+    packed, padded = (found[0]["perf/padding_fraction"] for found in (rows, history(dpo_run[0])))
     assert packed < 0.8 * padded
 
 
 def test_sft_then_reward_from_a_configuration_alone(tiny, pairs, tmp_path):
     arguments = options(tiny, pairs, tmp_path / "sft", weights="random", steps=8)
     assert cli.main(["sft", *arguments, "--learning-rate", "1e-2"]) == 0
-    rows = [
-        json.loads(line) for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()
-    ]
+    rows = history(tmp_path / "sft")
     losses = [row["loss"] for row in rows if "loss" in row]
     # From random weights the first loss is about that of the uniform law over the vocabulary.
     vocabulary = models.load(tiny).config.vocab_size
