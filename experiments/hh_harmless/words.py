@@ -1,8 +1,9 @@
 """A bag-of-words Bradley-Terry reward: what the words alone say of a preference.
 
 The features of a response are which words it has, each once, and the logarithm of how many; the
-margin is linear in their difference, fitted by :func:`core.estimation.fit`, the same likelihood as
-everywhere. The ridge is chosen by cross-validation among the training pairs.
+margin is linear in their difference. The likelihood is that of :func:`core.estimation.fit`, but for
+thousands of words Newton's matrices are the wrong tool: SciPy's L-BFGS minimizes it. The ridge is
+chosen by cross-validation among the training pairs.
 """
 
 import re
@@ -10,12 +11,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-
-from jax_klrlhf.core import bradley_terry, estimation
+from scipy.optimize import minimize
+from scipy.special import expit
 
 _WORD = re.compile(r"[a-z']+")
 RIDGES = (3.0, 10.0, 30.0, 100.0, 300.0)
@@ -40,14 +39,9 @@ def fit(pairs: Sequence[tuple[str, str]], *, least: int = 5) -> Words:
     kept = sorted(word for word, count in counts.items() if count >= least)
     vocabulary = {word: number for number, word in enumerate(kept)}
     data = differences(vocabulary, pairs)
-    # With a ridge the optimum lies in the span of the data, so Newton's matrices need be no larger
-    # than the pairs are many.
-    basis = np.linalg.qr(data.T)[0]
-    inside = jnp.asarray(data @ basis)
     fold = np.random.default_rng(0).permutation(len(pairs)) % FOLDS
-    ridge = min(RIDGES, key=lambda ridge: _held_out_loss(inside, fold, ridge))
-    theta = np.asarray(_fit(inside, ridge, jnp.ones(len(pairs))))
-    return Words(vocabulary, basis @ theta, ridge)
+    ridge = min(RIDGES, key=lambda ridge: _held_out_loss(data, fold, ridge))
+    return Words(vocabulary, _fit(data, ridge), ridge)
 
 
 def words(text: str) -> list[str]:
@@ -59,7 +53,7 @@ def differences(
     vocabulary: Mapping[str, int], pairs: Sequence[tuple[str, str]]
 ) -> Float[np.ndarray, "pairs features"]:
     """Features of the first text less those of the second, the log of the length last."""
-    found = np.zeros((len(pairs), len(vocabulary) + 1), np.float32)
+    found = np.zeros((len(pairs), len(vocabulary) + 1))
     for row, pair in zip(found, pairs, strict=True):
         for sign, text in zip((1.0, -1.0), pair, strict=True):
             listed = words(text)
@@ -70,16 +64,21 @@ def differences(
     return found
 
 
-@jax.jit
-def _fit(data: jax.Array, ridge: float, weights: jax.Array) -> jax.Array:
-    labels = jnp.ones(data.shape[0], data.dtype)
-    return estimation.fit(data, labels, ridge=ridge, weights=weights).theta
+def _fit(data: np.ndarray, ridge: float) -> np.ndarray:
+    """The minimum of the sum of -log sigmoid(margin) and of ridge / 2 times the squared norm."""
+
+    def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        margin = data @ theta
+        pull = data.T @ expit(-margin)
+        return float(_nll(margin) + ridge * theta @ theta / 2), ridge * theta - pull
+
+    options = {"maxiter": 2000, "ftol": 1e-14, "gtol": 1e-6}
+    return minimize(loss, np.zeros(data.shape[1]), jac=True, method="L-BFGS-B", options=options).x
 
 
-def _held_out_loss(data: jax.Array, fold: np.ndarray, ridge: float) -> float:
-    total = 0.0
-    for number in range(FOLDS):
-        theta = _fit(data, ridge, jnp.asarray(fold != number, data.dtype))
-        margin = np.asarray(data)[fold == number] @ np.asarray(theta)
-        total += float(bradley_terry.nll(jnp.asarray(margin)).sum())
-    return total
+def _nll(margin: np.ndarray) -> float:
+    return float(np.logaddexp(0, -margin).sum())
+
+
+def _held_out_loss(data: np.ndarray, fold: np.ndarray, ridge: float) -> float:
+    return sum(_nll(data[fold == n] @ _fit(data[fold != n], ridge)) for n in range(FOLDS))
