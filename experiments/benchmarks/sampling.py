@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks.sampling --model MODEL --prompts STORIES --output FOLDER
 
-took 1.5 minutes on four quiet cores and prints every turn as it ends. Panels, each paired within one
-run (contenders take turns, every other round reversed), each written to ``results.json`` as soon as
-it is there:
+took 1.5 minutes on four quiet cores and prints every turn as it ends. Panels, each paired within
+one run (contenders take turns, every other round reversed), each written to ``results.json`` as
+soon as it is there:
 
 - ``transformers``: tokens per second on a pretrained model and real prompts, against Hugging Face
   ``generate`` (torch with as many threads as cores; same machine, prompts and law; exactly
