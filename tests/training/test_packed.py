@@ -68,7 +68,7 @@ def batches():
 PACKED, PADDED = batches()
 
 
-def close(actual, expected, **tolerance):
+def assert_close(actual, expected, **tolerance):
     jax.tree.map(partial(np.testing.assert_allclose, **tolerance), actual, expected)
 
 
@@ -91,23 +91,23 @@ def _step(batch, mesh=None, **options):
     return moved.params, jax.device_get(info)
 
 
-def the_same(found, once):
+def assert_same(found, once):
     (params, info), (expected, told) = found, once
     np.testing.assert_allclose(info.loss, told.loss, rtol=1e-5)
     np.testing.assert_allclose(info.grad_norm, told.grad_norm, rtol=1e-4)
-    close(info.report, told.report, rtol=1e-4, atol=1e-5)
-    close(params, expected, atol=1e-5)
+    assert_close(info.report, told.report, rtol=1e-4, atol=1e-5)
+    assert_close(params, expected, atol=1e-5)
     assert info.tokens == told.tokens
     assert info.slots == PACKED.packed.stream.size < told.slots
 
 
 def test_a_packed_step_is_the_padded_one(once):
-    the_same(_step(PACKED), once)
+    assert_same(_step(PACKED), once)
 
 
 def test_accumulated_on_a_mesh_too(once):
     """Two micro-batches, each cut over two parts of the mesh: one stream at a time on each."""
-    the_same(_step(PACKED, meshes.make(data=1, fsdp=2, tensor=4), micro_batches=2), once)
+    assert_same(_step(PACKED, meshes.make(data=1, fsdp=2, tensor=4), micro_batches=2), once)
 
 
 def test_streams_that_do_not_divide_are_refused():
@@ -124,7 +124,7 @@ def test_maximum_likelihood_packed_and_padded():
         return [step.per_row(task, params, None, batch)[:2] for batch in batches]
 
     ours, theirs = both(params, (PACKED, PADDED))
-    close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_health_looks_at_streams():
