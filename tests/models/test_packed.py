@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jax_klrlhf.core.sequence import Ragged
@@ -85,6 +85,12 @@ OURS = with_gradient(lambda params, streams: packed.log_prob(MODEL, params, stre
 THEIRS = with_gradient(by_rectangles)
 
 
+def assert_close(actual, expected):
+    """Within 1e-4, of the largest entry where that is above 1: float32 has no more digits."""
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * max(1.0, np.abs(expected).max()))
+
+
+@example([0, 0, 0, 0, 4, *[0] * 19], 1194)
 @given(st.lists(st.integers(0, 100), min_size=24, max_size=24), st.integers(0, 2**16))
 def test_equals_the_rectangles(lengths, seed):
     streams = examples(2, lengths, seed)
@@ -92,7 +98,7 @@ def test_equals_the_rectangles(lengths, seed):
     (_, theirs), expected = THEIRS(PARAMS, streams)
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), gradient, expected)
+    jax.tree.map(assert_close, gradient, expected)
 
 
 def test_what_an_example_is_beside_does_not_matter():
