@@ -1,7 +1,8 @@
 """What the rest of the library asks of a language model: six pure functions.
 
 A model is a :class:`LanguageModel`: functions of ``(params, arrays)`` and nothing else. Scoring,
-sampling and training are written on these six, so a Flax module, an Equinox module or a plain
+sampling and training are written on these six (two more are optional: ``grow`` for a quicker
+sampler, ``pack`` for batches without padding), so a Flax module, an Equinox module or a plain
 pytree serve alike. Parameters are any pytree. A seventh, ``pack``, is optional: batches without
 padding (:mod:`.packed`) need it, and nothing else does.
 
