@@ -1,10 +1,9 @@
 """What the rest of the library asks of a language model: six pure functions.
 
 A model is a :class:`LanguageModel`: functions of ``(params, arrays)`` and nothing else. Scoring,
-sampling and training are written on these six (two more are optional: ``grow`` for a quicker
-sampler, ``pack`` for batches without padding), so a Flax module, an Equinox module or a plain
-pytree serve alike. Parameters are any pytree. A seventh, ``pack``, is optional: batches without
-padding (:mod:`.packed`) need it, and nothing else does.
+sampling and training are written on these six, so a Flax module, an Equinox module or a plain
+pytree serve alike. Parameters are any pytree. Two more are optional: ``grow``, for a quicker
+sampler, and ``pack``, without which there are no batches without padding (:mod:`.packed`).
 
 The layout is *a prompt once and K responses to it*: ``prefill`` reads each prompt a single time
 and returns a :class:`Prefix`; ``extend`` (teacher forcing) and ``decode`` (one token at a time)
