@@ -180,6 +180,8 @@ def test_offline_labels_pairs_of_pi0_and_improves_by_multi_step_rejection(place,
         "belief.model": place / "judge",
         "improve.method": "rso",
         "improve.chain": 2,
+        "improve.ranking": "tournament",
+        "improve.labels": "order",
         "kl-coef": 1.0,
         "annotator.labels": "expected",
     }
@@ -189,6 +191,7 @@ def test_offline_labels_pairs_of_pi0_and_improves_by_multi_step_rejection(place,
     # The last step accepts less, or as much: its target is sharper.
     assert 0 < row["rejection/acceptance/2"] <= 1
     assert 0 <= row["rejection/bound_error/1"] <= 1
+    assert row["rejection/order"] == 1  # the judge of a model knows no equal rewards
     labelled = safetensors.numpy.load_file(
         tmp_path / "before" / "round-000" / "offline.safetensors"
     )
@@ -348,6 +351,7 @@ BAD = {
     "offline": ({"setting": "offline"}, "--rounds is read by no run with --setting offline"),
     "share": ({"offline-share": 0.5}, "--offline-share is read by no run with --setting online"),
     "features": ({"pairs.rule": "enhancer"}, "give --belief.kind linear"),
+    "coin": ({"improve.labels": "drawn"}, "--improve.labels is read by no run with --improve.meth"),
     "certain": ({"improve.method": "pessimistic"}, "a belief that knows its uncertainty"),
     "second": ({"pairs.rule": "between"}, "needs a second agent"),
     "one": ({"samples": 1}, "--samples is 1"),

@@ -152,7 +152,7 @@ def first_round(
     """Random disjoint pairs, `first` the winner: "first-round-rank" of RSO (arXiv 2309.06657, 3.4).
 
     `decide(key, margin)` is True where the first of a match wins: a draw from Bradley-Terry, or
-    ``lambda key, margin: margin > 0``. Fields are ``[*batch, responses // 2]``; with n kept
+    :func:`higher`. Fields are ``[*batch, responses // 2]``; with n kept
     responses n // 2 matches are valid.
     """
     return _bracket(key, reward, decide, where, rounds=1)
@@ -171,6 +171,15 @@ def tournament(
     ``[*batch, responses - 1]``; with n kept responses n - 1 matches are valid.
     """
     return _bracket(key, reward, decide, where, rounds=None)
+
+
+def higher(key: Key[Array, ""], margin: Float[Array, "*batch"]) -> Bool[Array, "*batch"]:
+    """True where the first has the higher reward; a fair coin's throw where they are equal.
+
+    >>> higher(jax.random.key(0), jnp.array([-0.1, 0.1])).tolist()
+    [False, True]
+    """
+    return jnp.where(margin == 0, jax.random.bernoulli(key, shape=margin.shape), margin > 0)
 
 
 def distinct(

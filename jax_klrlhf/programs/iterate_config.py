@@ -113,6 +113,10 @@ class Improvement:
     """rejection: accepted responses of a prompt that are learned from, at most."""
     ranking: Literal["first-round", "tournament"] = "first-round"
     """rso: how accepted responses are paired."""
+    labels: Literal["expected", "drawn", "order"] = "expected"
+    """rso: what a pair's label is by the believed rewards: the Bradley-Terry probability as a soft
+    label; a preference drawn from it; or 1 for the higher reward, which keeps to no distance from
+    pi0 but that of fit.steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +277,7 @@ _READ: Mapping[str, tuple[str, Sequence[Any]]] = {
     "improve.reward_bound": ("improve.method", REJECTION),
     "improve.keep": ("improve.method", ("rejection",)),
     "improve.ranking": ("improve.method", ("rso",)),
+    "improve.labels": ("improve.method", ("rso",)),
     "fit.weight_decay": ("fit.optimizer", ("adamw",)),
     "offline_share": ("setting", ("hybrid",)),
     "newest_share": ("setting", ("hybrid",)),

@@ -393,9 +393,14 @@ def make_improve(place: Place) -> Improve:
     if improve.method == "weighted":
         return rounds.weighted_likelihood(model, draw, **shared)
     if improve.method == "rso":
-        rule = pairs.first_round if improve.ranking == "first-round" else pairs.tournament
         return rounds.rso(
-            model, draw, steps=improve.chain, reward_bound=improve.reward_bound, rule=rule, **shared
+            model,
+            draw,
+            steps=improve.chain,
+            reward_bound=improve.reward_bound,
+            rule=pairs.first_round if improve.ranking == "first-round" else pairs.tournament,
+            labelling=rounds.rejection.LABELLINGS[improve.labels],
+            **shared,
         )
     return rounds.rejection_sampling(
         draw,

@@ -9,6 +9,7 @@ import pytest
 
 from jax_klrlhf.core import divergence, gibbs, pairs
 from jax_klrlhf.core import rejection as core
+from jax_klrlhf.core.objectives import Scores
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import enumerate as enumerated
 from jax_klrlhf.training import rounds
@@ -127,13 +128,13 @@ def test_likelihood_of_what_is_accepted_approaches_the_gibbs_law():
 
 def test_rso_ranks_accepted_responses_by_what_is_believed(monkeypatch):
     seen = []
-    won = rejection._won
+    compared = rejection._compared
 
-    def spy(prompts, responses, first, second, valid):
+    def spy(prompts, responses, first, second, label, valid):
         seen.append((responses, first, second, valid))
-        return won(prompts, responses, first, second, valid)
+        return compared(prompts, responses, first, second, label, valid)
 
-    monkeypatch.setattr(rejection, "_won", spy)
+    monkeypatch.setattr(rejection, "_compared", spy)
     fitting = rounds.Fitting(optimizer=world.FITTING.optimizer, steps=30, batch_size=32)
     improve = rounds.rso(world.MODEL, FEW, kl_coef=1.0, fitting=fitting, rule=pairs.tournament)
     found = improve(jax.random.key(0), situation())
@@ -156,6 +157,101 @@ def test_rso_ranks_accepted_responses_by_what_is_believed(monkeypatch):
         assert sorted(played) == sorted(texts if len(texts) > 1 else ())
     assert len(players) == valid.sum() + valid.any(1).sum()
     assert found.metrics["rewards/margins"].value > 4 * found.metrics["rewards/margins"].stderr
+
+
+def labelled(monkeypatch, labelling, rule=pairs.first_round):
+    """What ``ranked`` fits on 2 000 prompts of 5 accepted responses, whose rewards often tie.
+
+    Returns rewards ``[N, 2]`` of the first and the second, labels ``[N]``, and what is reported.
+    """
+    reward = np.random.default_rng(0).integers(-3, 4, (2000, 5)).astype(np.float32) / 2
+    seen = []
+
+    def fit_at(model, loss, *, fitting):
+        def fit(key, params, data, **given):
+            seen.append(data.rows)
+            return rejection.Fitted(params, {})
+
+        return fit
+
+    monkeypatch.setattr(rejection, "fit_at", fit_at)
+    monkeypatch.setattr(
+        rejection, "reference_log_prob",
+        lambda *_, rows: lambda _, data: np.zeros((len(data.rows.weight), 2), np.float32),
+    )  # fmt: skip
+    # A response is its own number.
+    responses = ragged(np.arange(reward.size).reshape(*reward.shape, 1), np.ones(reward.shape))
+    accepted = rejection.Accepted(responses, np.ones(reward.shape, bool), reward, 1.0)
+    learn = rejection.ranked(
+        world.MODEL, rejection.coefficient.sigmoid,
+        fitting=world.FITTING, rule=rule, labelling=labelling,
+    )  # fmt: skip
+    prompts = ragged(np.ones((len(reward), 1)), np.ones(len(reward)))
+    here = situation()._replace(prompts=prompts)
+    found = learn(jax.random.key(5), world.PARAMS, here, accepted).metrics
+    (rows,) = seen
+    return reward.ravel()[rows.responses.ids[..., 0]], rows.label, found
+
+
+@pytest.mark.parametrize("rule", [pairs.first_round, pairs.tournament])
+def test_by_order_the_higher_reward_wins_and_equal_ones_tie(monkeypatch, rule):
+    reward, label, found = labelled(monkeypatch, rejection.order, rule)
+    assert len(label) == (2 if rule is pairs.first_round else 4) * 2000
+    tied = reward[:, 0] == reward[:, 1]
+    assert np.all(reward[:, 0] >= reward[:, 1])
+    assert 100 < tied.sum() < len(tied) / 2
+    np.testing.assert_array_equal(label, np.where(tied, 0.5, 1.0))
+    np.testing.assert_allclose(found["rejection/order"].value, label.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [pairs.first_round, pairs.tournament])
+def test_the_expected_label_is_the_bradley_terry_probability(monkeypatch, rule):
+    reward, label, found = labelled(monkeypatch, rejection.expected, rule)
+    margin = (reward[:, 0] - reward[:, 1]).astype(np.float64)
+    assert margin.min() < 0 < margin.max()  # Who is first was drawn.
+    np.testing.assert_allclose(label, 1 / (1 + np.exp(-margin)), rtol=1e-6)
+    higher = np.where(margin < 0, 1 - label, label)
+    np.testing.assert_allclose(found["rejection/order"].value, higher.mean(), rtol=1e-6)
+
+
+def test_drawn_labels_are_the_expected_ones_on_average(monkeypatch):
+    """4 000 pairs, 5 standard errors: false-alarm rate 6e-7 for each of the margins."""
+    reward, label, found = labelled(monkeypatch, rejection.drawn)
+    assert np.all(label == 1)
+    margin = reward[:, 0] - reward[:, 1]
+    for size in np.unique(np.abs(margin))[1:]:  # at 0 either is the first
+        here = np.abs(margin) == size
+        share, count = (margin[here] > 0).mean(), here.sum()
+        expected = 1 / (1 + np.exp(-float(size)))
+        assert abs(share - expected) < 5 * np.sqrt(expected * (1 - expected) / count)
+    won = 0.5 + 0.5 * np.sign(margin)
+    np.testing.assert_allclose(found["rejection/order"].value, won.mean(), rtol=1e-6)
+
+
+def test_only_labels_that_keep_the_margin_leave_the_gibbs_policy_where_it_is():
+    """The gradient of the DPO loss at pi0 exp(r / eta): 0 under ``expected``, not under ``order``.
+
+    Under ``drawn`` it is 0 on average over who wins, sigma(margin) of the times.
+    """
+    eta, draw = 0.5, np.random.default_rng(1)
+    reward = draw.normal(size=(50, 2)).astype(np.float32)
+    base = draw.normal(size=(50, 2)).astype(np.float32) - 5
+    task = rejection.tasks.preference(world.MODEL, rejection.coefficient.sigmoid(eta))
+
+    def slope(labelling, at):
+        def total(log_prob):
+            scores = Scores(log_prob, jnp.asarray(base[:, at]), jnp.ones((50, 2), int))
+            label = labelling.label(jnp.asarray(reward[:, at[0]] - reward[:, at[1]]))
+            return task.loss(rejection.tasks.Preference(scores, label)).sum()
+
+        found = jax.grad(total)(jnp.asarray((base + reward / eta)[:, at]))
+        return np.asarray(found)[:, at]  # by response, whoever won
+
+    np.testing.assert_allclose(slope(rejection.expected, [0, 1]), 0, atol=1e-6)
+    wins = 1 / (1 + np.exp(reward[:, 1:] - reward[:, :1]))
+    drawn = wins * slope(rejection.drawn, [0, 1]) + (1 - wins) * slope(rejection.drawn, [1, 0])
+    np.testing.assert_allclose(drawn, 0, atol=1e-6)
+    assert np.all(slope(rejection.order, [0, 1])[:, 0] < 0)
 
 
 def test_a_copy_is_ranked_where_only_a_later_one_was_accepted():

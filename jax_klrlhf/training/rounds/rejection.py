@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from jax_klrlhf.core import gibbs, pairs, rejection
+from jax_klrlhf.core import bradley_terry, gibbs, pairs, rejection
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.results import Metric, mean
@@ -57,6 +57,38 @@ class Accepted(NamedTuple):
 
 Learn = Callable[[Any, Any, Situation, Accepted], Fitted]
 """``learn(key, params, situation, accepted) -> Fitted``: a policy from what was accepted."""
+
+
+class Labelling(NamedTuple):
+    """How a pair of accepted responses is labelled by what is believed of them."""
+
+    decide: Callable[[Key[Array, ""], Array], Array]
+    """``decide(key, margin)``: True where the first wins its match, and goes on in a tournament."""
+    label: Callable[[Array], Array]
+    """``label(margin)``: probability that the winner is preferred, from its margin over the loser.
+    """
+
+
+expected = Labelling(bradley_terry.sample, jax.nn.sigmoid)
+r"""The soft label :math:`\sigma(r^1 - r^2)`: the expectation of :data:`drawn` without its noise.
+
+The DPO loss under either is least, in expectation, at :math:`\pi_0 e^{r/\eta}` (arXiv 2305.18290,
+eq. 4 and 7), the law that the steps accept towards. Who goes on in a tournament is drawn.
+"""
+
+drawn = Labelling(bradley_terry.sample, jnp.ones_like)
+"""A Bradley-Terry draw (arXiv 2309.06657, eq. 6): hardly more than a coin's at a small margin."""
+
+order = Labelling(pairs.higher, lambda margin: jnp.where(margin == 0, 0.5, jnp.ones_like(margin)))
+"""The higher reward is preferred; equal rewards are a tie, of label one half.
+
+The reward-ranking label of arXiv 2309.06657, whose ranking model names the preferred one (section
+2). It forgets by how much one is higher, so no policy has the least loss: the longer the fit, the
+farther from pi0. The paper's loss has a coefficient of its own, a tenth of eta.
+"""
+
+LABELLINGS = {"expected": expected, "drawn": drawn, "order": order}
+"""By the names that programs call them."""
 
 
 def rejection_sampling(
@@ -132,17 +164,25 @@ def rso(
     steps: int = 1,
     reward_bound: float | None = None,
     rule: Callable[..., pairs.Pair] = pairs.first_round,
+    labelling: Labelling = expected,
     rows: int = 64,
 ) -> Improve:
     """RSO (arXiv 2309.06657): DPO on pairs of accepted responses, labelled by what is believed.
 
-    ``rule`` is :func:`pairs.first_round` or :func:`pairs.tournament`. With ``steps`` beyond 1 it
-    is multi-step RSO, each step's fit with that step's eta.
+    ``rule`` and ``labelling`` are :func:`ranked`'s. With ``steps`` beyond 1 it is multi-step RSO,
+    each step's fit with that step's eta.
     """
 
     return rejection_sampling(
         draw,
-        ranked(model, coefficient.sigmoid, fitting=fitting, rule=rule, rows=rows),
+        ranked(
+            model,
+            coefficient.sigmoid,
+            fitting=fitting,
+            rule=rule,
+            labelling=labelling,
+            rows=rows,
+        ),
         kl_coef=kl_coef,
         steps=steps,
         reward_bound=reward_bound,
@@ -168,31 +208,51 @@ def ranked(
     *,
     fitting: Fitting,
     rule: Callable[..., pairs.Pair] = pairs.first_round,
+    labelling: Labelling = expected,
     rows: int = 64,
 ) -> Learn:
-    """A preference loss on pairs of accepted responses, the winners drawn by Bradley-Terry.
+    """A preference loss on pairs of accepted responses, labelled by what is believed of them.
 
-    ``loss(kl_coef)`` is the loss at a step's eta, which is traced: a chain is one program. The
-    reference is the situation's. Reports ``rejection/pairs``, how many there were.
+    Args:
+        model: the policy.
+        loss: ``loss(kl_coef)`` is the loss at a step's eta, which is traced: a chain is one
+            program. The reference is the situation's.
+        fitting: optimizer and sizes.
+        rule: who meets whom, ``rule(key, reward, *, decide, where)``: :func:`pairs.first_round` or
+            :func:`pairs.tournament`.
+        labelling: :data:`expected`, :data:`drawn` or :data:`order`.
+        rows: comparisons that the reference scores at one time.
+
+    Reports ``rejection/pairs``, how many there were, and ``rejection/order``, the mean probability
+    that their labels give to the higher reward: 1/2 is a coin's.
     """
     fit = fit_at(model, loss, fitting=fitting)
     reference = reference_log_prob(model, fitting, rows=rows)
 
     @jax.jit
-    def choose(key: Key[Array, ""], reward: Array, ids: Array, accepted: Array) -> pairs.Pair:
+    def choose(
+        key: Key[Array, ""], reward: Array, ids: Array, accepted: Array
+    ) -> tuple[pairs.Pair, Array, Array]:
         # Copies count once among the accepted: the first copy of all may be one that was not.
         marked = jnp.concatenate([ids, accepted[..., None].astype(ids.dtype)], -1)
-        return rule(key, reward, where=accepted & pairs.distinct(marked))
+        where = accepted & pairs.distinct(marked)
+        pair = rule(key, reward, decide=labelling.decide, where=where)
+        won, lost = (jnp.take_along_axis(reward, at, -1) for at in (pair.first, pair.second))
+        return pair, won - lost, labelling.label(won - lost)
 
     def learn(key: Any, params: Any, situation: Situation, accepted: Accepted) -> Fitted:
         key_pair, key_fit = jax.random.split(key)
-        pair = choose(key_pair, accepted.reward, accepted.responses.ids, accepted.accepted)
-        first, second, valid = (np.asarray(f).reshape(len(accepted.reward), -1) for f in pair)
-        data = comparisons_deal(
-            Mixture([_won(situation.prompts, accepted.responses, first, second, valid)], None)
+        pair, margin, label = choose(
+            key_pair, accepted.reward, accepted.responses.ids, accepted.accepted
         )
+        first, second, valid = map(np.asarray, pair)
+        label = np.asarray(label, np.float32)
+        found = _compared(situation.prompts, accepted.responses, first, second, label, valid)
+        data = comparisons_deal(Mixture([found], None))
+        sign = np.sign(np.asarray(margin))
+        higher = (sign * (label - 0.5) + 0.5)[valid]
         ref = reference(situation, data)
-        found = fit(
+        fitted = fit(
             key_fit,
             params,
             data._replace(rows=data.rows._replace(ref_log_prob=ref)),
@@ -200,14 +260,19 @@ def ranked(
             pi0=situation.policies.reference,
             folder=situation.folder,
         )
-        count = Metric(float(len(data.rows.weight)))
-        return found._replace(metrics={**found.metrics, "rejection/pairs": count})
+        report = {
+            "rejection/pairs": Metric(float(len(data.rows.weight))),
+            "rejection/order": mean(higher),
+        }
+        return fitted._replace(metrics={**fitted.metrics, **report})
 
     return learn
 
 
-def _won(prompts: Ragged, responses: Ragged, first: Any, second: Any, valid: Any) -> Comparisons:
-    """Pairs ``[B, M]``, the winner first, as comparisons ``[B M]``."""
+def _compared(
+    prompts: Ragged, responses: Ragged, first: Any, second: Any, label: Any, valid: Any
+) -> Comparisons:
+    """Pairs ``[B, M]`` and their labels as comparisons ``[B M]``."""
     matches = first.shape[1]
     one, two = pick(responses, first), pick(responses, second)
     return Comparisons(
@@ -216,7 +281,7 @@ def _won(prompts: Ragged, responses: Ragged, first: Any, second: Any, valid: Any
             np.stack([one.ids, two.ids], 2).reshape(-1, 2, one.ids.shape[-1]),
             np.stack([one.lengths, two.lengths], 2).reshape(-1, 2),
         ),
-        np.ones(first.size, np.float32),
+        label.ravel(),
         valid.ravel().astype(np.float32),
     )
 
