@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -225,14 +225,14 @@ class Lab:
 
 
 def names(
-    *, sweeps: Mapping[str, Sequence[float]], best_of: Sequence[int], seeds: int
+    *, sweeps: Mapping[str, Sequence[float]], best_of: Sequence[int], seeds: Iterable[int]
 ) -> list[Name]:
     """Every cell, by seed and in it by the place in the ``sweeps``: a part of a run is balanced.
 
     ``sweeps``: each method's coefficients.
     """
     found = []
-    for seed in range(seeds):
+    for seed in seeds:
         found.append(Name(PI0, 0.0, seed))
         found += [Name(BEST_OF, float(n), seed) for n in best_of]
         places = itertools.zip_longest(*([(m, c) for c in sweep] for m, sweep in sweeps.items()))

@@ -42,6 +42,8 @@ class Parts(NamedTuple):
     """One step's proposals of the chain."""
     chain: int
     """Steps of the chain."""
+    labelling: rounds.rejection.Labelling
+    """Of what rejection sampling accepts."""
     rounds: int
 
 
@@ -86,7 +88,12 @@ def pessimistic(parts: Parts, cell: Cell) -> Improve:
 def rso(parts: Parts, cell: Cell) -> Improve:
     """One step of rejection sampling: all proposals of the chain at once."""
     return rounds.rso(
-        parts.model, parts.propose, kl_coef=cell.kl_coef, fitting=parts.fitting, rows=parts.rows
+        parts.model,
+        parts.propose,
+        kl_coef=cell.kl_coef,
+        fitting=parts.fitting,
+        labelling=parts.labelling,
+        rows=parts.rows,
     )
 
 
@@ -98,6 +105,7 @@ def multi_step_rso(parts: Parts, cell: Cell) -> Improve:
         kl_coef=cell.kl_coef,
         fitting=parts.short_fitting,
         steps=parts.chain,
+        labelling=parts.labelling,
         rows=parts.rows,
     )
 

@@ -95,6 +95,8 @@ class Config:
     minutes: float | None = None
     """Begin no cell after so many minutes and report on what there is; a later run goes on."""
     seeds: int = 5
+    first_seed: int = 0
+    """The first of them: a pilot takes one that no statement is judged by."""
     proxy: Literal["linear", "reward-model"] = "linear"
     """What the learners' reward is: linear on frozen features, or all of pi0 with a head."""
     methods: tuple[str, ...] = methods.DEFAULT
@@ -104,6 +106,9 @@ class Config:
     rejection_coefficients: tuple[float, ...] = (4.0, 1.5, 0.6)
     """kl_coef of RSO and multi-step RSO: at smaller ones hardly a proposal is accepted, and the few
     pairs that are left differ so little that their labels are a coin's."""
+    rejection_labels: Literal["expected", "drawn", "order"] = "expected"
+    """What the pairs that RSO and multi-step RSO accept are labelled by, all by the proxy: the
+    Bradley-Terry probability, a draw from it, or which reward is the higher."""
     best_of: tuple[int, ...] = (2, 4, 8, 16)
     small: bool = False
     """A run of a few minutes: other sizes, two seeds, two coefficients."""
@@ -147,6 +152,8 @@ class Config:
         sweep = [*self.coefficients, *self.rejection_coefficients]
         if self.seeds < 1 or not self.coefficients or min(sweep) <= 0:
             raise InputError("--seeds must be at least 1 and every --coefficients positive.")
+        if self.first_seed < 0:
+            raise InputError(f"--first-seed {self.first_seed}: must be at least 0.")
         if self.minutes is not None and self.minutes <= 0:
             raise InputError("--minutes must be positive.")
         if any(n < 2 for n in self.best_of):
@@ -221,6 +228,7 @@ def write(
             f"{config.sizes.held_out_prompts} held out, {config.sizes.held_out_prompts} others",
             "kl_coef": ", ".join(f"{c:g}" for c in config.coefficients),
             "kl_coef of RSO": ", ".join(f"{c:g}" for c in config.rejection_coefficients),
+            "labels of RSO's pairs": config.rejection_labels,
             "minutes in cells": f"{seconds / 60:.1f}",
         },
         rows=rows,
@@ -285,6 +293,7 @@ def laboratory(config: Config, place: worlds.Place, *, output: Path) -> cells.La
         propose=draw(sizes.propose * sizes.rounds),
         propose_step=draw(sizes.propose),
         chain=sizes.rounds,
+        labelling=rounds.rejection.LABELLINGS[config.rejection_labels],
         rounds=sizes.rounds,
     )
 
@@ -296,7 +305,7 @@ def laboratory(config: Config, place: worlds.Place, *, output: Path) -> cells.La
         )  # fmt: skip
 
     # Too few prompts, or ones that do not fit the model, are found out before any fit.
-    seed(0)
+    seed(config.first_seed)
     if place.width + sizes.new_tokens > world.model.max_length:
         raise InputError(
             f"prompts of {place.width} tokens and --sizes.new-tokens {sizes.new_tokens} exceed "
@@ -308,6 +317,7 @@ def laboratory(config: Config, place: worlds.Place, *, output: Path) -> cells.La
         "prompts": journal.digest(place.encode(world.prompts))[:16],
         "other prompts": journal.digest(place.encode(place.other))[:16],
         "gold reward": journal.digest(_weights(place))[:16],
+        "labels of RSO's pairs": config.rejection_labels,
     }
     if config.proxy != "linear":
         identity["proxy"] = config.proxy
@@ -330,19 +340,20 @@ def run(
         InputError: where a cell on disk was made of something else, or a fit was stopped.
     """
     began = time.perf_counter()
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
     every = cells.names(
         sweeps={
             method: config.rejection_coefficients if "RSO" in method else config.coefficients
             for method in config.methods
         },
         best_of=config.best_of,
-        seeds=config.seeds,
+        seeds=seeds,
     )
     there = {name: lab.read(name) for name in every}
     left = [name for name in every if there[name] is None]
     bar = progress.add_task("cells (in fits)", total=sum(map(cells.cost, left)))
     found: dict[cells.Name, cells.Found] = {}
-    for seed in range(config.seeds):
+    for seed in seeds:
         for name in (n for n in every if n.seed == seed):
             cell = there[name]
             if cell is None:
@@ -363,7 +374,7 @@ def run(
                     highlight=False,
                 )
             found[name] = cell
-        if seed + 1 < config.seeds:
+        if seed != seeds[-1]:
             after_seed(found)
     return found
 
@@ -390,6 +401,8 @@ def _fitting(sizes: Sizes, steps: int) -> rounds.Fitting:
         optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)),
         steps=steps,
         batch_size=sizes.batch,
+        # What a fit reports is of its last quarter, near the policy that it comes to.
+        log_every=max(1, steps // 4),
     )
 
 

@@ -183,7 +183,7 @@ def test_the_program_writes_results_and_one_self_contained_page(finished, place,
 
 
 def test_a_run_cut_short_is_balanced_and_goes_on(finished, monkeypatch):
-    found = cells.names(sweeps={"a": [3.0, 1.0], "b": [0.5]}, best_of=[2], seeds=2)
+    found = cells.names(sweeps={"a": [3.0, 1.0], "b": [0.5]}, best_of=[2], seeds=range(2))
     assert found[:5] == [
         Name(cells.PI0, 0.0, 0),
         Name(cells.BEST_OF, 2.0, 0),
@@ -263,17 +263,25 @@ def test_shares_count_the_tokens_that_are_asked_for():
 
 
 def test_a_reward_model_can_be_the_proxy(place, tmp_path):
-    config = dataclasses.replace(CONFIG, seeds=1, proxy="reward-model", methods=("RSO",))
+    config = dataclasses.replace(
+        CONFIG, seeds=1, first_seed=3, proxy="reward-model", methods=("RSO",),
+        rejection_labels="order",
+    )  # fmt: skip
     config.check()
     lab = run.laboratory(config, place, output=tmp_path)
     found = _run(config, lab)
-    judged = found[Name("RSO", 0.5, 0)]
+    assert {name.seed for name in found} == {3}
+    judged = found[Name("RSO", 0.5, 3)]
+    assert judged.rounds[-1]["rejection/order"].value == 1  # no two rewards are equal
     assert np.isfinite(judged.held_out.proxy_gain).all()
     assert -1 <= judged.agreement <= 1
-    # A folder of cells knows whose proxy they were made with.
+    # A folder of cells knows whose proxy they were made with, and what labelled RSO's pairs.
     linear = run.laboratory(dataclasses.replace(config, proxy="linear"), place, output=tmp_path)
     with pytest.raises(InputError, match="made with another proxy"):
-        linear.read(Name("RSO", 0.5, 0))
+        linear.read(Name("RSO", 0.5, 3))
+    soft = dataclasses.replace(config, rejection_labels="expected")
+    with pytest.raises(InputError, match=r"labels of RSO's pairs \(order there, expected now\)"):
+        run.laboratory(soft, place, output=tmp_path).read(Name("RSO", 0.5, 3))
 
 
 def test_distinct_n_counts_different_n_grams():
@@ -405,6 +413,7 @@ def test_the_embedded_world_has_openings_that_its_grammar_never_makes(monkeypatc
         (["--coefficients", "0"], "positive"),
         (["--rejection-coefficients", "-1"], "positive"),
         (["--best-of", "1"], "at least 2"),
+        (["--first-seed", "-1"], "--first-seed -1: must be at least 0"),
         (["--minutes", "0"], "--minutes must be positive"),
         (["--proxy", "reward-model"], "no uncertainty, which offline GSHF, online GSHF-DPO, en"),
         (
