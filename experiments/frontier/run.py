@@ -106,7 +106,7 @@ class Config:
     rejection_coefficients: tuple[float, ...] = (4.0, 1.5, 0.6)
     """kl_coef of RSO and multi-step RSO: at smaller ones hardly a proposal is accepted, and the few
     pairs that are left differ so little that their labels are a coin's."""
-    rejection_labels: Literal["expected", "drawn", "order"] = "expected"
+    rejection_labels: Literal["expected", "drawn", "order"] = "order"
     """What the pairs that RSO and multi-step RSO accept are labelled by, all by the proxy: the
     Bradley-Terry probability, a draw from it, or which reward is the higher."""
     best_of: tuple[int, ...] = (2, 4, 8, 16)
