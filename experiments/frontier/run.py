@@ -4,7 +4,10 @@ Reward-KL frontiers of every method at the same label budget, in and out of dist
 Xiong et al., arXiv 2312.11456, section 6; the moving reference is the ablation of 2409.02392.
 """
 
+import concurrent.futures
 import dataclasses
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -97,6 +100,9 @@ class Config:
     seeds: int = 5
     first_seed: int = 0
     """The first of them: a pilot takes one that no statement is judged by."""
+    workers: int = 1
+    """Processes that seeds are divided over, each on its share of the cores: the model is so small
+    that cores do more apart than together. CPU only, and with files only."""
     proxy: Literal["linear", "reward-model"] = "linear"
     """What the learners' reward is: linear on frozen features, or all of pi0 with a head."""
     methods: tuple[str, ...] = methods.DEFAULT
@@ -154,6 +160,13 @@ class Config:
             raise InputError("--seeds must be at least 1 and every --coefficients positive.")
         if self.first_seed < 0:
             raise InputError(f"--first-seed {self.first_seed}: must be at least 0.")
+        if self.workers < 1:
+            raise InputError(f"--workers {self.workers}: must be at least 1.")
+        if self.workers > 1 and missing:
+            raise InputError(
+                f"--workers {self.workers} needs --model, --prompts, --gold and --ood: every "
+                "process would train the embedded model for itself, and not to the same bit."
+            )
         if self.minutes is not None and self.minutes <= 0:
             raise InputError("--minutes must be positive.")
         if any(n < 2 for n in self.best_of):
@@ -185,6 +198,8 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         config = small(config)
     config.check()
     output = results.output_folder(config.output)
+    if config.workers > 1:
+        _divided(config, console)
     with _progress(console) as progress:
         place = _place(config, progress)
         lab = laboratory(config, place, output=output)
@@ -201,6 +216,49 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         f"{path}, report.html and the figures beside it, in {time.perf_counter() - began:.0f} s"
     )
     return path
+
+
+def _divided(config: Config, console: Console) -> None:
+    """Make the cells of every seed in processes of their own, which leave them in the folder."""
+    if jax.default_backend() != "cpu":
+        raise InputError(
+            f"--workers {config.workers}: processes cannot share the {jax.default_backend()}; "
+            "leave it out, or set JAX_PLATFORMS=cpu."
+        )
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    console.print(f"{len(seeds)} seeds in {config.workers} processes", highlight=False)
+    context = multiprocessing.get_context("spawn")  # A fork would inherit JAX's threads.
+    places = context.Queue()
+    for worker in range(config.workers):
+        places.put(cores[worker :: config.workers])
+    with concurrent.futures.ProcessPoolExecutor(
+        config.workers, context, initializer=_pin, initargs=(places,)
+    ) as pool:
+        work = [
+            pool.submit(_cells, dataclasses.replace(config, first_seed=seed, seeds=1))
+            for seed in seeds
+        ]
+        try:
+            for done in concurrent.futures.as_completed(work):
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _pin(places: Any) -> None:
+    """Keep this process to its share of the cores; before JAX counts them."""
+    if cores := places.get():
+        os.sched_setaffinity(0, cores)
+
+
+def _cells(config: Config) -> None:
+    """Make the cells of a configuration that are not there; the report is the caller's."""
+    console = Console()
+    with Progress(disable=True, console=console) as progress:
+        place = _place(config, progress)
+        run(config, laboratory(config, place, output=config.output), progress)
 
 
 def write(
