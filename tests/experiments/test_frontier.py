@@ -22,6 +22,7 @@ from experiments.frontier.cells import Name
 from experiments.frontier.statements import Curve
 from experiments.quickstart import grammar
 from experiments.quickstart import world as quickstart
+from jax_klrlhf import models
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.training.rounds.parts import ragged
@@ -207,6 +208,48 @@ def test_a_run_cut_short_is_balanced_and_goes_on(finished, monkeypatch):
         )  # fmt: skip
     assert short.keys() == kept.keys()  # what was on disk, and no cell of seed 1 begun
     assert reported == [len(kept)]
+
+
+def test_seeds_are_divided_over_processes(tmp_path, monkeypatch):
+    rows = grammar.stories(60, seed=0)
+    tokenizer = tokenize.train_tokenizer(
+        (a + b for a, b in rows), vocab_size=300, folder=tmp_path / "tokenizer"
+    )
+    config = models.ModelConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, layers=1, heads=2,
+        kv_heads=2, head_dim=4, max_length=64,
+    )  # fmt: skip
+    params = models.language_model(config).init(jax.random.key(0))
+    models.save(tmp_path / "model", config, params, tokenizer)
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(a.strip() + b for a, b in rows))
+    (tmp_path / "gold").mkdir()
+    (tmp_path / "gold" / "positive.txt").write_text("a happy day\nshe smiled\n")
+    (tmp_path / "gold" / "negative.txt").write_text("a sad day\nshe cried\n")
+    (tmp_path / "other.txt").write_text("\n".join(a + "not " for a, _ in rows))
+    asked = dataclasses.replace(
+        CONFIG, output=tmp_path / "out", model=tmp_path / "model", workers=2, methods=(),
+        prompts=tmp_path / "stories.txt", gold=tmp_path / "gold", ood=tmp_path / "other.txt",
+    )  # fmt: skip
+
+    def nothing_left(lab, name):
+        raise AssertionError(f"{name} was left to the first process")
+
+    monkeypatch.setattr(cells.Lab, "run", nothing_left)
+    path = run.main(asked, console=Console(quiet=True))
+    assert {p.stem for p in (tmp_path / "out" / "cells").glob("*.json")} == {
+        f"{name}_{seed}" for name in ("pi0_0", "best-of-n_2") for seed in (0, 1)
+    }
+    assert json.loads(path.read_text())["seeds"] == [0, 1]
+
+
+def test_a_failure_in_a_process_is_said_in_one_line(tmp_path):
+    absent = tmp_path / "absent"
+    asked = dataclasses.replace(
+        CONFIG, output=tmp_path / "out", model=absent, prompts=absent, gold=absent, ood=absent,
+        workers=2,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="absent"):
+        run.main(asked, console=Console(quiet=True))
 
 
 def test_rounds_take_turns_of_the_prompts():
@@ -415,6 +458,8 @@ def test_the_embedded_world_has_openings_that_its_grammar_never_makes(monkeypatc
         (["--best-of", "1"], "at least 2"),
         (["--first-seed", "-1"], "--first-seed -1: must be at least 0"),
         (["--minutes", "0"], "--minutes must be positive"),
+        (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--workers", "2"], "--workers 2 needs --model, --prompts, --gold and --ood"),
         (["--proxy", "reward-model"], "no uncertainty, which offline GSHF, online GSHF-DPO, en"),
         (
             ["--model", "m", "--prompts", "p", "--gold", "g", "--ood", "absent.txt"],
