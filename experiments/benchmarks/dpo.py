@@ -179,7 +179,8 @@ def main(config: Config, *, console: Console | None = None) -> Path:
             continue
         console.print(f"{start:.0f} s: {part}, allocator {setting}", highlight=False)
         with _Stage(config, task, work / f"{part}-{setting}", setting, peers) as run:
-            run.start(_contenders(part, peers, everything=setting == config.settings[0]))
+            everything = setting == config.settings[0]
+            run.start(_contenders(part, peers, heads=config.heads, everything=everything))
             if not agreed:
                 metrics |= run.agree()
                 agreed = True
@@ -204,11 +205,17 @@ def _stages(config: Config) -> list[tuple[Part, str]]:
     return stages + [(p, s) for s in others for p in config.parts if p != "breakdown"]
 
 
-def _contenders(part: Part, peers: Mapping[str, Path], *, everything: bool) -> dict[str, Any]:
+def _contenders(
+    part: Part, peers: Mapping[str, Path], *, heads: int, everything: bool
+) -> dict[str, Any]:
     """Who takes part; those that trade speed for memory only where ``everything`` is wanted."""
     if part == "breakdown":
         return {"ours": _ours()} | {name: _ours(*off) for name, off in OFF.items()}
-    found = {"ours": _ours() if part == "cached" else _ours("cache")}
+    off = [] if part == "cached" else ["cache"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    found = {"ours": _ours(*off)}
+    if cores > 1 and heads % cores == 0:
+        found["ours, a device per core"] = _ours(*off, devices=cores)
     if "TRL" in peers and part == "cached":
         found |= {"TRL": _trl("cached"), "TRL, by length": _trl("cached", grouped=True)}
         if everything:
@@ -325,8 +332,8 @@ def _ids(data: Prepared, rows: np.ndarray) -> list[list[list[int]]]:
     return [[row.prompt, *row.responses] for row in data.fetch(rows.tolist())]
 
 
-def _ours(*without: str) -> dict[str, Any]:
-    return {"tool": "ours", "module": "with_ours", "without": list(without)}
+def _ours(*without: str, devices: int = 1) -> dict[str, Any]:
+    return {"tool": "ours", "module": "with_ours", "without": list(without), "devices": devices}
 
 
 def _trl(reference: str, *, grouped: bool = False, checkpointing: bool = False):
@@ -359,7 +366,9 @@ class _Process:
                 stderr=log,
                 text=True,
                 cwd=ROOT,
-                env=os.environ | {"JAX_PLATFORMS": "cpu"} | env,
+                env=os.environ
+                | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(job.get("devices", 1))}
+                | env,
             )
 
     def ask(self, command: str | None = None) -> dict[str, Any]:
@@ -430,7 +439,7 @@ class _Stage:
         Contenders without the reference in their loss have another, and are left out; so are
         parts of ours switched off, whose equality the tests of scoring hold.
         """
-        asked = [n for n in self._processes if n in ("ours", "TRL")]
+        asked = [n for n in self._processes if n in ("ours", "ours, a device per core", "TRL")]
         return agreement({name: self._processes[name].ask("check")["losses"] for name in asked})
 
     def measure(self, console: Console) -> dict[str, paired.Times]:

@@ -5,6 +5,7 @@ each step), ``packing`` (the same batches, padded to their rectangle), ``buckets
 to the two lengths), ``sharing`` (each response reads its own copy of the prompt), ``projection``
 (that, and the logits of every position at once, prompts included), ``blocks`` (attention as one
 masked product), ``remat`` (all activations kept). The middle three need ``packing`` off too.
+``devices`` CPU devices divide each layer's matrices, ``tensor`` of the mesh: the same batches.
 """
 
 import dataclasses
@@ -25,10 +26,11 @@ from jax_klrlhf.data.batch import collate
 from jax_klrlhf.data.buckets import Shape
 from jax_klrlhf.data.packing import Layout, collate_streams
 from jax_klrlhf.data.rows import Row
-from jax_klrlhf.models import attention, scoring
+from jax_klrlhf.models import attention, partition, scoring
 from jax_klrlhf.programs.run import packed as as_packed
 from jax_klrlhf.programs.run import pairs as as_pairs
 from jax_klrlhf.training import loop, make_step, optimizers, reference, state, tasks
+from jax_klrlhf.training import mesh as meshes
 
 REMAT = "full"
 """The least memory, and on CPU no slower than keeping activations, which are slow to write."""
@@ -87,7 +89,8 @@ def make(job: dict[str, Any]) -> Contender:
     without = set(job["without"])
     if "blocks" in without:
         attention.CHUNK = WHOLE
-    loaded = models.load(job["model"], remat=None if "remat" in without else REMAT)
+    mesh = meshes.make(tensor=job["devices"]) if job["devices"] > 1 else None
+    loaded = models.load(job["model"], mesh=mesh, remat=None if "remat" in without else REMAT)
     score = {"sharing": unshared, "projection": everywhere}
     switched = [score[name] for name in ("projection", "sharing") if name in without]
     pack = "packing" not in without
@@ -111,13 +114,18 @@ def make(job: dict[str, Any]) -> Contender:
 
     optimizer = optimizers.adamw(job["learning_rate"])
     task = tasks.preference(loaded.model, sigmoid, kl_coef=kl_coef)
-    step = make_step(dataclasses.replace(task, score=scores), optimizer)
+    live = "cache" in without
+    key, options = jax.random.key(0), {"ref_params": loaded.params if live else None}
+
+    def fresh() -> tuple[state.TrainState, Any]:
+        if mesh is None:
+            return state.init(key, loaded.params, optimizer, **options), None
+        placed = partition.shardings(loaded.params, mesh)
+        return meshes.init(key, loaded.params, optimizer, shardings=placed, **options)
+
+    step = make_step(dataclasses.replace(task, score=scores), optimizer, shardings=fresh()[1])
 
     def begin(data: Sequence[Row], batches: Any) -> tuple[Any, Collated]:
-        live = "cache" in without
-        first = state.init(
-            jax.random.key(0), loaded.params, optimizer, ref_params=loaded.params if live else None
-        )
         table = None
         if not live:
             table = reference.tabulate(
@@ -126,8 +134,9 @@ def make(job: dict[str, Any]) -> Contender:
                 (collated(data, layout, held) for layout, held in batches),
                 rows=len(data),
                 responses=2,
+                mesh=mesh,
             )
-        return first, Collated(data, batches, table, pack)
+        return fresh()[0], Collated(data, batches, table, pack)
 
     def check() -> list[float]:
         data = rows_of(job["check"])
