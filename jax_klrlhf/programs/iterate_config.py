@@ -9,6 +9,7 @@ from typing import Any, Literal
 from jax_klrlhf.data.examples import Columns
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.programs.config import MeshSizes, Processes, objective
+from jax_klrlhf.training import defaults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,8 +226,8 @@ class IterateConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; master parameters and moments are float32."""
-    remat: str | None = None
-    """What the backward pass recomputes: full, or a policy of jax.checkpoint_policies."""
+    remat: str | None = defaults.REMAT
+    """What the backward pass recomputes: full, a policy of jax.checkpoint_policies, or None."""
     rows: int = 64
     """Prompts answered, and comparisons scored, at one time."""
     mesh: MeshSizes = field(default_factory=MeshSizes)
