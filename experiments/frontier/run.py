@@ -228,6 +228,9 @@ def _divided(config: Config, console: Console) -> None:
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     console.print(f"{len(seeds)} seeds in {config.workers} processes", highlight=False)
+    share = len(cores[:: config.workers]) or 1
+    # NumPy's BLAS counts the cores before it is pinned, and its threads would spin on those few.
+    os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), str(share))
     context = multiprocessing.get_context("spawn")  # A fork would inherit JAX's threads.
     places = context.Queue()
     for worker in range(config.workers):
