@@ -553,7 +553,12 @@ def _at_best(
         names = dict.fromkeys(name for times in by_setting.values() for name in times)
         best = {}
         for name in names:
-            rates = {s: paired.rate(useful, times[name]) for s, times in by_setting.items()}
+            # Those that trade speed for memory take part under the first setting alone.
+            rates = {
+                setting: paired.rate(useful, times[name])
+                for setting, times in by_setting.items()
+                if name in times
+            }
             setting = max(rates, key=lambda s: rates[s].value)
             best[name] = setting, rates[setting]
         for name, (setting, speed) in best.items():

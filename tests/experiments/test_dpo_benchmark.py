@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments.benchmarks import dpo
+from experiments.benchmarks import dpo, paired
 from experiments.benchmarks.dpo_peers import with_ours
 from jax_klrlhf import models
 from jax_klrlhf.core.sequence import Ragged
@@ -127,6 +127,22 @@ def test_what_cannot_run_is_refused_before_anything_is_prepared(tmp_path, change
     with pytest.raises(InputError, match=message):
         dpo.main(config, console=QUIET)
     assert not (tmp_path / "out").exists()
+
+
+def test_each_tool_is_set_against_ours_under_the_setting_that_suits_it_best():
+    turns = lambda *seconds: paired.Times(0.0, np.array(seconds))  # noqa: E731
+    found = {
+        "cached": {
+            "default": {"ours": turns(2.0, 2.0), "TRL": turns(8.0, 8.0), "saving": turns(9.0, 9.0)},
+            # What trades speed for memory takes part once.
+            "retain": {"ours": turns(4.0, 4.0), "TRL": turns(5.0, 5.0)},
+        }
+    }
+    metrics = dpo._at_best(found, 100, QUIET)
+    assert metrics["best cached/ours/tokens_per_second"].value == 50
+    assert metrics["best cached/TRL/tokens_per_second"].value == 20
+    assert metrics["best cached/TRL/ours_is_faster"].value == pytest.approx(2.5)
+    assert metrics["best cached/saving/ours_is_faster"].value == pytest.approx(4.5)
 
 
 def test_parts_switched_off_compute_the_same():
