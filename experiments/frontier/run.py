@@ -226,28 +226,34 @@ def _divided(config: Config, console: Console) -> None:
             "leave it out, or set JAX_PLATFORMS=cpu."
         )
     seeds = range(config.first_seed, config.first_seed + config.seeds)
+    workers = min(config.workers, len(seeds))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    console.print(f"{len(seeds)} seeds in {config.workers} processes", highlight=False)
-    share = len(cores[:: config.workers]) or 1
-    # NumPy's BLAS counts the cores before it is pinned, and its threads would spin on those few.
-    os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), str(share))
+    console.print(f"{len(seeds)} seeds in {workers} processes", highlight=False)
     context = multiprocessing.get_context("spawn")  # A fork would inherit JAX's threads.
     places = context.Queue()
-    for worker in range(config.workers):
-        places.put(cores[worker :: config.workers])
-    with concurrent.futures.ProcessPoolExecutor(
-        config.workers, context, initializer=_pin, initargs=(places,)
-    ) as pool:
-        work = [
-            pool.submit(_cells, dataclasses.replace(config, first_seed=seed, seeds=1))
-            for seed in seeds
-        ]
-        try:
-            for done in concurrent.futures.as_completed(work):
-                done.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    for worker in range(workers):
+        places.put(cores[worker::workers])
+    before = dict(os.environ)
+    # NumPy's BLAS counts the cores before it is pinned, and its threads would spin on those few.
+    share = str(len(cores[::workers]) or 1)
+    os.environ |= {"OPENBLAS_NUM_THREADS": share, "OMP_NUM_THREADS": share}
+    try:
+        with concurrent.futures.ProcessPoolExecutor(
+            workers, context, initializer=_pin, initargs=(places,)
+        ) as pool:
+            work = [
+                pool.submit(_cells, dataclasses.replace(config, first_seed=seed, seeds=1))
+                for seed in seeds
+            ]
+            try:
+                for done in concurrent.futures.as_completed(work):
+                    done.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _pin(places: Any) -> None:

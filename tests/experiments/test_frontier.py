@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 
@@ -235,7 +236,9 @@ def test_seeds_are_divided_over_processes(tmp_path, monkeypatch):
         raise AssertionError(f"{name} was left to the first process")
 
     monkeypatch.setattr(cells.Lab, "run", nothing_left)
+    before = dict(os.environ)
     path = run.main(asked, console=Console(quiet=True))
+    assert os.environ == before
     assert {p.stem for p in (tmp_path / "out" / "cells").glob("*.json")} == {
         f"{name}_{seed}" for name in ("pi0_0", "best-of-n_2") for seed in (0, 1)
     }
