@@ -8,6 +8,7 @@ under jit, vmap, grad and on a mesh. Only jax is imported.
 from jax_klrlhf.core import (
     bounds,
     bradley_terry,
+    choices,
     divergence,
     ellipsoid,
     estimation,
@@ -23,6 +24,7 @@ from jax_klrlhf.core import (
 __all__ = [
     "bounds",
     "bradley_terry",
+    "choices",
     "divergence",
     "ellipsoid",
     "estimation",
