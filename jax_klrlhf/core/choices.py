@@ -56,7 +56,7 @@ PROVIDERS = {
     "rewards": "a belief with members: an ensemble, draws of a posterior",
     "agent": "a sampler of two agents (against_base, mixture): all choices here are of one policy",
     "context_prob": "a problem whose contexts are listed",
-    "index": "draws from a listed set (choices.sample)",
+    "number": "draws from a listed set (choices.sample)",
 }
 """Who provides each field, for the one who misses it."""
 
@@ -86,7 +86,7 @@ class Choices(NamedTuple):
     """Of each member of a belief: of an ensemble, of a posterior, of a group of people."""
     agent: Int[Array, "*batch choices"] | None = None
     """Who chose it, 0 the main agent, where there are several; the mass is each one's own law."""
-    index: Int[Array, "*batch choices"] | None = None
+    number: Int[Array, "*batch choices"] | None = None
     """Which of a listed set each draw is."""
     context_prob: Float[Array, "*batch"] | None = None
     """Weight of each context in an expectation over contexts; None: all alike."""
@@ -172,7 +172,7 @@ def drawn(
 def sample(key: Key[Array, ""], every: Choices, samples: int) -> Choices:
     """`samples` independent draws, with replacement, from the main agent of a listed set.
 
-    Every field is looked up at the draws, `index` says which they are, and copies are one choice.
+    Every field is looked up at the draws, `number` says which they are, and copies are one choice.
 
     Raises:
         ValueError: for fewer than one sample.
@@ -211,7 +211,7 @@ def take(every: Choices, index: Int[Array, "*batch samples"]) -> Choices:
         features=features,
         ellipsoid=every.ellipsoid,
         rewards=rewards,
-        index=index,
+        number=index,
         context_prob=every.context_prob,
     )
 
@@ -231,7 +231,7 @@ def expectation(choices: Choices, value: Float[Array, "..."]) -> Float[Array, ".
 
 
 def over_contexts(choices: Choices, value: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Mean of `value` ``[*batch, ...]`` over contexts: by `context_prob` where there is one, else of all alike."""
+    """Mean of `value` ``[*batch, ...]`` over contexts: by `context_prob`, or of all alike."""
     batch = choices.where.ndim - 1
     flat = value.reshape(-1, *value.shape[batch:])
     if choices.context_prob is None:

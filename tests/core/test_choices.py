@@ -1,4 +1,4 @@
-"""The record that both worlds share: mass, copies, draws, and what is said where a field is absent."""
+"""The record that both worlds share: mass, copies, draws, and what absent fields say."""
 
 import jax
 import jax.numpy as jnp
@@ -46,20 +46,20 @@ def test_expectations_over_draws_are_means_whatever_the_copies():
     """And the draws follow the policy: chi-squared at a false-alarm rate of 1e-6 for each row."""
     listed, samples = every(), 20_000
     found = jax.jit(choices.sample, static_argnums=2)(jax.random.key(0), listed, 64)
-    values = np.take_along_axis(np.asarray(listed.features)[..., 0], np.asarray(found.index), 1)
+    values = np.take_along_axis(np.asarray(listed.features)[..., 0], np.asarray(found.number), 1)
     np.testing.assert_allclose(
         choices.expectation(found, found.features[..., 0]), values.mean(1), rtol=1e-4, atol=1e-5
     )
     for row in range(4):  # One choice of each kind, with the mass of all its copies.
-        kept = np.asarray(found.index)[row][np.asarray(found.where)[row]]
-        assert sorted(kept) == sorted(set(np.asarray(found.index)[row].tolist()))
+        kept = np.asarray(found.number)[row][np.asarray(found.where)[row]]
+        assert sorted(kept) == sorted(set(np.asarray(found.number)[row].tolist()))
     np.testing.assert_array_equal(
-        found.rewards[1], np.take_along_axis(listed.rewards[1], found.index, 1)
+        found.rewards[1], np.take_along_axis(listed.rewards[1], found.number, 1)
     )
     # The law of the draws. 30.7 is the 1 - 1e-6 quantile of chi-squared with 3 degrees of freedom,
     # 33.4 with 4: rows 0 and 1 have four possible choices.
     wide = jax.tree.map(lambda x: jnp.repeat(x, samples // 4, 0), (listed.log_prob, listed.where))
-    draws = choices.sample(jax.random.key(1), choices.enumerated(wide[0], where=wide[1]), 4).index
+    draws = choices.sample(jax.random.key(1), choices.enumerated(wide[0], where=wide[1]), 4).number
     for row in range(4):
         own = np.asarray(draws)[row * samples // 4 : (row + 1) * samples // 4]
         count = np.bincount(own.ravel(), minlength=5)
