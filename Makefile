@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # A module's tests stay on one worker, with its fixtures and compiled programs.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint types unit env clean
+.PHONY: demo test lint types unit parity env clean
 
 demo: env
 	$(BIN)/python -m experiments.quickstart
@@ -31,6 +31,11 @@ types: env
 
 unit: env
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Against torch; skipped, with the reason, where the extra has no torch for this Python.
+parity:
+	$(MAKE) env EXTRAS=test,parity
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m parity tests
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .cache build dist results

@@ -140,7 +140,7 @@ def against_transformers(
     config: Config, folder: Path, stories: Path, console: Console
 ) -> dict[str, Metric]:
     """Tokens per second on the same prompts, ours and theirs."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     import transformers
 
     loaded = models.load(folder, dtype=jnp.float32)

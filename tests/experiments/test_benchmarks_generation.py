@@ -34,6 +34,7 @@ def test_sampling(tmp_path):
     assert screen.getvalue().count("shared: ") == 3  # A turn to warm up and two that count.
 
 
+@pytest.mark.parity
 def test_against_transformers(stories_model, data_dir, tmp_path):
     """One device and eight, the same prompts as transformers, at toy size."""
     torch = pytest.importorskip("torch", reason="the parity extra is not installed")

@@ -16,6 +16,7 @@ from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import partition, pretrained, weights
 from jax_klrlhf.models.transformer import language_model
 
+pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="parity needs torch (the `parity` extra)")
 transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)  # Tiny products: a pool of threads only spins.

@@ -181,6 +181,7 @@ def test_bad_input_is_named(folder, tmp_path):
         pretrained.load(folder)
 
 
+@pytest.mark.parity
 def test_a_real_model(stories_model):
     """Logits of tinystories656k, and the file written back, against transformers."""
     torch = pytest.importorskip("torch", reason="parity needs torch (the `parity` extra)")

@@ -106,6 +106,7 @@ def test_round_trip(trained, tmp_path):
     assert loaded.config == dataclasses.replace(ModelConfig.from_hf(CONFIG.to_hf()), tied=True)
 
 
+@pytest.mark.parity
 def test_transformers_gives_the_same_reward(trained, tmp_path):
     torch = pytest.importorskip("torch", reason="parity needs torch (the `parity` extra)")
     transformers = pytest.importorskip("transformers")

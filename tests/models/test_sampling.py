@@ -313,6 +313,7 @@ def stories(stories_model):
     return loaded, rows
 
 
+@pytest.mark.parity
 def test_greedy_text_is_that_of_transformers(stories, stories_model):
     torch = pytest.importorskip("torch", reason="the parity extra is not installed")
     transformers = pytest.importorskip("transformers")
@@ -330,6 +331,7 @@ def test_greedy_text_is_that_of_transformers(stories, stories_model):
         assert words(drawn, row) == [tuple(text)]
 
 
+@pytest.mark.parity
 def test_scores_of_a_real_model_are_those_of_torch(stories, stories_model):
     """Value, and gradient of the tied embedding, of samples from the model itself."""
     torch = pytest.importorskip("torch", reason="the parity extra is not installed")
