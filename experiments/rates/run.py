@@ -33,7 +33,7 @@ from rich.progress import Progress
 from experiments import plotting
 from jax_klrlhf import bandit, results
 from jax_klrlhf.bandit import pessimism
-from jax_klrlhf.core import bounds
+from jax_klrlhf.core import bounds, uncertainty
 from jax_klrlhf.core.numerics import Scalar
 from jax_klrlhf.errors import InputError, reported
 
@@ -150,15 +150,17 @@ def measure(
     learner = bandit.offline_greedy(ridge=config.ridge)
     empty = learner.init(setting, capacity=most)
     optimum = bandit.optimum(problem)
-    nu = pessimism.reference_vector(setting)
+    nu = pessimism.usual_nu(setting)
 
     def pessimists(estimate: bandit.Estimate, radius: Array) -> tuple[Pessimist, Pessimist]:
         saddle = pessimism.option_one(setting, estimate, radius=radius, nu=nu)
         pointwise = pessimism.option_two(setting, estimate, radius=radius, nu=nu)
         sigma = estimate.ellipsoid
-        given = {"reference": nu, "radius": radius}
-        bound_one = bounds.offline_expected(sigma, setting.features, optimum, **given)
-        bound_two = bounds.offline_pointwise(sigma, setting.features, optimum, **given)
+        given = {"context_prob": setting.context_prob, "nu": nu}
+        expected = uncertainty.expected(sigma, setting.features, optimum, **given)
+        of_actions = uncertainty.pointwise(sigma, setting.features, optimum, **given)
+        bound_one = bounds.offline_expected(expected, radius=radius)
+        bound_two = bounds.offline_pointwise(of_actions, radius=radius)
         gap_one, gap_two = bandit.gap(problem, saddle.log_prob), bandit.gap(problem, pointwise)
         # T1 of Option II holds with this divergence added to the gap.
         away = setting.context_prob @ jnp.sum(jnp.exp(optimum) * (optimum - pointwise), -1)

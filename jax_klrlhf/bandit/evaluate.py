@@ -9,16 +9,43 @@ Axes: ``contexts``, ``actions``, ``dim``.
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from jax_klrlhf.bandit import pessimism
 from jax_klrlhf.bandit.learner import Estimate
 from jax_klrlhf.bandit.problem import Problem, Setting
-from jax_klrlhf.core import divergence, ellipsoid, gibbs, numerics
+from jax_klrlhf.core import divergence, ellipsoid, gibbs, numerics, uncertainty
 from jax_klrlhf.core.numerics import Scalar
 
 if TYPE_CHECKING:
     from jax_klrlhf.bandit.simulate import Round
+
+
+def check_log_prob(setting: Setting, log_prob: Float[Array, "..."]) -> None:
+    """ValueError for what is no policy ``[contexts, actions]`` in logarithms, where concrete."""
+    wanted = f"log-probabilities {setting.where.shape}, each context's exp summing to 1"
+    if log_prob.shape != setting.where.shape:
+        raise ValueError(f"wanted {wanted}; got an array of shape {log_prob.shape}")
+    if isinstance(log_prob, Tracer) or isinstance(setting.where, Tracer):
+        return
+    given = np.where(np.asarray(setting.where), np.asarray(log_prob, np.float64), -np.inf)
+    with np.errstate(over="ignore"):
+        total = np.exp(given).sum(-1)
+    off = ~(abs(total - 1) < 1e-3)
+    if off.any():
+        row = int(np.flatnonzero(off)[0])
+        plain = np.where(np.asarray(setting.where), np.asarray(log_prob, np.float64), 0).sum(-1)
+        looks = (
+            "these are probabilities: give jnp.log of them"
+            if (abs(plain - 1) < 1e-3).all()
+            else "subtract its logsumexp"
+        )
+        raise ValueError(
+            f"wanted {wanted}; exp of what was given sums to {total[row]:.4g} in context {row}: "
+            f"{looks}"
+        )
 
 
 def optimum(problem: Problem) -> Float[Array, "contexts actions"]:
@@ -30,6 +57,7 @@ def optimum(problem: Problem) -> Float[Array, "contexts actions"]:
 def value(problem: Problem, log_prob: Float[Array, "contexts actions"]) -> Float[Array, ""]:
     r"""The objective :math:`J(\pi)`, expectation over contexts included."""
     s = problem.setting
+    check_log_prob(s, log_prob)
     return s.context_prob @ gibbs.value(
         log_prob, problem.reward, s.ref_log_prob, kl_coef=s.kl_coef, where=s.where
     )
@@ -41,6 +69,7 @@ def gap(problem: Problem, log_prob: Float[Array, "contexts actions"]) -> Float[A
     Computed as the divergence, which doesn't cancel near the optimum as two values would.
     """
     s = problem.setting
+    check_log_prob(s, log_prob)
     return s.context_prob @ gibbs.gap(
         log_prob, problem.reward, s.ref_log_prob, kl_coef=s.kl_coef, where=s.where
     )
@@ -49,6 +78,7 @@ def gap(problem: Problem, log_prob: Float[Array, "contexts actions"]) -> Float[A
 def reward_gap(problem: Problem, log_prob: Float[Array, "contexts actions"]) -> Float[Array, ""]:
     """Expected reward below the best action's, without the KL term: arXiv 2301.11270's measure."""
     s = problem.setting
+    check_log_prob(s, log_prob)
     best = jnp.max(jnp.where(s.where, problem.reward, -jnp.inf), -1)
     prob = jnp.exp(jnp.where(s.where, log_prob, -jnp.inf))
     return s.context_prob @ (best - jnp.sum(prob * problem.reward, -1))
@@ -56,6 +86,7 @@ def reward_gap(problem: Problem, log_prob: Float[Array, "contexts actions"]) -> 
 
 def kl(setting: Setting, log_prob: Float[Array, "contexts actions"]) -> Float[Array, ""]:
     r""":math:`E_x \mathrm{KL}(\pi \| \pi_0)`, in nats."""
+    check_log_prob(setting, log_prob)
     return setting.context_prob @ divergence.categorical(
         log_prob, setting.ref_log_prob, where=setting.where
     )
@@ -99,6 +130,7 @@ def coverage(
     :math:`\sqrt n\, E_\pi\|\phi - \nu\|_{\Sigma_n^{-1}}`, the factor of the offline bounds: the
     larger, the worse pi is covered. About ``sqrt(dim)`` where the design covers everything alike.
     """
+    check_log_prob(setting, target_log_prob)
     second_log_prob = first_log_prob if second_log_prob is None else second_log_prob
     first = jnp.exp(jnp.where(setting.where, first_log_prob, -jnp.inf))
     second = jnp.exp(jnp.where(setting.where, second_log_prob, -jnp.inf))
@@ -107,9 +139,13 @@ def coverage(
     dim = z.shape[-1]
     state = ellipsoid.init(dim, ridge=ridge, dtype=z.dtype)
     state = ellipsoid.update(state, z.reshape(-1, dim), weights=weight.reshape(-1))
-    away = setting.features - pessimism.origin(setting, nu)[:, None, :]
-    return setting.context_prob @ numerics.expectation(
-        target_log_prob, ellipsoid.norm(state, away), where=setting.where
+    return uncertainty.pointwise(
+        state,
+        setting.features,
+        target_log_prob,
+        context_prob=setting.context_prob,
+        nu=pessimism.nu_of_contexts(setting, nu),
+        where=setting.where,
     )
 
 

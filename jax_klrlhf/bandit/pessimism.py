@@ -10,7 +10,7 @@ With the estimate theta_hat, its ellipsoid Sigma and a radius beta of the confid
 
 Source: Xiong et al., arXiv 2312.11456, Algorithm 1. The reference vector ``nu`` is an argument:
 preferences identify only differences of rewards, so uncertainty is measured from a chosen origin
-(:func:`reference_vector` is the usual one). It may differ between contexts.
+(:func:`usual_nu` is the usual one). It may differ between contexts.
 
 Axes: ``contexts``, ``actions``, ``dim``.
 """
@@ -23,16 +23,29 @@ from jaxtyping import Array, Float, Int
 
 from jax_klrlhf.bandit.learner import Estimate
 from jax_klrlhf.bandit.problem import Setting
-from jax_klrlhf.core import ellipsoid, gibbs, numerics
+from jax_klrlhf.core import ellipsoid, gibbs, numerics, uncertainty
 from jax_klrlhf.core.numerics import Scalar
 
 
-def reference_vector(
+def usual_nu(
     setting: Setting, log_prob: Float[Array, "contexts actions"] | None = None
 ) -> Float[Array, " dim"]:
     r"""The usual :math:`\nu = E_{x \sim d_0, a \sim \pi}\, \phi(x, a)`, with pi0 by default."""
     log_prob = setting.ref_log_prob if log_prob is None else log_prob
-    return setting.context_prob @ setting.mean_features(log_prob)
+    return uncertainty.mean_features(
+        setting.features, log_prob, context_prob=setting.context_prob, where=setting.where
+    )
+
+
+def nu_of_contexts(
+    setting: Setting, nu: Float[Array, "..."] | None
+) -> Float[Array, "contexts dim"]:
+    """The reference vector of each context: ``nu`` (of all, or of each), by default the usual one.
+
+    ValueError where its shape is neither ``[dim]`` nor ``[contexts, dim]``.
+    """
+    nu = usual_nu(setting) if nu is None else nu
+    return uncertainty.of_contexts(nu, setting.features)
 
 
 def bonus(
@@ -42,7 +55,9 @@ def bonus(
     nu: Float[Array, "..."] | None = None,
 ) -> Float[Array, "contexts actions"]:
     r"""Pointwise uncertainty :math:`\|\phi(x, a) - \nu\|_{\Sigma^{-1}}`, per unit of radius."""
-    return ellipsoid.norm(estimate.ellipsoid, setting.features - origin(setting, nu)[:, None, :])
+    return ellipsoid.norm(
+        estimate.ellipsoid, setting.features - nu_of_contexts(setting, nu)[:, None, :]
+    )
 
 
 def option_two(
@@ -56,6 +71,7 @@ def option_two(
 
     A negative radius is optimism. Source: arXiv 2312.11456, Algorithm 1, Option II.
     """
+    numerics.check_between("radius", radius, -jnp.inf, jnp.inf, low_open=True, high_open=True)
     reward = setting.reward(estimate.theta) - radius * bonus(setting, estimate, nu=nu)
     return gibbs.log_prob(
         reward, setting.ref_log_prob, kl_coef=setting.kl_coef, where=setting.where
@@ -94,11 +110,13 @@ def option_one(
     this duality gap is returned. Iteration ends when it is at the level of rounding.
 
     ``nu`` enters by its mean over contexts only. Source: arXiv 2312.11456, Algorithm 1, Option I.
+    ValueError on a negative radius, where the problem is not convex.
     """
+    numerics.check_positive("radius", radius, or_zero=True)
     kl_coef, dtype = setting.kl_coef, setting.features.dtype
     radius = jnp.asarray(radius, dtype)
     eps = jnp.finfo(dtype).eps
-    shift = setting.context_prob @ origin(setting, nu)
+    shift = setting.context_prob @ nu_of_contexts(setting, nu)
     white = ellipsoid.whiten(estimate.ellipsoid, setting.features - shift[None, None, :])
     reward = setting.reward(estimate.theta)
     identity = jnp.eye(white.shape[-1], dtype=dtype)
@@ -178,15 +196,3 @@ def _ball_minimum(
     mu = jax.lax.fori_loop(0, 25, rise, jnp.zeros((), model.dtype))
     u = axes @ (along / (curvature + mu))
     return u / jnp.maximum(jnp.sqrt(u @ u), 1)
-
-
-def origin(setting: Setting, nu: Float[Array, "..."] | None) -> Float[Array, "contexts dim"]:
-    """The reference vector of each context: ``nu`` (of all, or of each), by default the usual one.
-
-    ValueError where its shape is neither ``[dim]`` nor ``[contexts, dim]``.
-    """
-    contexts, _, dim = setting.features.shape
-    nu = reference_vector(setting) if nu is None else nu
-    if nu.shape not in ((dim,), (contexts, dim)):
-        raise ValueError(f"nu has shape {nu.shape}, expected {(dim,)} or {(contexts, dim)}")
-    return jnp.broadcast_to(nu if nu.ndim == 2 else nu[None], (contexts, dim))

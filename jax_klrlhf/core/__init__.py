@@ -19,6 +19,7 @@ from jax_klrlhf.core import (
     pairs,
     rejection,
     sequence,
+    uncertainty,
 )
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "pairs",
     "rejection",
     "sequence",
+    "uncertainty",
 ]

@@ -5,16 +5,16 @@ the lines below it, [M] the usual form in this literature with a constant C that
 beta is `radius` throughout: a number with ||theta_hat - theta*||_Sigma <= beta. On the event that
 this holds, the offline bounds are theorems without a constant.
 
-Axes: ``contexts``, ``actions``, ``dim``.
+Axes: ``batch`` (free), ``dim``.
 """
 
 import jax.numpy as jnp
-from jax import lax, nn
-from jaxtyping import Array, Bool, Float
+from jax import nn
+from jaxtyping import Array, Float
 
 from jax_klrlhf.core import ellipsoid
 from jax_klrlhf.core.ellipsoid import Ellipsoid
-from jax_klrlhf.core.numerics import Scalar
+from jax_klrlhf.core.numerics import Scalar, check_between, check_positive
 
 
 def gamma(margin_bound: Scalar) -> Float[Array, "..."]:
@@ -26,7 +26,7 @@ def gamma(margin_bound: Scalar) -> Float[Array, "..."]:
     >>> float(gamma(0.0))
     0.25
     """
-    _check(margin_bound=(margin_bound, 0.0, True))
+    check_positive("margin_bound", margin_bound, or_zero=True)
     margin_bound = _float(margin_bound)
     return nn.sigmoid(margin_bound) * nn.sigmoid(-margin_bound)
 
@@ -57,95 +57,33 @@ def radius(
     >>> float(radius(dim=4, delta=1.0, ridge=0.0, bound=1.0, curvature=0.25, constant=1.0))
     8.0
     """
-    _check(
-        dim=(dim, 0, False),
-        delta=(delta, 0.0, False),
-        ridge=(ridge, 0.0, True),
-        bound=(bound, 0.0, True),
-        curvature=(curvature, 0.0, False),
-        constant=(constant, 0.0, False),
-    )
-    if isinstance(delta, (int, float)) and delta > 1:
-        raise ValueError(f"delta must be in (0, 1], got {delta}")
+    check_positive("dim", dim)
+    check_between("delta", delta, 0, 1, low_open=True)
+    check_positive("ridge", ridge, or_zero=True)
+    check_positive("bound", bound, or_zero=True)
+    check_positive("curvature", curvature)
+    check_positive("constant", constant)
     count = dim + jnp.log(1.0 / _float(delta))
     return constant * jnp.sqrt(count / _float(curvature) ** 2 + ridge * _float(bound) ** 2)
 
 
-def mean_features(
-    features: Float[Array, "contexts actions dim"],
-    log_prob: Float[Array, "contexts actions"],
-    *,
-    where: Bool[Array, "contexts actions"] | None = None,
-) -> Float[Array, " dim"]:
-    """E_{x, a ~ pi} phi(x, a), contexts equally likely. Of pi0 it is the usual reference nu."""
-    prob = _prob(log_prob, where)
-    kept = jnp.where((prob > 0)[..., None], features, 0.0)
-    summed = jnp.einsum("xa,xad->d", prob, kept, precision=lax.Precision.HIGHEST)
-    return summed / features.shape[0]
-
-
-def expected_bonus(
-    state: Ellipsoid,
-    features: Float[Array, "contexts actions dim"],
-    log_prob: Float[Array, "contexts actions"],
-    *,
-    reference: Float[Array, " dim"],
-    where: Bool[Array, "contexts actions"] | None = None,
-) -> Float[Array, ""]:
-    """||E_{x, a ~ pi} phi(x, a) - nu||_{Sigma^-1}, nu = `reference`: the norm of the mean."""
-    mean = mean_features(features, log_prob, where=where)
-    return ellipsoid.norm(state, mean - reference)
-
-
-def pointwise_bonus(
-    state: Ellipsoid,
-    features: Float[Array, "contexts actions dim"],
-    log_prob: Float[Array, "contexts actions"],
-    *,
-    reference: Float[Array, " dim"],
-    where: Bool[Array, "contexts actions"] | None = None,
-) -> Float[Array, ""]:
-    """E_{x, a ~ pi} ||phi(x, a) - nu||_{Sigma^-1}, the mean of the norm; >= `expected_bonus`."""
-    prob = _prob(log_prob, where)
-    shift = jnp.where((prob > 0)[..., None], features - reference[None, None, :], 0.0)
-    return jnp.sum(prob * ellipsoid.norm(state, shift)) / features.shape[0]
-
-
-def offline_expected(
-    state: Ellipsoid,
-    features: Float[Array, "contexts actions dim"],
-    log_prob: Float[Array, "contexts actions"],
-    *,
-    reference: Float[Array, " dim"],
-    radius: Scalar,
-    where: Bool[Array, "contexts actions"] | None = None,
-) -> Float[Array, ""]:
+def offline_expected(uncertainty: Scalar, *, radius: Scalar) -> Float[Array, "..."]:
     """Offline, Option I: J(pi) - J(pi_hat) <= 2 beta ||E phi(pi) - nu||_{Sigma^-1} [D].
 
-    For any comparator pi = `log_prob`. Source: arXiv 2312.11456, theorem on offline GSHF; `state`
-    is Sigma of the offline data. Needs no data on other policies than pi.
+    For any comparator pi, `uncertainty` its :func:`.uncertainty.expected` under Sigma of the
+    offline data. Source: arXiv 2312.11456, theorem on offline GSHF. Needs no data on other
+    policies than pi.
     """
-    return (
-        2.0 * radius * expected_bonus(state, features, log_prob, reference=reference, where=where)
-    )
+    return 2.0 * radius * _float(uncertainty)
 
 
-def offline_pointwise(
-    state: Ellipsoid,
-    features: Float[Array, "contexts actions dim"],
-    log_prob: Float[Array, "contexts actions"],
-    *,
-    reference: Float[Array, " dim"],
-    radius: Scalar,
-    where: Bool[Array, "contexts actions"] | None = None,
-) -> Float[Array, ""]:
+def offline_pointwise(uncertainty: Scalar, *, radius: Scalar) -> Float[Array, "..."]:
     """Offline, Option II: 2 beta E_pi ||phi - nu||_{Sigma^-1} [D], arXiv 2312.11456.
 
-    It bounds J(pi) - J(pi_hat) + eta E KL(pi || pi_hat), for any comparator pi = `log_prob`.
+    It bounds J(pi) - J(pi_hat) + eta E KL(pi || pi_hat), for any comparator pi, `uncertainty` its
+    :func:`.uncertainty.pointwise`.
     """
-    return (
-        2.0 * radius * pointwise_bonus(state, features, log_prob, reference=reference, where=where)
-    )
+    return 2.0 * radius * _float(uncertainty)
 
 
 def online(
@@ -166,12 +104,10 @@ def online(
     the m draws standing for their expectation (C = 1 if Sigma is built of expectations). T >= G and
     m = (2 C beta / eps)^2 make it at most eps: the O~(d) rounds of O~(d / (gamma^2 eps^2)) of T2.
     """
-    _check(
-        rounds=(rounds, 0, False),
-        batch_size=(batch_size, 0, False),
-        information_gain=(information_gain, 0.0, True),
-        constant=(constant, 0.0, False),
-    )
+    check_positive("rounds", rounds)
+    check_positive("batch_size", batch_size)
+    check_positive("information_gain", information_gain, or_zero=True)
+    check_positive("constant", constant)
     per_round = jnp.expm1(_float(information_gain) / rounds)
     return constant * radius * jnp.sqrt(per_round / batch_size)
 
@@ -221,12 +157,10 @@ def information_gain_cap(
     >>> float(information_gain_cap(dim=2, count=2, ridge=1.0, max_norm=1.0))  # 2 log 2
     1.386...
     """
-    _check(
-        dim=(dim, 0, False),
-        count=(count, 0, True),
-        ridge=(ridge, 0.0, False),
-        max_norm=(max_norm, 0.0, False),
-    )
+    check_positive("dim", dim)
+    check_positive("count", count, or_zero=True)
+    check_positive("ridge", ridge)
+    check_positive("max_norm", max_norm)
     return dim * jnp.log1p(_float(count) * max_norm**2 / (_float(ridge) * dim))
 
 
@@ -239,36 +173,5 @@ def elliptical_potential(norms: Float[Array, "*batch rounds"]) -> Float[Array, "
     return jnp.sum(jnp.log1p(norms**2), axis=-1)
 
 
-def coverage(
-    state: Ellipsoid,
-    features: Float[Array, "contexts actions dim"],
-    log_prob: Float[Array, "contexts actions"],
-    *,
-    count: Scalar,
-    reference: Float[Array, " dim"],
-    where: Bool[Array, "contexts actions"] | None = None,
-) -> Float[Array, ""]:
-    """Coverage of a policy by data: sqrt(n) E_pi ||phi - nu||_{Sigma_n^-1}, n = `count`.
-
-    Tends to a constant as n grows where the data cover pi; grows like sqrt(n) where they do not.
-    Source: arXiv 2312.11456, section 4; 2301.11270, the concentratability of theorem 3.2.
-    """
-    bonus = pointwise_bonus(state, features, log_prob, reference=reference, where=where)
-    return jnp.sqrt(jnp.asarray(count, bonus.dtype)) * bonus
-
-
-def _prob(
-    log_prob: Float[Array, "contexts actions"], where: Bool[Array, "contexts actions"] | None
-) -> Float[Array, "contexts actions"]:
-    return jnp.exp(log_prob) if where is None else jnp.where(where, jnp.exp(log_prob), 0.0)
-
-
 def _float(value: Scalar) -> Array:
     return jnp.asarray(value, jnp.result_type(float, value))
-
-
-def _check(**arguments: tuple[Scalar, int | float, bool]) -> None:
-    """Raise on a Python number below its limit; the flag allows the limit itself."""
-    for name, (value, limit, closed) in arguments.items():
-        if isinstance(value, (int, float)) and not (value >= limit if closed else value > limit):
-            raise ValueError(f"{name} must be {'>=' if closed else '>'} {limit}, got {value}")

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jax_klrlhf.core import bradley_terry, linalg
+from jax_klrlhf.core import bradley_terry, linalg, numerics
 from jax_klrlhf.core.numerics import Scalar
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -159,10 +159,11 @@ def fit(
 
 
 def _check(ridge: Scalar, bound: Scalar | None, iterations: int) -> None:
-    if isinstance(ridge, (int, float)) and not ridge >= 0:
-        raise ValueError(f"ridge must be >= 0, got {ridge}")
-    if isinstance(bound, (int, float)) and not bound > 0:
-        raise ValueError(f"bound must be > 0, got {bound}; pass None for an unconstrained fit")
+    numerics.check_positive("ridge", ridge, or_zero=True)
+    if bound is not None:
+        numerics.check_between(
+            "bound", bound, 0, jnp.inf, low_open=True, why="pass None for an unconstrained fit"
+        )
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
 

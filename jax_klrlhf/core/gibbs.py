@@ -8,8 +8,9 @@ r"""The KL-regularized objective over enumerated actions, and its optimum, the G
 ``kl_coef`` is eta in Xiong et al. (arXiv 2312.11456, section 2), beta in Rafailov et al.
 (arXiv 2305.18290, equations 3 and 4): a positive scalar, traced or not; sweep it by ``vmap``.
 ``ref_log_prob`` is log pi_0, and need not be normalized: any positive measure will do, so that
-actions may be masked without renormalizing. An action is out of play where ``where`` is False or
-``ref_log_prob`` is -inf; nothing that stands there reaches a value or a gradient.
+actions may be masked without renormalizing. An action is out of play where ``where`` is False,
+``ref_log_prob`` is -inf, or the reward is -inf; nothing that stands there reaches a value or a
+gradient. ValueError on a concrete ``kl_coef`` that is not positive.
 
 A row without any action in play has ``log_prob`` and ``free_energy`` -inf and ``value`` 0, all
 with gradient 0; never NaN.
@@ -34,7 +35,9 @@ def _log_weight(
 
     Without the shift, r = 1e4 and eta = 1e-4 leave nothing of log pi_0 in float32.
     """
-    keep = numerics.support(ref_log_prob, where)
+    numerics.check_positive("kl_coef", kl_coef)
+    # A reward of -inf in the quotient would have a gradient in kl_coef of infinity times 0.
+    keep = numerics.support(ref_log_prob, where) & (reward != -jnp.inf)
     reward = jnp.where(keep, reward, 0)
     shift = numerics.masked_max(reward, keep)
     scaled = (reward - shift[..., None]) / kl_coef
@@ -90,15 +93,17 @@ def implicit_reward(
     .. math:: r(x, a) = \eta \log \frac{\pi(a \mid x)}{\pi_0(a \mid x)}
 
     Defined up to a constant per context, which cancels in any margin. Inverse of
-    :func:`log_prob`. Source: arXiv 2305.18290, eq. 5. -inf where only pi is 0; 0 where pi_0 is 0:
-    an action that neither policy takes has no reward to speak of.
+    :func:`log_prob`. Source: arXiv 2305.18290, eq. 5. -inf where only pi is 0, +inf where only
+    pi_0 is, both with a finite gradient; 0 where both are: an action that neither policy takes has
+    no reward to speak of.
 
     >>> float(implicit_reward(jnp.log(0.5), jnp.log(0.25), kl_coef=2.0))  # 2 log 2
     1.386...
     """
+    numerics.check_positive("kl_coef", kl_coef)
     known = ref_log_prob > -jnp.inf
     log_ratio = jnp.where(known, log_prob, 0) - jnp.where(known, ref_log_prob, 0)
-    return kl_coef * log_ratio
+    return jnp.where(~known & (log_prob > -jnp.inf), jnp.inf, kl_coef * log_ratio)
 
 
 def free_energy(
@@ -139,8 +144,9 @@ def value(
     >>> float(value(always_first, jnp.array([3.0, 0.0]), uniform, kl_coef=1.0))  # 3 - log 2
     2.306...
     """
+    numerics.check_positive("kl_coef", kl_coef)
     expected = numerics.expectation(log_prob, reward, where=where)
-    return expected - _penalty(log_prob, ref_log_prob, kl_coef, where)
+    return expected - _scaled(divergence.categorical(log_prob, ref_log_prob, where=where), kl_coef)
 
 
 def gap(
@@ -153,23 +159,18 @@ def gap(
 ) -> Float[Array, "*batch"]:
     r"""Suboptimality :math:`J(\pi_r|x) - J(\pi|x) = \eta\, \mathrm{KL}(\pi \| \pi_r)`.
 
-    The right-hand side is computed: it does not cancel as a difference of two values does.
+    The right-hand side is computed, as a sum of terms of one sign: it does not cancel as a
+    difference of two values does, and is never negative. The policy is taken to be normalized.
 
     >>> uniform = jnp.log(jnp.array([0.5, 0.5]))
     >>> float(gap(uniform, jnp.array([1.0, 1.0]), uniform, kl_coef=0.1))  # already optimal
     0.0
     """
     optimum = _optimum(reward, ref_log_prob, kl_coef, where)
-    return _penalty(log_prob, optimum, kl_coef, where)
+    return _scaled(divergence.between_laws(log_prob, optimum, where=where), kl_coef)
 
 
-def _penalty(
-    log_prob: Float[Array, "*batch actions"],
-    ref_log_prob: Float[Array, "*batch actions"],
-    kl_coef: Scalar,
-    where: Bool[Array, "*batch actions"] | None,
-) -> Float[Array, "*batch"]:
-    """``kl_coef`` times the KL divergence; where that is infinite, without a gradient."""
-    cost = divergence.categorical(log_prob, ref_log_prob, where=where)
+def _scaled(cost: Float[Array, "*batch"], kl_coef: Scalar) -> Float[Array, "*batch"]:
+    """``kl_coef`` times a divergence; where that is infinite, without a gradient."""
     infinite = jnp.isinf(cost)
     return jnp.where(infinite, jnp.inf, kl_coef * jnp.where(infinite, 0, cost))

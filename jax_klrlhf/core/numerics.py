@@ -3,8 +3,12 @@ r"""Small numerical tools, each there for one trap.
 Axes: ``batch`` (free leading axes), ``actions`` (what is chosen among, always last).
 """
 
+import math
+
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 Scalar = Array | float | int
@@ -12,6 +16,55 @@ Scalar = Array | float | int
 
 EXP_LIMIT = 30.0
 """Where :func:`linear_exp` leaves the exponential: e^30 = 1e13, whose square is a float32."""
+
+
+def check_positive(name: str, value: Scalar, *, or_zero: bool = False) -> None:
+    """Refuse a hyper-parameter that is not positive (not negative, with ``or_zero``), or is NaN.
+
+    Looks at what is concrete: numbers, and arrays outside of a transformation, all entries.
+
+    >>> check_positive("kl_coef", 0.1)
+    >>> check_positive("kl_coef", -0.1)
+    Traceback (most recent call last):
+    ValueError: kl_coef must be > 0, got -0.1
+    """
+    check_between(name, value, 0, math.inf, low_open=not or_zero)
+
+
+def check_between(
+    name: str,
+    value: Scalar,
+    low: float | int,
+    high: float | int,
+    *,
+    low_open: bool = False,
+    high_open: bool = False,
+    why: str = "",
+) -> None:
+    """Refuse a hyper-parameter outside of an interval, as :func:`check_positive` does.
+
+    ``why`` is added to the message of the ValueError.
+
+    >>> check_between("flip_rate", 0.5, 0, 0.5, high_open=True)
+    Traceback (most recent call last):
+    ValueError: flip_rate must lie in [0, 0.5), got 0.5
+    """
+    if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
+        return
+    found = np.asarray(value)
+    # Written so that NaN fails.
+    sound = (found > low if low_open else found >= low) & (
+        found < high if high_open else found <= high
+    )
+    if sound.all():
+        return
+    bad = found if found.ndim == 0 else found[~sound][0]
+    if high == math.inf:
+        wanted = f"be {'>' if low_open else '>='} {low}"
+    else:
+        ends = "(" if low_open else "[", ")" if high_open else "]"
+        wanted = f"lie in {ends[0]}{low}, {high}{ends[1]}"
+    raise ValueError(f"{name} must {wanted}, got {bad}{why and ': ' + why}")
 
 
 def at_least_float32(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
@@ -48,6 +101,23 @@ def linear_exp(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     [1.0, 1.06...e+17]
     """
     return jnp.exp(jnp.minimum(x, EXP_LIMIT)) * (1 + jnp.maximum(x - EXP_LIMIT, 0))
+
+
+def exp_remainder(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    r"""``e^x - 1 - x``, to the last digits at every x, and so never negative.
+
+    ``expm1(x) - x`` has an absolute error of the rounding of x, which is more than its value,
+    x^2/2, where x is small. Below 1/2 the series is summed instead. +inf where e^x overflows.
+
+    >>> float(exp_remainder(jnp.array(-1e-4)))  # expm1 leaves one or two digits in float32
+    4.9998...e-09
+    """
+    small = jnp.abs(x) < 0.5
+    inner = jnp.where(small, x, 0)
+    series = jnp.ones_like(inner)
+    for order in range(16, 2, -1):
+        series = 1 + series * inner / order
+    return jnp.where(small, inner**2 / 2 * series, jnp.expm1(jnp.where(small, 1, x)) - x)
 
 
 def support(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_klrlhf.core import bradley_terry
+from jax_klrlhf.core.numerics import check_positive
 from jax_klrlhf.core.objectives import Scores
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import packed as packing
@@ -151,6 +152,8 @@ def preference(
         kl_coef: scale of the *reported* rewards; the loss has its own.
         chunk: tokens projected on the vocabulary at one time.
     """
+
+    check_positive("kl_coef", kl_coef)
 
     def scored(params: Any, batch: Any) -> Float[Array, "B K"]:
         return log_prob(model, params, batch, chunk=chunk)

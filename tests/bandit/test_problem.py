@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jax_klrlhf import bandit
+from jax_klrlhf.bandit import evaluate
 from jax_klrlhf.bandit import problem as problems
 
 
@@ -155,3 +156,42 @@ def test_draw_never_selects_probability_zero():
     prob = jnp.array([[0.0, 0.3, 0.7 - 1e-7, 0.0]])
     for u in (0.0, 0.29999, 1 - 2.0**-24):
         assert int(problems._invert(jnp.array([u]), jnp.cumsum(prob, -1))[0]) in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (lambda p: jnp.exp(p), "these are probabilities: give jnp.log of them"),
+        (lambda p: p + 1.0, "subtract its logsumexp"),
+        (lambda p: p * jnp.nan, "sums to nan"),
+    ],
+    ids=["probabilities", "unnormalized", "nan"],
+)
+def test_what_is_no_policy_in_logarithms_is_refused(given, says):
+    problem = make(kl_coef=0.5, ref_log_prob=log([0.9, 0.1], [0.3, 0.7]))
+    log_prob = problem.setting.ref_log_prob
+    for call in (
+        lambda x: bandit.gap(problem, x),
+        lambda x: bandit.value(problem, x),
+        lambda x: bandit.reward_gap(problem, x),
+        lambda x: bandit.kl(problem.setting, x),
+        lambda x: bandit.coverage(problem.setting, x, log_prob, ridge=1.0),
+    ):
+        call(log_prob)
+        with pytest.raises(ValueError, match=says):
+            call(given(log_prob))
+    with pytest.raises(ValueError, match=r"got an array of shape \(2,\)"):
+        evaluate.check_log_prob(problem.setting, log_prob[0])
+
+
+@pytest.mark.parametrize("radius", [-1.0, float("nan")])
+def test_a_radius_that_is_no_radius_is_refused(radius):
+    problem = make(kl_coef=0.5)
+    s = problem.setting
+    one, two = bandit.offline_gshf_one(radius=radius), bandit.offline_gshf_two(radius=radius)
+    state = one.init(s, capacity=1)
+    with pytest.raises(ValueError, match="radius must be >= 0"):
+        one.policy(s, state)
+    if radius != radius:
+        with pytest.raises(ValueError, match="radius must be"):
+            two.policy(s, state)

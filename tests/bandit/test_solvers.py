@@ -109,7 +109,7 @@ def test_option_one_is_the_maximum(learned, radius):
     """Against SciPy over all policies, with the certificate; radius 0 is greedy."""
     problem, _, state = learned
     s = problem.setting
-    nu = np.asarray(pessimism.reference_vector(s))
+    nu = np.asarray(pessimism.usual_nu(s))
     saddle = jax.jit(pessimism.option_one)(s, state, radius=radius)
     reached = pessimistic_value(problem, state, saddle.log_prob, radius, nu)
     assert 0 <= float(saddle.duality_gap) + 1e-12 < 1e-9

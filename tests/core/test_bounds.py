@@ -10,7 +10,7 @@ import scipy.special
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_klrlhf.core import bounds, ellipsoid, gibbs
+from jax_klrlhf.core import bounds, ellipsoid, gibbs, uncertainty
 
 CONTEXTS, ACTIONS, DIM, RIDGE = 4, 5, 3, 0.5
 RNG = np.random.default_rng(23)
@@ -18,7 +18,8 @@ PHI = RNG.normal(size=(CONTEXTS, ACTIONS, DIM))
 PHI /= np.linalg.norm(PHI, axis=-1, keepdims=True)
 LOG_PI = scipy.special.log_softmax(RNG.normal(size=(CONTEXTS, ACTIONS)), axis=-1)
 LOG_PI0 = scipy.special.log_softmax(RNG.normal(size=(CONTEXTS, ACTIONS)), axis=-1)
-NU = np.einsum("xa,xad->d", np.exp(LOG_PI0), PHI) / CONTEXTS
+CONTEXT_PROB = np.array([0.7, 0.05, 0.2, 0.05])
+NU = np.einsum("x,xa,xad->d", CONTEXT_PROB, np.exp(LOG_PI0), PHI)
 Z = RNG.normal(size=(12, DIM)) / 2
 SIGMA = RIDGE * np.eye(DIM) + Z.T @ Z
 
@@ -47,30 +48,31 @@ def test_radius(x64):
     np.testing.assert_allclose(found, expected, rtol=1e-13)
 
 
-def test_bonuses_and_offline_bounds(x64):
-    """Formulas by loops; the norm of the mean is at most the mean of the norm (Jensen)."""
-    phi, log_pi, nu = jnp.array(PHI), jnp.array(LOG_PI), jnp.array(NU)
+@pytest.mark.parametrize("each", [False, True], ids=["one nu", "nu of each context"])
+def test_uncertainties_of_a_policy_and_their_bounds(each, x64):
+    """Formulas by loops, contexts weighted; the norm of the mean is at most the mean of the norm.
+
+    Jensen's inequality. With equal weights, or without nu, the numbers are others.
+    """
+    phi, log_pi = jnp.array(PHI), jnp.array(LOG_PI)
+    origins = np.array([NU, 2 * NU, -NU, 0 * NU]) if each else np.array([NU] * CONTEXTS)
     mean, pointwise = np.zeros(DIM), 0.0
     for x in range(CONTEXTS):
         for a in range(ACTIONS):
-            share = math.exp(LOG_PI[x, a]) / CONTEXTS
+            share = math.exp(LOG_PI[x, a]) * CONTEXT_PROB[x]
             mean += share * PHI[x, a]
-            pointwise += share * sigma_norm(PHI[x, a] - NU)
-    expected = sigma_norm(mean - NU)
+            pointwise += share * sigma_norm(PHI[x, a] - origins[x])
+    expected = sigma_norm(mean - CONTEXT_PROB @ origins)
     assert expected < pointwise
-    np.testing.assert_allclose(bounds.mean_features(phi, log_pi), mean, rtol=1e-13)
-    options = {"reference": nu, "radius": 1.7}
-    np.testing.assert_allclose(
-        bounds.offline_expected(state(), phi, log_pi, **options), 3.4 * expected, rtol=1e-12
-    )
-    np.testing.assert_allclose(
-        bounds.offline_pointwise(state(), phi, log_pi, **options), 3.4 * pointwise, rtol=1e-12
-    )
-    np.testing.assert_allclose(
-        bounds.coverage(state(), phi, log_pi, count=12, reference=nu),
-        math.sqrt(12) * pointwise,
-        rtol=1e-12,
-    )
+    given = {"context_prob": jnp.array(CONTEXT_PROB)}
+    np.testing.assert_allclose(uncertainty.mean_features(phi, log_pi, **given), mean, rtol=1e-13)
+    given["nu"] = jnp.array(origins if each else NU)
+    found = uncertainty.expected(state(), phi, log_pi, **given)
+    np.testing.assert_allclose(bounds.offline_expected(found, radius=1.7), 3.4 * expected)
+    found = uncertainty.pointwise(state(), phi, log_pi, **given)
+    np.testing.assert_allclose(bounds.offline_pointwise(found, radius=1.7), 3.4 * pointwise)
+    with pytest.raises(ValueError, match=r"nu has shape \(2, 3\), expected \(3,\) or \(4, 3\)"):
+        uncertainty.pointwise(state(), phi, log_pi, **(given | {"nu": jnp.zeros((2, 3))}))
 
 
 def test_masked_actions_are_deleted(x64):
@@ -81,10 +83,10 @@ def test_masked_actions_are_deleted(x64):
     log_pi = jnp.pad(jnp.array(LOG_PI), ((0, 0), (0, 1)), constant_values=-0.3)
 
     def both(phi, log_pi, where):
-        args, nu = (state(), phi, log_pi), jnp.array(NU)
-        return bounds.offline_expected(
-            *args, reference=nu, radius=1.0, where=where
-        ) + bounds.offline_pointwise(*args, reference=nu, radius=1.0, where=where)
+        given = {"context_prob": jnp.array(CONTEXT_PROB), "nu": jnp.array(NU), "where": where}
+        return uncertainty.expected(state(), phi, log_pi, **given) + uncertainty.pointwise(
+            state(), phi, log_pi, **given
+        )
 
     value, gradient = jax.value_and_grad(both)(phi, log_pi, where)
     plain, plain_gradient = jax.value_and_grad(both)(jnp.array(PHI), jnp.array(LOG_PI), None)
@@ -100,6 +102,7 @@ def test_offline_bounds_hold_at_the_realized_radius(x64):
     """
     rng = np.random.default_rng(24)
     phi, log_pi0, nu = jnp.array(PHI), jnp.array(LOG_PI0), jnp.array(NU)
+    equal = jnp.full(CONTEXTS, 1 / CONTEXTS)
     worst = 0.0
     for trial in range(40):
         kl_coef = (0.05, 1.0)[trial % 2]
@@ -116,7 +119,8 @@ def test_offline_bounds_hold_at_the_realized_radius(x64):
             - gibbs.value(log_hat, reward, log_pi0, kl_coef=kl_coef)
         )
         kl = jnp.mean(jnp.sum(jnp.exp(log_pi) * (log_pi - log_hat), axis=-1))
-        bound = bounds.offline_pointwise(state(), phi, log_pi, reference=nu, radius=beta)
+        away = uncertainty.pointwise(state(), phi, log_pi, context_prob=equal, nu=nu)
+        bound = bounds.offline_pointwise(away, radius=beta)
         worst = max(worst, float((gap + kl_coef * kl) / bound))
     # Half the bound is not one: the test would notice a lost factor 2.
     assert 0.5 < worst <= 1

@@ -1,5 +1,8 @@
 """The small tools: each test is the trap that the tool is there for."""
 
+import math
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,3 +89,37 @@ def test_expectation_takes_zero_times_infinity_as_zero():
     np.testing.assert_allclose(slopes, [[0.5, 1.5, 0.0], [0.5, 0.5, 0.0]])
     nothing = jnp.zeros(3, bool)
     assert numerics.expectation(log_prob, value, where=nothing) == 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_exp_remainder_has_all_digits_at_every_size(dtype, x64):
+    """Against the series, summed in rational numbers."""
+    points = [s * 10.0**e for e in range(-8, 2) for s in (-0.999, 0.5, 1.0, -1.0, 0.49999)]
+    x = np.array(points, dtype)
+    want = []
+    for value in x.tolist():
+        exact, term = Fraction(0), Fraction(value)
+        for order in range(2, 90):
+            term *= Fraction(value) / order
+            exact += term
+        want.append(float(exact))
+    found = numerics.exp_remainder(jnp.array(x))
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, want, rtol=8 * float(jnp.finfo(dtype).eps))
+    slope = jax.vmap(jax.grad(numerics.exp_remainder))(jnp.array(x))
+    np.testing.assert_allclose(slope, np.expm1(x), rtol=8 * float(jnp.finfo(dtype).eps))
+
+
+def test_checks_look_at_what_is_concrete_only():
+    @jax.jit
+    def traced(x):
+        numerics.check_positive("x", x)
+        return x
+
+    assert traced(-1.0) == -1
+    for bad in (-1, 0, math.nan, jnp.array([1.0, -3.0])):
+        with pytest.raises(ValueError, match="ridge must be > 0, got"):
+            numerics.check_positive("ridge", bad)
+    numerics.check_positive("ridge", 0, or_zero=True)
+    with pytest.raises(ValueError, match=r"rate must lie in \[0, 0\.5\), got 0\.5: flip them"):
+        numerics.check_between("rate", 0.5, 0, 0.5, high_open=True, why="flip them")

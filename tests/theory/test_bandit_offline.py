@@ -7,7 +7,7 @@ import pytest
 
 from jax_klrlhf import bandit
 from jax_klrlhf.bandit import pessimism
-from jax_klrlhf.core import bounds, ellipsoid, gibbs
+from jax_klrlhf.core import bounds, ellipsoid, gibbs, uncertainty
 
 DELTA = 0.1
 
@@ -69,7 +69,8 @@ def test_t1_offline_guarantees(x64):
 
     Option II: J(pi) - J(pi_hat) + eta E KL(pi || pi_hat) <= 2 beta E_pi ||phi - nu||.
     Option I:  J(pi) - J(pi_hat) <= 2 beta ||E phi(pi) - nu||.
-    Control: with the sign of the bonus flipped both are violated.
+    Controls: with the sign of the bonus flipped both are violated, and so is Option II where the
+    contexts are taken to be equally likely.
     """
     del x64
 
@@ -85,12 +86,15 @@ def test_t1_offline_guarantees(x64):
             hidden=2,
             bound=3.0,
         )
+        # Contexts of unequal weight: bounds that take them as equal are violated.
+        often = jnp.array([0.94, 0.02, 0.02, 0.02])
+        problem = problem._replace(setting=problem.setting._replace(context_prob=often))
         s = problem.setting
         learner = bandit.offline_greedy()
         data = bandit.compare(key_data, problem, s.ref_log_prob, s.ref_log_prob, batch=60)
         state = learner.update(s, learner.init(s, capacity=60), data)
         radius = bandit.error(problem, state)
-        nu = pessimism.reference_vector(s)
+        nu = pessimism.usual_nu(s)
 
         saddle = pessimism.option_one(s, state, radius=radius)
         white = ellipsoid.whiten(state.ellipsoid, s.features - nu[None, None, :])
@@ -110,14 +114,19 @@ def test_t1_offline_guarantees(x64):
         )
 
         def excess(pi, first, second):
-            arguments = {"reference": nu, "radius": radius}
+            arguments = {"context_prob": s.context_prob, "nu": nu}
             ahead = bandit.value(problem, pi) - bandit.value(problem, first)
-            bound = bounds.offline_expected(state.ellipsoid, s.features, pi, **arguments)
+            away = uncertainty.expected(state.ellipsoid, s.features, pi, **arguments)
+            bound = bounds.offline_expected(away, radius=radius)
             one = ahead - bound
             ahead = bandit.value(problem, pi) - bandit.value(problem, second)
             ahead += s.kl_coef * bandit.kl(s._replace(ref_log_prob=second), pi)
-            bound = bounds.offline_pointwise(state.ellipsoid, s.features, pi, **arguments)
-            return jnp.stack([one, ahead - bound])
+            away = uncertainty.pointwise(state.ellipsoid, s.features, pi, **arguments)
+            bound = bounds.offline_pointwise(away, radius=radius)
+            equal = arguments | {"context_prob": jnp.full(4, 0.25)}
+            away = uncertainty.pointwise(state.ellipsoid, s.features, pi, **equal)
+            unweighted = bounds.offline_pointwise(away, radius=radius)
+            return jnp.stack([one, ahead - bound, ahead - unweighted])
 
         return (
             jnp.array([[excess(pi, *pair) for pi in comparators] for pair in options]),
@@ -127,8 +136,9 @@ def test_t1_offline_guarantees(x64):
     excess, duality_gap = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(2), 200))
     kept, flipped = excess[:, 0], excess[:, 1]
     assert float(jnp.max(duality_gap)) < 1e-9
-    assert float(jnp.max(kept)) <= 1e-9
+    assert float(jnp.max(kept[..., :2])) <= 1e-9
     assert (np.asarray(flipped) > 1e-3).any((0, 1)).all(), "a flipped bonus must violate both"
+    assert float(jnp.max(kept[..., 2])) > 1e-3, "equal contexts must violate Option II"
 
 
 def test_four_arms_of_2301_11270():
