@@ -6,39 +6,37 @@ all rows, which batching needs at once, and ``prepared.json``: the *recipe* (has
 content, hash of the tokenizer, lengths, columns, split), the counts, and what was dropped and why.
 A folder of the same recipe is reused; one of another recipe is refused by the name of what differs.
 
-The folder appears whole or not at all: it is written beside its place and renamed.
+The folder appears whole or not at all: it is written beside its place and renamed. Of several
+programs that prepare it at once one does, and the others wait for it. The manifest has a digest of
+every file and of itself, so that a damaged folder is refused when it is opened.
 
 Train and test have no prompt in common: a row's split is decided by a hash of its prompt's ids.
 """
 
 import hashlib
+import importlib.metadata
 import json
-import os
-import shutil
-import tempfile
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from jax_klrlhf.data import buckets, tokenize
+from jax_klrlhf import folders
+from jax_klrlhf.data import buckets, records, tokenize
 from jax_klrlhf.data.arrange import Arrangement, as_is
 from jax_klrlhf.data.batch import Lengths, Loader
 from jax_klrlhf.data.examples import Columns
 from jax_klrlhf.data.rows import Dropped, Row, encode
 from jax_klrlhf.data.sources import Source, open_source
+from jax_klrlhf.data.tfds_folder import first_line, short
 from jax_klrlhf.errors import InputError
 
-_FORMAT = 1  # raised when the rules of tokenizing or the layout of the folder change
+_FORMAT = 2  # raised when the rules of tokenizing or the layout of the folder change
 _MANIFEST = "prepared.json"
-_CHUNK = 1000
-_SHARD = 100_000  # rows of one ArrayRecord file
 _PLACES = 5  # dropped examples named in the manifest, per reason
 
 
@@ -157,20 +155,14 @@ def build(
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
         )
-        with _appearing(folder) as temporary:
-            counts = _write(temporary, items, test_fraction=test_fraction, split_seed=split_seed)
-            manifest = {
-                "recipe": recipe,
-                "source": opened.name,
-                "tokenizer": str(tokenizer.name_or_path),
-                "vocab_size": encoder.vocab_size,
-                **counts,
-                "versions": {
-                    name: version(name)
-                    for name in ("jax-klrlhf", "tokenizers", "transformers", "tensorflow-datasets")
-                },
-            }
-            (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        manifest = {
+            "recipe": recipe,
+            "source": opened.name,
+            "tokenizer": str(tokenizer.name_or_path),
+            "vocab_size": encoder.vocab_size,
+            "versions": _versions(),
+        }
+        _make(folder, items, manifest, test_fraction=test_fraction, split_seed=split_seed)
     found = _manifest(folder)
     _check_recipe(folder, found["recipe"], recipe)
     return {name: _open(folder, name, found) for name in found["splits"]}
@@ -197,145 +189,157 @@ def in_test_split(prompt: Sequence[int], *, test_fraction: float, split_seed: in
     return draw < test_fraction
 
 
+def _make(
+    folder: Path,
+    items: Iterator[Row | Dropped],
+    manifest: Mapping[str, Any],
+    *,
+    test_fraction: float,
+    split_seed: int,
+) -> None:
+    """Write the folder, unless another program does so at this time."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folders.locked(folder.parent, name=f".{folder.name}.lock", wait=True):
+            folders.sweep(folder)
+            if _is_prepared(folder):
+                return
+            with folders.appearing(folder, replace=False) as partial:
+                counts = _write(partial, items, test_fraction=test_fraction, split_seed=split_seed)
+                whole = {**manifest, **counts, "files": _digests(partial)}
+                whole["digest"] = _digest(whole)
+                (partial / _MANIFEST).write_text(json.dumps(whole, indent=2) + "\n")
+    except (OSError, _NotWritten) as error:
+        raise InputError(
+            f"{folder}: cannot be written ({first_line(error)}): make room, or give another folder"
+        ) from error
+
+
 def _write(
     folder: Path, items: Iterator[Row | Dropped], *, test_fraction: float, split_seed: int
 ) -> dict[str, Any]:
     """Records and lengths of all splits; returns the counts for the manifest."""
-    import tensorflow_datasets as tfds
-
     splits = ["train", "test"] if test_fraction > 0 else ["train"]
-    writer = tfds.core.SequentialWriter(
-        _info(folder), max_examples_per_shard=_SHARD, file_format="array_record"
-    )
-    writer.initialize_splits(splits)
-    prompts: dict[str, list[int]] = {name: [] for name in splits}
-    responses: dict[str, list[list[int]]] = {name: [] for name in splits}
+    writer = records.Writer(folder, splits)
+    lengths = {name: _Lengths() for name in splits}
     dropped: dict[str, dict[str, Any]] = {}
     cut = {"prompts": 0, "responses": 0}
     examples = 0
-    while chunk := list(islice(items, _CHUNK)):
-        records: dict[str, list[dict[str, Any]]] = {name: [] for name in splits}
-        for item in chunk:
-            examples += 1
-            if isinstance(item, Dropped):
-                entry = dropped.setdefault(item.reason, {"count": 0, "first": []})
-                entry["count"] += 1
-                entry["first"] = [*entry["first"], item.where][:_PLACES]
-                continue
-            testing = test_fraction > 0 and in_test_split(
-                item.prompt, test_fraction=test_fraction, split_seed=split_seed
-            )
-            name = "test" if testing else "train"
-            records[name].append(_record(item))
-            prompts[name].append(len(item.prompt))
-            responses[name].append([len(response) for response in item.responses])
-            cut["prompts"] += item.lost[0] > 0
-            cut["responses"] += item.lost[1] > 0
-        writer.add_examples(records)
-    writer.close_all()
-    empty = [name for name in splits if not prompts[name]]
+    for item in items:
+        examples += 1
+        if isinstance(item, Dropped):
+            entry = dropped.setdefault(item.reason, {"count": 0, "first": []})
+            entry["count"] += 1
+            entry["first"] = [*entry["first"], item.where][:_PLACES]
+            continue
+        testing = test_fraction > 0 and in_test_split(
+            item.prompt, test_fraction=test_fraction, split_seed=split_seed
+        )
+        name = "test" if testing else "train"
+        try:
+            writer.add(name, item)
+        except Exception as error:  # of ArrayRecord, where the disk is full
+            raise _NotWritten(first_line(error)) from error
+        lengths[name].add(item)
+        cut["prompts"] += item.lost[0] > 0
+        cut["responses"] += item.lost[1] > 0
+    try:
+        writer.close()
+    except Exception as error:
+        raise _NotWritten(first_line(error)) from error
+    empty = [name for name in splits if not lengths[name].prompts]
     if empty:
         reasons = ", ".join(f"{entry['count']} {why}" for why, entry in dropped.items())
         raise InputError(
             f"split {empty[0]!r} would be empty: {examples} examples read, dropped: "
             f"{reasons or 'none'}; test_fraction {test_fraction}"
         )
-    width = max(len(row) for name in splits for row in responses[name])
+    width = max(max(lengths[name].counts) for name in splits)
     for name in splits:
-        table = np.zeros((len(responses[name]), width), np.int32)
-        for number, row in enumerate(responses[name]):
-            table[number, : len(row)] = row
-        np.savez(
-            folder / f"lengths-{name}.npz",
-            prompts=np.array(prompts[name], np.int32),
-            responses=table,
-        )
+        prompts, responses = lengths[name].tables(width)
+        np.savez(folder / f"lengths-{name}.npz", prompts=prompts, responses=responses)
     return {
         "examples": examples,
-        "splits": {name: len(prompts[name]) for name in splits},
+        "splits": {name: len(lengths[name].prompts) for name in splits},
         "dropped": dropped,
         "rows_with_cut": cut,
     }
 
 
-def _info(folder: Path) -> Any:
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.dataset_info import DatasetIdentity
-
-    def vector(dtype: Any) -> Any:
-        return tfds.features.Tensor(shape=(None,), dtype=dtype)
-
-    identity: Any = DatasetIdentity(
-        name="preferences",
-        version=tfds.core.Version("1.0.0"),
-        data_dir=str(folder),
-        module_name=__name__,
-    )
-    return tfds.core.DatasetInfo(
-        builder=identity,
-        description="Prompts with K responses each, in token ids, best response first.",
-        features=tfds.features.FeaturesDict(
-            {
-                "prompt": vector(np.int32),
-                "responses": vector(np.int32),  # all K, one after the other
-                "response_lengths": vector(np.int32),
-                "scores": vector(np.float32),
-                "label": tfds.features.Scalar(np.float32),
-                "weight": tfds.features.Scalar(np.float32),
-                "number": tfds.features.Scalar(np.int64),
-            }
-        ),
-        disable_shuffling=True,
-    )
+class _NotWritten(RuntimeError):
+    """Records could not be written."""
 
 
-def _record(row: Row) -> dict[str, Any]:
-    flat = [token for response in row.responses for token in response]
-    return {
-        "prompt": np.array(row.prompt, np.int32),
-        "responses": np.array(flat, np.int32),
-        "response_lengths": np.array([len(r) for r in row.responses], np.int32),
-        "scores": np.array(row.scores, np.float32),
-        "label": np.float32(row.label),
-        "weight": np.float32(row.weight),
-        "number": np.int64(row.number),
-    }
+class _Lengths:
+    """Token counts of rows as they come, in 4 bytes each."""
+
+    def __init__(self) -> None:
+        self.prompts, self.counts, self._flat = array("i"), array("i"), array("i")
+
+    def add(self, row: Row) -> None:
+        self.prompts.append(len(row.prompt))
+        self.counts.append(len(row.responses))
+        self._flat.extend(map(len, row.responses))
+
+    def tables(self, width: int) -> Lengths:
+        """As arrays ``[rows]`` and ``[rows, width]``, 0 where a row has no further response."""
+        counts = np.frombuffer(self.counts, np.int32)
+        table = np.zeros((len(counts), width), np.int32)
+        table[np.arange(width) < counts[:, None]] = np.frombuffer(self._flat, np.int32)
+        return Lengths(np.array(self.prompts, np.int32), table)
 
 
-def _row(record: Mapping[str, Any]) -> Row:
-    ends = np.cumsum(record["response_lengths"])
-    return Row(
-        prompt=record["prompt"].tolist(),
-        responses=[part.tolist() for part in np.split(record["responses"], ends)[:-1]],
-        scores=record["scores"].tolist(),
-        label=float(record["label"]),
-        weight=float(record["weight"]),
-        number=int(record["number"]),
-    )
+def _digests(folder: Path, names: Sequence[str] | None = None) -> dict[str, str]:
+    """SHA-256 of the files of a folder, by name."""
+    found = {}
+    for name in sorted(names or (path.name for path in folder.iterdir())):
+        with (folder / name).open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest, without its own digest."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("jax-klrlhf", "tokenizers", "transformers", "array-record"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout
+            found[name] = "not installed"
+    return found
 
 
 def _open(folder: Path, split: str, manifest: Mapping[str, Any]) -> Prepared:
-    import tensorflow_datasets as tfds
-
+    remedy = "remove the folder and prepare it again"
+    others = tuple(f"-{name}." for name in manifest["splits"] if name != split)
+    expected = {
+        name: digest
+        for name, digest in manifest["files"].items()
+        if not any(other in name for other in others)
+    }
     try:
-        builder: Any = tfds.builder_from_directory(folder)
-        records = builder.as_data_source(split=split)
-        _row(records[len(records) - 1])  # a missing or torn file shows only when it is read
+        found = _digests(folder, list(expected))
+        changed = [name for name in expected if found[name] != expected[name]]
+        if changed:
+            raise ValueError(f"{changed[0]} is not what was written")
+        count, read = records.reader(folder, split)
         with np.load(folder / f"lengths-{split}.npz") as saved:
             lengths = Lengths(saved["prompts"], saved["responses"])
+        if not count == len(lengths.prompts) == len(lengths.responses) == manifest["splits"][split]:
+            raise ValueError(f"split {split!r} has {count} records, {len(lengths.prompts)} lengths")
     except Exception as error:
-        raise InputError(
-            f"{folder}: damaged ({error}): remove the folder and prepare it again"
-        ) from error
-    if not len(records) == len(lengths.prompts) == manifest["splits"][split]:
-        raise InputError(
-            f"{folder}: damaged: split {split!r} has {len(records)} records and "
-            f"{len(lengths.prompts)} lengths, {manifest['splits'][split]} expected: remove the "
-            "folder and prepare it again"
-        )
+        raise InputError(f"{folder}: damaged ({first_line(error)}): {remedy}") from error
 
     def fetch(numbers: Sequence[int]) -> list[Row]:
-        return [_row(record) for record in records.__getitems__(list(numbers))]
+        try:
+            return read(numbers)
+        except Exception as error:  # it was whole when it was opened
+            raise InputError(f"{folder}: damaged ({first_line(error)}): {remedy}") from error
 
     return Prepared(folder=folder, split=split, manifest=manifest, lengths=lengths, fetch=fetch)
 
@@ -352,14 +356,24 @@ def _is_prepared(folder: Path) -> bool:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _MANIFEST
     try:
-        found = json.loads((folder / _MANIFEST).read_text())
-        if not {"recipe", "splits"} <= found.keys():
-            raise ValueError("recipe or splits missing")
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{folder}: not a prepared data set ({_MANIFEST}: {error}): prepare it first"
+            f"{folder}: not a prepared data set ({_MANIFEST}: {first_line(error)}): remove it and "
+            "prepare it again"
         ) from error
+    if not isinstance(found, dict) or not isinstance(found.get("recipe"), dict):
+        raise InputError(f"{path}: no manifest of a prepared data set: prepare it again")
+    if found["recipe"].get("format") != _FORMAT:
+        raise InputError(
+            f"{folder}: prepared by another version of this program (format "
+            f"{short(found['recipe'].get('format'))}, now {_FORMAT}): remove the folder and "
+            "prepare it again"
+        )
+    if found.get("digest") != _digest(found):
+        raise InputError(f"{path}: damaged: remove the folder and prepare it again")
     return found
 
 
@@ -384,26 +398,3 @@ def _name(function: Arrangement) -> str:
 def _short(value: Any) -> str:
     text = str(value)
     return text[:12] + "..." if len(text) == 64 else text  # a hash
-
-
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the given place once it is complete."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error})") from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp's folders are private
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            # Another process was first: its folder is checked against the recipe like any other.
-            if not (folder / _MANIFEST).is_file():
-                raise
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -25,7 +25,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from jax_klrlhf.data import tfds_folder
 from jax_klrlhf.data.examples import Columns, Example, parse
+from jax_klrlhf.data.tfds_folder import first_line
 from jax_klrlhf.errors import InputError
 
 Record: TypeAlias = tuple[str, Mapping[str, Any]]
@@ -226,26 +228,18 @@ def _hub(name: str, split: str | None) -> Source:
             allow_patterns=[f"{inside}*{suffix}" for suffix in _SUFFIXES],
         )
     except Exception as error:  # no network, no such repository, not logged in, offline mode
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{name!r} is no file here, and as a hub data set it could not be had ({reason}): "
+            f"{name!r} is no file here, and as a hub data set it could not be had "
+            f"({first_line(error)}): "
             "check the name and the network, or download it and give the folder"
         ) from error
     return _files(name, _split_files(Path(folder) / inside, split))
 
 
 def _tfds(name: str, split: str | None) -> Source:
-    import tensorflow_datasets as tfds
-
-    builder: Any  # its methods are decorated beyond what a type checker follows
-    try:
-        if name.startswith("tfds:"):
-            builder = tfds.builder(name.removeprefix("tfds:"))
-        else:
-            builder = tfds.builder_from_directory(name)
-    except Exception as error:  # unknown name, not prepared, import error of the builder's code
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"no TFDS data set {name!r} ({reason})") from error
+    given = name.startswith("tfds:")
+    folder = tfds_folder.find(name.removeprefix("tfds:")) if given else Path(name).expanduser()
+    builder = tfds_folder.open_builder(folder)
     splits = list(builder.info.splits)
     if split is None and splits:
         split = splits[0] if len(splits) == 1 else "train"
@@ -257,16 +251,24 @@ def _tfds(name: str, split: str | None) -> Source:
     try:
         rows = builder.as_data_source(split=split)
     except Exception as error:  # tfrecord files, which need TensorFlow
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{name}: not readable at random access ({reason}): prepare it with "
+            f"{name}: not readable at random access ({first_line(error)}): prepare it with "
             "file_format='array_record'"
         ) from error
     files = [Path(path) for path in builder.info.splits[split].filepaths]
 
     def read() -> Iterator[Record]:
         for number in range(len(rows)):
-            yield f"{name}, split {split}, row {number}", _plain(rows[number])
+            where = f"{name}, split {split}, row {number}"
+            try:
+                record = _plain(rows[number])
+            except UnicodeDecodeError as error:
+                raise InputError(f"{where}: not UTF-8 ({error}): write it anew") from error
+            except Exception as error:  # of TFDS, ArrayRecord and protocol buffers
+                raise InputError(
+                    f"{where}: not readable ({first_line(error)}): is the data set whole?"
+                ) from error
+            yield where, record
 
     return Source(name=name, records=read, fingerprint=partial(hash_files, files))
 

@@ -2,16 +2,23 @@
 
 import json
 import os
+import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jax_klrlhf import folders
 from jax_klrlhf.data import batch, prepare, rows, sources, tokenize
 from jax_klrlhf.errors import InputError
 
+ROOT = Path(__file__).resolve().parents[2]
 RECORDS = [
     {"prompt": f"question {n % 7}?", "chosen": f" yes {n}", "rejected": f" no, not {n} times"}
     for n in range(40)
@@ -141,21 +148,53 @@ def test_folder_appears_whole(byte_level, folder, monkeypatch):
         seen.extend(sorted(os.listdir(source)))
         os.replace(source, target)
 
-    monkeypatch.setattr(prepare.os, "rename", rename)
+    monkeypatch.setattr(folders.os, "rename", rename)
     prepare.build(RECORDS, byte_level, folder, **LENGTHS)
     assert seen == sorted(path.name for path in folder.iterdir())
     assert "prepared.json" in seen
 
 
-def test_another_process_was_first(byte_level, folder, monkeypatch):
-    def lose_the_race(source, target):
-        monkeypatch.undo()
-        prepare.build(RECORDS, byte_level, folder, **LENGTHS)
-        os.rename(source, target)
+def counting(examples):
+    passes.append(threading.get_ident())
+    time.sleep(0.3)
+    yield from examples
 
-    monkeypatch.setattr(prepare.os, "rename", lose_the_race)
-    split = prepare.build(RECORDS, byte_level, folder, **LENGTHS)["train"]
-    assert len(split) == 40
+
+passes = []
+
+
+def test_of_two_that_prepare_a_folder_at_once_one_does_and_both_have_it(byte_level, folder):
+    passes.clear()
+    with ThreadPoolExecutor(2) as pool:
+        both = list(
+            pool.map(
+                lambda _: prepare.build(RECORDS, byte_level, folder, arrange=counting, **LENGTHS),
+                range(2),
+            )
+        )
+    assert len(passes) == 1
+    assert [len(splits["train"]) for splits in both] == [40, 40]
+    assert [path.name for path in folder.parent.iterdir()] == ["prepared"]
+
+
+def test_left_overs_of_a_killed_preparation_are_removed_at_the_next_start(byte_level, folder):
+    code = f"""
+import os
+from jax_klrlhf.data import prepare, tokenize
+def dying(examples):
+    for number, example in enumerate(examples):
+        if number == 20:
+            os.kill(os.getpid(), 9)
+        yield example
+tokenizer = tokenize.load({byte_level.name_or_path!r})
+records = {RECORDS!r}
+prepare.build(records, tokenizer, {str(folder)!r}, arrange=dying, **{LENGTHS!r})
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120)
+    assert ended.returncode == -9, ended.stderr
+    left = [path.name for path in folder.parent.iterdir()]
+    assert any(name.startswith(".prepared.new-") for name in left)
+    prepare.build(RECORDS, byte_level, folder, **LENGTHS)
     assert [path.name for path in folder.parent.iterdir()] == ["prepared"]
 
 
