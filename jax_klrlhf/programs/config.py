@@ -103,6 +103,8 @@ class TrainingConfig:
     evaluate_every: int = 200
     keep: int = 2
     """Checkpoints kept."""
+    max_skipped: int = 5
+    """Updates in a row whose loss or gradient is not finite: so many stop the run."""
     tensorboard: bool = False
     wandb: str | None = None
     """Project to log to."""
@@ -283,7 +285,7 @@ def _build(found: Any, kind: Any, where: str) -> Any:
 def check(config: TrainingConfig) -> None:
     """What no type says. Raises ``InputError`` naming the option."""
     positive = ("batch_size", "micro_batches", "max_shapes", "log_every", "save_every", "keep")
-    for name in (*positive, "evaluate_every", "chunk"):
+    for name in (*positive, "evaluate_every", "chunk", "max_skipped"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise InputError(f"{name} is {getattr(config, name)}; it must be at least 1.")

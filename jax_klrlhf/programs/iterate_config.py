@@ -137,8 +137,10 @@ class Fit:
     """Of adamw."""
     clip: float | None = 1.0
     """Largest norm of the gradient."""
-    save_every: int | None = None
-    """Steps between checkpoints inside a fit; without, a fit that is killed begins again."""
+    save_every: int = 100
+    """Steps between checkpoints inside a fit, from the last of which a killed one goes on."""
+    max_skipped: int = 5
+    """Updates in a row whose loss or gradient is not finite: so many stop the run."""
     log_every: int = 50
 
 
@@ -297,6 +299,7 @@ _POSITIVE = (
     "belief.radius", "belief.bound", "pairs.temperature", "pairs.samples", "improve.chain",
     "improve.proposals", "improve.keep", "fit.steps", "fit.batch_size", "fit.micro_batches",
     "fit.learning_rate", "fit.save_every", "fit.log_every", "fit.clip",
+    "fit.max_skipped",
 )  # fmt: skip
 
 

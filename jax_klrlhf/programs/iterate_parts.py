@@ -29,8 +29,8 @@ from jax_klrlhf.models.reward import RewardParams
 from jax_klrlhf.programs.config import objective
 from jax_klrlhf.programs.gold import CLASSES, fit_sentiment
 from jax_klrlhf.programs.iterate_config import Fit, IterateConfig
+from jax_klrlhf.training import health, optimizers, rounds
 from jax_klrlhf.training import mesh as meshes
-from jax_klrlhf.training import optimizers, rounds
 from jax_klrlhf.training.rounds import oracle, pairing, settings
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.features import Features
@@ -97,6 +97,7 @@ class Place:
             mesh=self.mesh,
             shardings=None if self.mesh is None else partition.shardings(params, self.mesh),
             save_every=fit.save_every,
+            limits=health.Limits(skipped=fit.max_skipped),
             log_every=fit.log_every,
             console=self.console,
         )

@@ -40,7 +40,7 @@ from jax_klrlhf.training.tasks import Batch, PackedBatch, Task
 # What may change between a run and its continuation: how often it reports, and on what it runs.
 FREE = {
     "output", "log_every", "save_every", "evaluate_every", "keep", "tensorboard", "wandb",
-    "mesh", "processes", "kl_prompts", "kl_samples", "reference_cache",
+    "max_skipped", "mesh", "processes", "kl_prompts", "kl_samples", "reference_cache",
 }  # fmt: skip
 
 
@@ -369,7 +369,7 @@ def fit(
 
     store = Checkpoints(run.folder / "checkpoints", keep=config.keep)
     batches = Feed(Stream(source), feed)
-    state = loop.resume(store, state, batches)
+    state, log = loop.resume(store, state, batches, console=run.console)
     first = int(state.step)
     if first:
         run.console.print(f"going on from step {first} of {steps}", highlight=False)
@@ -394,7 +394,8 @@ def fit(
             config=_plain(config),
             sinks=_sinks(run, first),
             learning_rate=rate,
-            limits=health.Limits(),
+            limits=health.Limits(skipped=config.max_skipped),
+            log=log,
             tokens=(splits.encoder.begin, splits.encoder.end),
             console=run.console,
         )

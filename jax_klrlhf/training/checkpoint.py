@@ -1,21 +1,28 @@
 """Checkpoints: a run killed at any moment goes on to the same bits.
 
 A checkpoint holds the carried state (step, trained parameters, optimizer, key, fingerprint of pi0),
-the position in the data and the configuration. Orbax writes it asynchronously under a temporary
-name and renames it when it is whole, so a reader finds the last whole one whatever happened since;
-what a killed run left half-written is removed on opening.
+the position in the data, the configuration and what the log remembers (:mod:`.history`). Orbax
+writes it asynchronously under a temporary name and renames it when it is whole, so a reader finds
+the last whole one whatever happened since; what a killed run left half-written is removed on
+opening.
+
+Disks and copies do worse than kills: a file is cut, empty, or one bit of it is another. Each
+checkpoint carries a checksum of its arrays and a digest of the rest; one that is not what was
+written is left aside for the one before it, with a word of it.
 
 Frozen parameters and the reference are not saved: they are read from where they came from, and the
 fingerprint says whether they are the same.
 """
 
+import hashlib
+import json
 import logging
 import re
 import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,10 +30,26 @@ import orbax.checkpoint as ocp
 
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.results import output_folder
-from jax_klrlhf.training.state import TrainState, fingerprint_text
+from jax_klrlhf.training.state import TrainState, checksum, fingerprint_text, path_name
 
 _STATE, _EXTRA = "state", "extra"
 _SETTLE = 30.0  # seconds that the writers of a failed save are waited for
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held."""
+
+    state: TrainState
+    data: Any
+    """The position in the data."""
+    log: Any
+    """What the log remembers; None where nothing was given."""
+    damaged: tuple[str, ...] = ()
+    """Of each later checkpoint that could not be read, what is wrong with it. It is gone."""
+
+
+class _Damaged(Exception):
+    """A checkpoint is not what was written."""
 
 
 class Checkpoints:
@@ -50,7 +73,10 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+                lightweight_initialize=True,  # reads no metadata, which may be damaged
             ),
             item_handlers={
                 _STATE: ocp.StandardCheckpointHandler(),
@@ -60,14 +86,14 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Step of the last whole checkpoint; None where there is none."""
+        """Step of the last checkpoint; None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, *, data: Any, config: Any) -> None:
+    def save(self, state: TrainState, *, data: Any, config: Any, log: Any = None) -> None:
         """Begin to save ``state`` under its own step; a step already saved is left as it is.
 
         Returns when the arrays have been copied; writing goes on beside the run. ``data`` (the
-        position) and ``config`` are anything JSON holds.
+        position), ``config`` and ``log`` are anything JSON holds.
 
         Raises:
             InputError: where this or the previous save could not be written.
@@ -77,13 +103,24 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         self._before, self._saving = set(threading.enumerate()), step
+        saved = _saved(state)
+        extra = {
+            "data": data,
+            "config": config,
+            "log": log,
+            "shapes": _shapes(saved),
+            "reference": fingerprint_text(state.fingerprint),
+            "checksum": fingerprint_text(checksum(saved)),
+        }
+        # Through JSON once, so that what is read back has the digest of what was given.
+        extra = json.loads(json.dumps(extra))
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     **{
-                        _STATE: ocp.args.StandardSave(_saved(state)),
-                        _EXTRA: ocp.args.JsonSave({"data": data, "config": config}),
+                        _STATE: ocp.args.StandardSave(saved),
+                        _EXTRA: ocp.args.JsonSave(extra | {"digest": _digest(extra)}),
                     }
                 ),
             )
@@ -101,66 +138,96 @@ class Checkpoints:
         except Exception as error:
             raise self._unwritable(error) from error
 
-    def restore(self, like: TrainState, *, step: int | None = None) -> tuple[TrainState, Any]:
-        """The state of a checkpoint (the last, by default), and the data position.
+    def restore(self, like: TrainState, *, step: int | None = None) -> Restored:
+        """A checkpoint: of ``step``, or the last that is whole.
 
         ``like`` is the run's state at its start: its types, shapes and shardings are what is
-        restored, on whatever mesh that is, and its frozen and reference parameters stay.
+        restored, on whatever mesh that is, and its frozen and reference parameters stay. Where the
+        last is damaged, the one before it is taken, and the damaged one removed, for the run is
+        going to write it again.
 
         Raises:
-            InputError: where there is no such checkpoint, or it is of another model, optimizer or
-                reference.
+            InputError: where there is no such checkpoint, it is of another model, optimizer or
+                reference, or all are damaged.
         """
-        step = self.latest if step is None else step
-        if step is None or step not in self._manager.all_steps():
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if step is not None and step in steps:
+            steps = [step]
+        elif step is not None or not steps:
             raise InputError(
                 f"{self.folder}: no checkpoint{'' if step is None else f' of step {step}'}; "
                 f"there are {sorted(self._manager.all_steps()) or 'none'}."
             )
+        damaged: dict[int, str] = {}
+        for number in steps:
+            try:
+                state, extra = self._read(number, like)
+            except _Damaged as error:
+                damaged[number] = f"the checkpoint of step {number} is damaged ({error})"
+                continue
+            for bad in damaged:
+                self._manager.delete(bad)
+            return Restored(state, extra["data"], extra["log"], tuple(damaged.values()))
+        raise InputError(
+            f"{self.folder}: {'; '.join(damaged.values())}; nothing is left to go on from: delete "
+            "this folder to begin again."
+        )
+
+    def config(self, *, step: int | None = None) -> Any:
+        """The configuration saved with a checkpoint (the last, by default).
+
+        Raises:
+            InputError: where the checkpoint is damaged.
+        """
+        step = self.latest if step is None else step
+        try:
+            return self._extra(step)["config"]
+        except _Damaged as error:
+            raise InputError(f"{self.folder}: step {step} is damaged ({error}).") from None
+
+    def _extra(self, step: Any) -> dict[str, Any]:
+        """What is beside a checkpoint's arrays."""
+        try:
+            items = ocp.args.Composite(**{_EXTRA: ocp.args.JsonRestore()})
+            extra = dict(self._manager.restore(step, args=items)[_EXTRA])
+            written = extra.pop("digest", None)
+        except Exception as error:
+            raise _Damaged(_reason(error)) from None
+        if written != _digest(extra):
+            raise _Damaged("its position and log are not what was written")
+        return extra
+
+    def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """One checkpoint, refused where it is another run's."""
+        extra = self._extra(step)
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(like)
         )
-        self._check_shapes(step, target)
-        items = ocp.args.Composite(
-            **{_STATE: ocp.args.StandardRestore(target), _EXTRA: ocp.args.JsonRestore()}
-        )
-        restored = self._manager.restore(step, args=items)
-        found, extra = restored[_STATE], restored[_EXTRA]
-        ours, theirs = (fingerprint_text(x) for x in (like.fingerprint, found["fingerprint"]))
+        self._check_shapes(step, extra["shapes"], _shapes(target))
+        ours, theirs = fingerprint_text(like.fingerprint), extra["reference"]
         if ours != theirs:
             raise InputError(
                 f"{self.folder}: step {step} was trained against the reference {theirs[:12]}, and "
                 f"this run's is {ours[:12]}; give the model and seed of the saved run, or name "
                 "another --output."
             )
+        try:
+            items = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(target)})
+            found = self._manager.restore(step, args=items)[_STATE]
+        except Exception as error:
+            raise _Damaged(_reason(error)) from None
+        if fingerprint_text(checksum(found)) != extra["checksum"]:
+            raise _Damaged("its arrays are not what was written")
         key = jax.random.wrap_key_data(found.pop("key"), impl=jax.random.key_impl(like.key))
-        return like._replace(**found, key=key), extra["data"]
-
-    def config(self, *, step: int | None = None) -> Any:
-        """The configuration saved with a checkpoint (the last, by default)."""
-        step = self.latest if step is None else step
-        items = ocp.args.Composite(**{_EXTRA: ocp.args.JsonRestore()})
-        return self._manager.restore(step, args=items)[_EXTRA]["config"]
+        return like._replace(**found, key=key), extra
 
     def close(self) -> None:
         """Finish writing and let go of the folder."""
         self.wait()
         self._manager.close()
 
-    def _check_shapes(self, step: int, target: Any) -> None:
+    def _check_shapes(self, step: int, have: dict[str, str], want: dict[str, str]) -> None:
         """Orbax would pad or cut an array of another shape, or fail in its own words."""
-        saved = self._manager.item_metadata(step)[_STATE]
-        tree = getattr(saved, "tree", saved)
-        name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
-        have = {
-            name(path): tuple(leaf.shape)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(
-                tree, is_leaf=lambda leaf: hasattr(leaf, "shape")
-            )
-        }
-        want = {
-            name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(target)
-        }
         for path in sorted(set(have) | set(want)):
             if have.get(path) != want.get(path):
                 raise InputError(
@@ -204,6 +271,23 @@ def _saved(state: TrainState) -> dict[str, Any]:
         "key": jax.random.key_data(state.key),
         "fingerprint": state.fingerprint,
     }
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """Shape and type of each array, by its path."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): f"{tuple(leaf.shape)} {leaf.dtype}" for path, leaf in paths}
+
+
+def _digest(extra: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(extra, sort_keys=True).encode()).hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    """The beginning of an error's text, on one line."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        raise error  # Nothing is wrong with the checkpoint.
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def equal(first: TrainState, second: TrainState) -> bool:

@@ -1,12 +1,13 @@
 """Checks that a run is worth going on with: they warn, or stop it, with a reason.
 
 Before the first step the batches are looked at (:func:`check_batch`); during the run every logged
-line is (:func:`observe`). Each finding says what was seen, what usually causes it, and what to do.
+line is (:func:`observe`), and updates that had to be skipped are counted (:mod:`.history`). Each
+finding says what was seen, what usually causes it, and what to do.
 A reference cache of another model is refused where it is read (:mod:`.reference`).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,23 +33,43 @@ class Limits:
     """When a number counts as wrong."""
 
     patience: int = 50
-    """Steps that the loss may stay where it began."""
+    """Steps that margins may stay 0."""
     stuck: float = 1e-4
     """A mean absolute margin (nats) up to which nothing has been learned."""
     collapse: float = 0.5
-    """Share of the chosen responses' log-probability that may be lost (with `collapse_nats`)."""
+    """Share of the reference's log-probability of the chosen responses that may be lost..."""
     collapse_nats: float = 10.0
+    """...where it is more than this."""
+    vanished: float = 1e-6
+    """Norm of a gradient that counts as none, as a share of the largest of the run."""
+    kl_per_token: float = 1.0
+    """KL(policy || reference) per sampled token, in nats; the reference's own entropy is about
+    that..."""
+    kl_nats: float = 10.0
+    """...where it is more than this per response."""
+    skipped: int = 5
+    """Updates in a row whose loss or gradient is not finite: so many stop the run."""
 
 
 class Seen(NamedTuple):
-    """What has been observed so far; carried by the loop."""
+    """What has been observed so far; carried by the loop, and saved with each checkpoint."""
 
-    first_chosen: float | None = None
-    """Mean log-probability of chosen responses when the run began."""
-    still: int | None = 0
-    """First step of the stretch in which nothing moved; None when it has."""
+    still: bool = True
+    """Whether nothing has moved yet."""
+    gradient: float = 0.0
+    """The largest norm."""
     told: frozenset[str] = frozenset()
     """Warnings already given: each is given once."""
+
+    def state(self) -> Any:
+        """As JSON has it."""
+        return [self.still, self.gradient, sorted(self.told)]
+
+    @classmethod
+    def of(cls, state: Any) -> "Seen":
+        """From :meth:`state`."""
+        still, gradient, told = state
+        return cls(still, gradient, frozenset(told))
 
 
 def check_batch(batch: Any, *, begin: int | None, end: int | None) -> list[Finding]:
@@ -99,30 +120,66 @@ def check_batch(batch: Any, *, begin: int | None, end: int | None) -> list[Findi
     return findings
 
 
+def skipped(step: int, fresh: int, total: int, named: Sequence[int]) -> Finding:
+    """Updates that were left out since the last log line; told at each such line."""
+    at = ", ".join(map(str, named)) + (", ..." if total > len(named) else "")
+    return Finding(
+        "updates_skipped",
+        f"step {step}: {fresh} updates since the last line and {total} in all were skipped, their "
+        f"loss or gradient not being finite: {at}.",
+        False,
+    )
+
+
+def too_many(step: int, row: int) -> str:
+    """Why a run stops that goes on skipping."""
+    return (
+        f"step {step}: the loss or the gradient was not finite {row} times in a row; the "
+        "parameters are as they were before. Lower the learning rate, clip the gradient, or look "
+        "at the data of these steps."
+    )
+
+
 def observe(
     seen: Seen, step: int, metrics: Mapping[str, Metric], limits: Limits
 ) -> tuple[Seen, list[Finding]]:
-    """Look at one logged line; returns what to carry on and what is newly wrong."""
+    """Look at a line of the log, of training or of an evaluation.
+
+    Everything is compared with the reference or within the line, nothing with another batch.
+    Returns what to carry on, and what is newly wrong.
+    """
     findings = []
-    loss = metrics["loss"].value
-    if not math.isfinite(loss) or not math.isfinite(metrics["grad_norm"].value):
-        findings.append(
-            Finding(
-                "not_finite",
-                f"step {step}: the loss is {loss} and the gradient's norm "
-                f"{metrics['grad_norm'].value}; the parameters were left as they were before. "
-                "Lower the learning rate, clip the gradient, or look at the data of this step.",
-                True,
-            )
-        )
+    if "grad_norm" in metrics:
+        seen, found = _vanished(seen, step, metrics["grad_norm"].value, limits)
+        findings += found
     if "rewards/margins" in metrics and "rewards/chosen" in metrics:
         seen, found = _stuck(seen, step, metrics, limits)
         findings += found
-    if "logps/chosen" in metrics:
-        seen, found = _collapse(seen, step, metrics["logps/chosen"].value, limits)
-        findings += found
-    fresh = [finding for finding in findings if finding.stop or finding.name not in seen.told]
+    if "log_ratio/chosen" in metrics:
+        findings += _collapse(step, metrics, limits)
+    if "eval/kl/ref" in metrics:
+        findings += _exploded(step, metrics, limits)
+    fresh = [finding for finding in findings if finding.name not in seen.told]
     return seen._replace(told=seen.told | {finding.name for finding in fresh}), fresh
+
+
+def _vanished(seen: Seen, step: int, norm: float, limits: Limits) -> tuple[Seen, list[Finding]]:
+    """A gradient of 0 for a computer: what it is added to does not change."""
+    if not math.isfinite(norm):
+        return seen, []
+    seen = seen._replace(gradient=max(seen.gradient, norm))
+    if norm > limits.vanished * seen.gradient:
+        return seen, []
+    return seen, [
+        Finding(
+            "vanished_gradient",
+            f"step {step}: the gradient's norm is {norm:.1e}, its largest was {seen.gradient:.1e}: "
+            "training has ended. Usual causes: a learning rate so large that every probability is "
+            "0 or 1, a hinge that every pair has passed, or adapters whose two factors are both "
+            "zero.",
+            False,
+        )
+    ]
 
 
 def _stuck(
@@ -131,9 +188,25 @@ def _stuck(
     """All margins at 0 is where DPO begins, with a loss of ln 2; there it must not stay."""
     margin = metrics["rewards/margins"]
     spread = (margin.stderr or 0.0) * math.sqrt(max((margin.n or 1) - 1, 1))
-    if seen.still is None or math.hypot(margin.value, spread) > limits.stuck:
-        return seen._replace(still=None), []
-    if step < limits.patience:
+    size = math.hypot(margin.value, spread)
+    if not math.isfinite(size):
+        return seen, []
+    moves = size > limits.stuck
+    seen = seen._replace(still=seen.still and not moves)
+    if moves or step < limits.patience:
+        return seen, []
+    if "logps/chosen" not in metrics:
+        return seen, [
+            Finding(
+                "constant_reward",
+                f"step {step}: every pair's two rewards are equal (the mean absolute difference is "
+                f"{size:.1e}): the model scores all responses alike. Usual causes: pairs of "
+                "identical responses, responses cut to the same beginning, or a learning rate so "
+                "large that the model died, or so small that it never moved.",
+                False,
+            )
+        ]
+    if not seen.still:
         return seen, []
     return seen, [
         Finding(
@@ -147,20 +220,40 @@ def _stuck(
     ]
 
 
-def _collapse(seen: Seen, step: int, chosen: float, limits: Limits) -> tuple[Seen, list[Finding]]:
-    """Margins can grow while both log-probabilities fall: the policy leaves the data."""
-    if seen.first_chosen is None:
-        return seen._replace(first_chosen=chosen), []
-    lost = seen.first_chosen - chosen
-    if lost < limits.collapse_nats or lost < limits.collapse * abs(seen.first_chosen):
-        return seen, []
-    return seen, [
+def _collapse(step: int, metrics: Mapping[str, Metric], limits: Limits) -> list[Finding]:
+    """Margins can grow while both log-probabilities fall: the policy leaves the data.
+
+    The log-ratio to the reference of the same responses, so that no batch is compared with another;
+    two standard errors beyond the limit.
+    """
+    ratio, now = metrics["log_ratio/chosen"], metrics["logps/chosen"].value
+    before = now - ratio.value
+    limit = max(limits.collapse_nats, limits.collapse * abs(before))
+    if not ratio.value + 2 * (ratio.stderr or 0.0) < -limit:
+        return []
+    return [
         Finding(
             "chosen_collapsing",
-            f"step {step}: the chosen responses' mean log-probability fell from "
-            f"{seen.first_chosen:.1f} to {chosen:.1f} nats: margins grow by unlearning both "
-            "responses. Raise kl_coef, lower the learning rate, or use an objective with a "
-            "likelihood term (rpo).",
+            f"step {step}: the chosen responses' mean log-probability is {now:.1f} nats, the "
+            f"reference's {before:.1f}: margins grow by unlearning both responses. Raise kl_coef, "
+            "lower the learning rate, or use an objective with a likelihood term (rpo).",
+            False,
+        )
+    ]
+
+
+def _exploded(step: int, metrics: Mapping[str, Metric], limits: Limits) -> list[Finding]:
+    """The policy says what the reference never would, token after token."""
+    kl, length = metrics["eval/kl/ref"], metrics.get("eval/length/sampled", Metric(1.0)).value
+    limit = max(limits.kl_nats, limits.kl_per_token * length)
+    if not kl.value - 2 * (kl.stderr or 0.0) > limit:
+        return []
+    return [
+        Finding(
+            "exploded_kl",
+            f"step {step}: KL(policy || reference) is {kl.value:.1f} nats per response of "
+            f"{length:.0f} tokens: the policy has left the reference. Raise kl_coef, lower the "
+            "learning rate, or take an earlier checkpoint.",
             False,
         )
     ]

@@ -1,8 +1,10 @@
 """The loop around a training step: batches, log, evaluation, checkpoints, health, signals.
 
 The step number is the run's only clock. Everything that happens at a step (a log line, an
-evaluation, a checkpoint) happens at the same one in a run that was killed and started again, and
-the final parameters are the same to the bit.
+evaluation, a checkpoint, a warning, a stop) happens at the same one in a run that was killed and
+started again. The final parameters are the same to the bit, and so are ``metrics.jsonl`` and the
+results but for times: what a log line averages is part of every checkpoint (:mod:`.history`), and
+an evaluation that was killed after its checkpoint is made up for.
 """
 
 import signal
@@ -10,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -29,6 +31,7 @@ from jax_klrlhf.results import Metric
 from jax_klrlhf.training import health, metrics
 from jax_klrlhf.training.checkpoint import Checkpoints
 from jax_klrlhf.training.health import Stopped
+from jax_klrlhf.training.history import History
 from jax_klrlhf.training.mesh import put_batch
 from jax_klrlhf.training.metrics import Metrics, Sink
 from jax_klrlhf.training.state import TrainState
@@ -85,6 +88,14 @@ class Repeat:
         self._next = state
 
 
+class Resumed(NamedTuple):
+    """Where a run goes on from."""
+
+    state: TrainState
+    log: Any = None
+    """What its log remembers, for :func:`train`."""
+
+
 class Outcome(NamedTuple):
     """What a run came to."""
 
@@ -94,13 +105,25 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def resume(checkpoints: Checkpoints, state: TrainState, batches: Batches) -> TrainState:
-    """The last checkpoint's state, ``batches`` moved to its position; ``state`` where none is."""
+def resume(
+    checkpoints: Checkpoints, state: TrainState, batches: Batches, *, console: Console | None = None
+) -> Resumed:
+    """The last whole checkpoint's state, ``batches`` moved to its position.
+
+    ``state`` as it is where there is none. The console is told of checkpoints that were damaged.
+    """
     if checkpoints.latest is None:
-        return state
-    state, position = checkpoints.restore(state)
-    batches.restore(position)
-    return state
+        return Resumed(state)
+    found = checkpoints.restore(state)
+    batches.restore(found.data)
+    for damaged in found.damaged:
+        (console or Console()).print(
+            f"[yellow]warning[/yellow] {checkpoints.folder}: {damaged}; going on from step "
+            f"{int(found.state.step)}",
+            soft_wrap=True,
+            highlight=False,
+        )
+    return Resumed(found.state, found.log)
 
 
 def train(
@@ -112,6 +135,7 @@ def train(
     names: Mapping[str, str],
     log_every: int = 10,
     save_every: int | None = None,
+    save_last: bool = True,
     evaluate_every: int | None = None,
     evaluate: Callable[[TrainState], Metrics] | None = None,
     checkpoints: Checkpoints | None = None,
@@ -120,6 +144,7 @@ def train(
     learning_rate: Callable[[Any], Any] | None = None,
     limits: health.Limits | None = None,
     tokens: tuple[int | None, int | None] = (None, None),
+    log: Any = None,
     console: Console | None = None,
 ) -> Outcome:
     """Train until ``steps`` steps have been taken in all, from the state's own step on.
@@ -131,51 +156,77 @@ def train(
         steps: number of the last step.
         names: what the report's fields are called in the log (``task.names``).
         log_every: steps between log lines.
-        save_every: steps between checkpoints; the last step is saved in any case.
+        save_every: steps between checkpoints.
+        save_last: whether the last step is saved in any case.
         evaluate_every: steps between evaluations; the last step is evaluated in any case.
-        evaluate: metrics of a state.
+        evaluate: metrics of a state, named ``eval/...``.
         checkpoints: where to save; nothing is saved without.
         config: saved with each checkpoint.
         sinks: where metrics go besides the terminal (:mod:`.metrics`).
         learning_rate: schedule, to be logged.
         limits: of the health checks; ``None`` is :class:`.health.Limits`'s own.
         tokens: ids of the begin and the end token, for the check of the first batch.
+        log: what :func:`resume` said the log remembers.
         console: the terminal; a quiet one prints nothing.
 
     Raises:
-        Stopped: where a health check stops the run, or SIGTERM or SIGINT came (the run is then
-            saved first).
+        Stopped: where too many updates in a row had to be skipped (:class:`.health.Limits`), or
+            SIGTERM or SIGINT came (the run is then saved first).
     """
     began = time.perf_counter()
-    mesh, limits = step.mesh, limits or health.Limits()
-    leader = jax.process_index() == 0
+    mesh, leader = step.mesh, jax.process_index() == 0
     console = (console or Console()) if leader else Console(quiet=True)
     flops = metrics.flops_per_token(state)
-    seen, last, infos = health.Seen(), {}, []
+    history = History(names, limits or health.Limits(), steps=steps, saved=log)
     shapes, rated, seconds = set(), [], 0.0
     number = first = int(state.step)
 
     def save(state: TrainState) -> None:
         if checkpoints is not None:
-            checkpoints.save(state, data=batches.state(), config=config)
+            history.settle()
+            checkpoints.save(state, data=batches.state(), config=config, log=history.state())
 
     def publish(number: int, found: Metrics) -> None:
-        last.update(found)
+        history.last.update(found)
         if leader:
             for sink in sinks:
                 sink(number, found)
             shown = "  ".join(f"{k} {_short(found[k])}" for k in SHOWN if k in found)
             console.print(f"step {number}/{steps}  {shown}", highlight=False, soft_wrap=True)
+        warn(history.observe(number, found))
 
     def warn(findings: Sequence[health.Finding]) -> None:
         for finding in findings:
-            if finding.stop:
-                raise Stopped(finding.message)
             console.print(
                 f"[yellow]warning[/yellow] {finding.name}: {finding.message}", soft_wrap=True
             )
 
+    if history.skipped:
+        console.print(
+            f"step {number}/{steps}  {history.skipped} updates before it were skipped, their loss "
+            f"or gradient not being finite: steps {', '.join(map(str, history.named))}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def end() -> NoReturn:
+        if checkpoints is not None:
+            checkpoints.wait()
+        if checkpoints is None:
+            kept = "this training has no checkpoints and would begin again"
+        else:
+            kept = "start again to go on from here"
+        raise Stopped(
+            f"step {number}: asked to end ({', '.join(asked) or 'by another process'}); {kept}."
+        )
+
+    def due(number: int) -> bool:
+        every = evaluate_every is not None and number > 0 and number % evaluate_every == 0
+        return evaluate is not None and every and number < steps
+
     with _progress(console, steps, number) as advance, _signals() as asked:
+        if evaluate is not None and due(number):
+            publish(number, evaluate(state))  # killed after its checkpoint, or told once more
         clock = time.perf_counter()
         while number < steps:
             host = next(batches)
@@ -187,7 +238,6 @@ def train(
                 jax.block_until_ready(state.step)
                 seconds += time.perf_counter() - clock
             state, info = step(state, put_batch(host, mesh))
-            infos.append(info)
             if shape in shapes:
                 rated.append(info)
             else:
@@ -195,43 +245,36 @@ def train(
                 jax.block_until_ready(info)
                 clock = time.perf_counter()
             number += 1
+            history.add(number, info)
             advance(number)
             final = number == steps
             if final or number % log_every == 0:
                 jax.block_until_ready(info)
                 seconds += time.perf_counter() - clock
-                found = metrics.summarize(infos, names) | metrics.rates(
-                    rated, seconds=seconds, flops=flops
-                )
+                found = history.line() | metrics.rates(rated, seconds=seconds, flops=flops)
                 if learning_rate is not None:
                     found["learning_rate"] = Metric(float(learning_rate(number - 1)))
                 publish(number, found)
-                seen, findings = health.observe(seen, number, found, limits)
-                warn(findings)
-                infos, rated, seconds, clock = [], [], 0.0, time.perf_counter()
+                rated, seconds, clock = [], 0.0, time.perf_counter()
             # Saved before it is evaluated: an evaluation that fails loses no training.
-            if final or (save_every is not None and number % save_every == 0):
+            if (final and save_last) or (save_every is not None and number % save_every == 0):
                 save(state)
-            due = evaluate_every is not None and number % evaluate_every == 0
-            if evaluate is not None and due and not final:
+            if evaluate is not None and due(number):
                 jax.block_until_ready(state.step)
                 seconds += time.perf_counter() - clock
                 publish(number, evaluate(state))
                 clock = time.perf_counter()
             if not final and _agreed(asked, number % log_every == 0):
                 save(state)
-                if checkpoints is not None:
-                    checkpoints.wait()
-                raise Stopped(
-                    f"step {number}: asked to end ({', '.join(asked) or 'by another process'}); "
-                    "start again to go on from here."
-                )
-    # Here, so that a run killed between its last step and its evaluation makes up for it.
-    if evaluate is not None:
-        publish(number, evaluate(state))
+                end()
+        # Here, so that a run killed between its last step and its evaluation makes up for it.
+        if evaluate is not None:
+            publish(number, evaluate(state))
+        if _agreed(asked, True):
+            end()
     if checkpoints is not None:
         checkpoints.wait()
-    return Outcome(state, last, time.perf_counter() - began)
+    return Outcome(state, history.last, time.perf_counter() - began)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ TRL's where TRL has one:
 | `logps/chosen`, `logps/rejected` | log-probabilities of whole responses |
 | `grad_norm`, `update_norm` | of the gradient before clipping; of the optimizer's step |
 | `learning_rate` | of the schedule, where it is known |
+| `updates/skipped` | steps so far whose loss or gradient was not finite: they moved nothing |
 | `perf/padding_fraction` | token slots that held no token |
 | `perf/tokens_per_second` | true prompt and response tokens |
 | `perf/mfu` | share of the chips' peak arithmetic, on the true tokens alone |
@@ -21,6 +22,7 @@ line; TensorBoard and wandb join in where they are installed and asked for.
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +33,7 @@ import numpy as np
 
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.results import Metric
-from jax_klrlhf.training.step import Info, Moments
+from jax_klrlhf.training.step import Info
 
 Metrics: TypeAlias = dict[str, Metric]
 Sink: TypeAlias = Callable[[int, Mapping[str, Metric]], None]
@@ -51,8 +53,8 @@ PEAK_FLOPS = {
 """Dense bfloat16 peak of a device, by the beginning of its kind, from its maker's data sheet."""
 
 
-def mean(moments: Moments) -> Metric:
-    """Weighted mean with its standard error.
+def mean(moments: Sequence[Any]) -> Metric:
+    """Weighted mean with its standard error, from the sums that :class:`.step.Moments` names.
 
     ``n`` is the effective number of rows, (sum w)^2 / sum w^2, rounded.
     """
@@ -64,28 +66,6 @@ def mean(moments: Moments) -> Metric:
         return Metric(value, None, round(n))
     variance = max(square / weight - value**2, 0.0)
     return Metric(value, math.sqrt(variance / (n - 1)), round(n))
-
-
-def summarize(infos: Sequence[Info], names: Mapping[str, str]) -> Metrics:
-    """Named numbers of consecutive steps.
-
-    Averages run over all rows of the steps; norms are the last step's.
-    """
-    host: list[Info] = jax.device_get(list(infos))
-    add = lambda *parts: sum(np.asarray(part, np.float64) for part in parts)  # noqa: E731
-    loss = jax.tree.map(add, *[info.loss for info in host])
-    report = jax.tree.map(add, *[info.report for info in host])
-    found = {"loss": mean(loss)}
-    for field, name in names.items():
-        moments = getattr(report, field)
-        if moments is not None:
-            found[name] = mean(moments)
-    tokens, slots = (sum(int(getattr(info, k)) for info in host) for k in ("tokens", "slots"))
-    return found | {
-        "grad_norm": Metric(float(host[-1].grad_norm)),
-        "update_norm": Metric(float(host[-1].update_norm)),
-        "perf/padding_fraction": Metric(1 - tokens / slots),
-    }
 
 
 def rates(infos: Sequence[Info], *, seconds: float, flops: float) -> Metrics:
@@ -126,24 +106,29 @@ def mfu(tokens_per_second: float, flops: float) -> float | None:
     return tokens_per_second * flops / (PEAK_FLOPS[known[-1]] * jax.device_count())
 
 
-def json_lines(path: Path, *, after: int | None = None) -> Sink:
+def json_lines(path: Path, *, after: int = 0) -> Sink:
     """Append one JSON object per call to ``path``.
 
-    A run that goes on from step ``after`` first drops the lines of later steps, which it is about
-    to write again. Raises ``InputError`` where the file cannot be written.
+    A run that goes on from step ``after`` first drops what it is about to write again: the lines
+    of later steps, and that step's evaluation (the line with names that begin with ``eval/``). A
+    line that is no JSON object (a killed run wrote half of it, a byte was damaged) costs only
+    itself. The file is replaced in one step, so that a kill there loses nothing.
+
+    Raises:
+        InputError: where the file cannot be read or written.
     """
-    kept = []
-    if after is not None and path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= after:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError, TypeError):
-                break  # a line that a killed run wrote half of
+    unwritable = lambda error: InputError(  # noqa: E731
+        f"{path}: cannot be written ({error.strerror}); make room, or move what is in its place."
+    )
     try:
-        path.write_text("".join(line + "\n" for line in kept))
+        content = path.read_bytes() if path.exists() else b""
+        kept = b"".join(line for line in content.splitlines(keepends=True) if _stays(line, after))
+        if kept != content or not path.exists():
+            partial = path.with_name(path.name + ".tmp")
+            partial.write_bytes(kept)
+            os.replace(partial, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}).") from None
+        raise unwritable(error) from None
 
     def sink(step: int, metrics: Mapping[str, Metric]) -> None:
         row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
@@ -155,9 +140,19 @@ def json_lines(path: Path, *, after: int | None = None) -> Sink:
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}).") from None
+            raise unwritable(error) from None
 
     return sink
+
+
+def _stays(line: bytes, after: int) -> bool:
+    """Whether a line of a history is whole, and of before a run went on from step ``after``."""
+    try:
+        row = json.loads(line)
+        evaluation = any(name.startswith("eval/") for name in row)
+        return line.endswith(b"\n") and row["step"] <= after - evaluation
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def tensorboard(folder: Path) -> Sink:

@@ -8,6 +8,7 @@ fingerprint, and a cache on disk that another model made is refused by name.
 """
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -142,8 +143,9 @@ def save_cache(path: Path, ref_log_prob: Float[np.ndarray, "rows K"], identity: 
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"content": _digest(ref_log_prob)}
         safetensors.numpy.save_file(
-            {"ref_log_prob": ref_log_prob}, temporary, metadata=identity._asdict()
+            {"ref_log_prob": ref_log_prob}, temporary, metadata=identity._asdict() | content
         )
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
@@ -157,14 +159,15 @@ def load_cache(path: Path, identity: Identity) -> Float[np.ndarray, "rows K"]:
     """Read a cache that was made of the same model, data, tokenizer and lengths.
 
     Raises:
-        InputError: where it was made of others (which is named), or is no cache.
+        InputError: where it was made of others (which is named), is damaged, or is no cache.
     """
     try:
         with safetensors.safe_open(path, "numpy") as file:
             found = file.metadata() or {}
             values = file.get_tensor("ref_log_prob")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: not a reference cache ({error}); delete it.") from None
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        text = " ".join(str(error).split())[:160]
+        raise InputError(f"{path}: not a reference cache ({text}); delete it.") from None
     for part, ours in identity._asdict().items():
         theirs = found.get(part, "unknown")
         if theirs != ours:
@@ -172,4 +175,14 @@ def load_cache(path: Path, identity: Identity) -> Float[np.ndarray, "rows K"]:
                 f"{path}: computed with another {part}: {theirs[:16]} there, {ours[:16]} in this "
                 "run; delete the file to compute it again, or name another."
             )
+    if found.get("content") != _digest(values):
+        raise InputError(
+            f"{path}: damaged, its content is not what was written; delete the file to compute it "
+            "again."
+        )
     return values
+
+
+def _digest(values: np.ndarray) -> str:
+    head = f"{values.dtype} {values.shape} ".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(values).tobytes()).hexdigest()

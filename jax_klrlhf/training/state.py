@@ -149,18 +149,31 @@ def fingerprint(params: Any) -> str:
     return fingerprint_text(digest(params))
 
 
-def fingerprint_text(digest: UInt32[Array, "8"]) -> str:
-    """The digits of a state's ``fingerprint`` field."""
+def fingerprint_text(digest: UInt32[Array, " words"]) -> str:
+    """The digits of a state's ``fingerprint`` field, or of a :func:`checksum`."""
     return "".join(f"{word:08x}" for word in np.asarray(digest).tolist())
 
 
 @jax.jit
 def digest(params: Any) -> UInt32[Array, "8"]:
     """:func:`fingerprint` as an array. Sharded parameters are hashed where they lie."""
-    total = jnp.zeros((8,), jnp.uint32)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    return _hash(params, words=8)
+
+
+@jax.jit
+def checksum(tree: Any) -> UInt32[Array, "2"]:
+    """A quarter of :func:`digest`, at a quarter of its price: it tells damage, not models.
+
+    Any change within 32 bits that are one entry's changes it; of larger damage one in 2^64 passes.
+    """
+    return _hash(tree, words=2)
+
+
+def _hash(tree: Any, *, words: int) -> UInt32[Array, " words"]:
+    total = jnp.zeros((words,), jnp.uint32)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         text = f"{path_name(path)} {leaf.shape} {leaf.dtype}"
-        seeds = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
+        seeds = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)[:words]
         total = total + jax.lax.map(lambda seed, leaf=leaf: _leaf_hash(leaf, seed), seeds)
     return total
 

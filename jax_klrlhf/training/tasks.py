@@ -118,9 +118,11 @@ class PreferenceReport(NamedTuple):
     """1 where the margin is positive; a tie counts one half."""
     chosen_log_prob: Float[Array, " B"]
     rejected_log_prob: Float[Array, " B"]
+    chosen_log_ratio: Float[Array, " B"] | None
+    """To the reference; None without it."""
 
 
-# TRL's names, so that runs can be laid beside each other.
+# TRL's names, so that runs can be laid beside each other; the last is ours.
 PREFERENCE_NAMES = {
     "chosen_reward": "rewards/chosen",
     "rejected_reward": "rewards/rejected",
@@ -128,6 +130,7 @@ PREFERENCE_NAMES = {
     "accuracy": "rewards/accuracies",
     "chosen_log_prob": "logps/chosen",
     "rejected_log_prob": "logps/rejected",
+    "chosen_log_ratio": "log_ratio/chosen",
 }
 
 
@@ -195,13 +198,19 @@ def _winner_first(given: Preference) -> Scores:
 
 def _preference_report(scores: Scores, kl_coef: float) -> PreferenceReport:
     if scores.ref_log_prob is None:
-        reward, shown = kl_coef * scores.log_prob, (None, None)
+        reward, shown, ratio = kl_coef * scores.log_prob, (None, None), None
     else:
-        reward = kl_coef * (scores.log_prob - scores.ref_log_prob)
-        shown = (reward[:, 0], reward[:, 1])
+        ratio = scores.log_prob - scores.ref_log_prob
+        reward = kl_coef * ratio
+        shown, ratio = (reward[:, 0], reward[:, 1]), ratio[:, 0]
     margin = reward[:, 0] - reward[:, 1]
     return PreferenceReport(
-        *shown, margin, _accuracy(margin), scores.log_prob[:, 0], scores.log_prob[:, 1]
+        *shown,
+        margin,
+        _accuracy(margin),
+        scores.log_prob[:, 0],
+        scores.log_prob[:, 1],
+        ratio,
     )
 
 

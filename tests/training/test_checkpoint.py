@@ -44,7 +44,7 @@ def test_round_trip_is_exact_with_data_position_and_config(tmp_path):
     store.save(saved, data=None, config=None)  # the same step again: left as it is
     store.close()
     again = checkpoint.Checkpoints(tmp_path / "run")
-    restored, data = again.restore(fresh())
+    restored, data, *_ = again.restore(fresh())
     assert checkpoint.equal(restored, saved)
     assert not checkpoint.equal(restored, fresh())
     assert jax.random.key_data(restored.key).tolist() == jax.random.key_data(saved.key).tolist()
@@ -71,7 +71,7 @@ def test_restores_on_another_mesh(tmp_path):
     store.save(saved, data=None, config=None)
     store.wait()
     for like in (on(data=2, fsdp=2, tensor=2), fresh()):
-        restored, _ = store.restore(like)
+        restored, *_ = store.restore(like)
         assert checkpoint.equal(restored, saved)
         same = partial(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim))
         assert all(jax.tree.leaves(jax.tree.map(same, restored.opt_state, like.opt_state)))
@@ -121,7 +121,7 @@ def test_a_full_disk_is_named_and_the_last_good_step_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["1"]
     again = checkpoint.Checkpoints(tmp_path)
     assert again.latest == 1
-    restored, data = again.restore(fresh())
+    restored, data, *_ = again.restore(fresh())
     assert checkpoint.equal(restored, good)
     assert data == {"step": 1}
     # Room again is enough to go on.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.results import Metric
-from jax_klrlhf.training import metrics, optimizers, reference, state, step
+from jax_klrlhf.training import history, metrics, optimizers, reference, state, step
 
 
 def moments(values, weights):
@@ -50,10 +51,11 @@ def info(values, tokens, slots):
 
 def test_summary_of_unequal_steps_is_over_their_rows():
     infos = [info([1.0, 2.0, 3.0], 60, 100), info([10.0], 30, 100)]
-    found = metrics.summarize(
-        [i._replace(report=_Report(*i.report)) for i in infos],
-        {"margin": "rewards/margins", "absent": "rewards/chosen"},
-    )
+    names = {"margin": "rewards/margins", "absent": "rewards/chosen"}
+    window = history.Window()
+    for i in jax.device_get([i._replace(report=_Report(*i.report)) for i in infos]):
+        window = window.add(i, list(names))
+    found = window.named(names)
     found |= metrics.rates(infos, seconds=2.0, flops=1.0)
     assert found["loss"].value == 4.0  # not the mean of 2 and 10
     assert found["rewards/margins"].value == 4.0
@@ -95,6 +97,7 @@ def test_json_lines_go_on_where_the_checkpoint_was(tmp_path):
     sink = metrics.json_lines(path)
     for number in (2, 4, 6):
         sink(number, {"loss": Metric(number / 2, 0.1, 5), "bad": Metric(math.nan)})
+    sink(4, {"eval/loss": Metric(3.0)})  # made up for by whoever goes on from step 4
     with path.open("a") as file:
         file.write('{"step": 8, "lo')  # killed while writing
     sink = metrics.json_lines(path, after=4)
@@ -105,6 +108,32 @@ def test_json_lines_go_on_where_the_checkpoint_was(tmp_path):
     assert rows[0]["loss/stderr"] == 0.1
     with pytest.raises(InputError, match="cannot be written"):
         metrics.json_lines(tmp_path / "absent" / "metrics.jsonl")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=r"folder: cannot be written \(Is a directory"):
+        metrics.json_lines(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"step": 3, "lo', b"\xff\xfe", b"[]", b"3", b"[" * 10**5, b""]
+)
+def test_a_bad_line_in_the_middle_costs_only_itself(damage, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": k, "loss": 1.0}).encode() for k in range(1, 51)]
+    lines[2] = damage
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    metrics.json_lines(path, after=49)
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, *range(4, 50)]
+
+
+def test_a_kill_while_a_history_is_cut_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    content = "".join(json.dumps({"step": k}) + "\n" for k in range(100))
+    path.write_text(content)
+    monkeypatch.setattr(os, "replace", lambda *names: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        metrics.json_lines(path, after=50)
+    assert path.read_text() == content
 
 
 def test_tensorboard_reads_what_was_written(tmp_path):
@@ -168,8 +197,14 @@ def test_a_cache_of_another_model_is_refused_by_name(tmp_path):
         theirs = ours._replace(**{part: "other"})
         with pytest.raises(InputError, match=f"another {part}: "):
             reference.load_cache(path, theirs)
-    path.write_text("not a cache")
-    with pytest.raises(InputError, match="not a reference cache"):
-        reference.load_cache(path, ours)
+    whole = path.read_bytes()
+    for place in range(len(whole) - table.nbytes, len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(InputError, match="damaged, its content is not what was written"):
+            reference.load_cache(path, ours)
+    for damage in (b"", whole[:10], whole[:-1], b"not a cache"):
+        path.write_bytes(damage)
+        with pytest.raises(InputError, match="not a reference cache"):
+            reference.load_cache(path, ours)
     with pytest.raises(InputError, match="could not be written"):
         reference.save_cache(tmp_path / "reference.safetensors" / "x", table, ours)

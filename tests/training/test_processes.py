@@ -49,14 +49,16 @@ def run(folder: Path, steps: int, **shape):
     store = checkpoint.Checkpoints(folder)
     batches = Part(jax.process_index(), jax.process_count())
     task = tasks.preference(MODEL, LOSS)
+    carried, log = loop.resume(store, carried, batches)
     outcome = loop.train(
         step.make_step(task, optimizer, micro_batches=2, shardings=laid),
-        loop.resume(store, carried, batches),
+        carried,
         batches,
         steps=steps,
         names=task.names,
         log_every=2,
         checkpoints=store,
+        log=log,
         console=Console(quiet=True),
     )
     store.close()

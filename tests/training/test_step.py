@@ -188,6 +188,19 @@ def test_not_finite_leaves_the_parameters_and_says_so():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.opt_state))
 
 
+def test_a_finite_loss_with_a_gradient_that_is_not_leaves_the_parameters_too():
+    # The root of 0 is 0, and its slope there is infinite.
+    loss = lambda s: LOSS(s) + jnp.sqrt(s.chosen_log_prob - s.chosen_log_prob)  # noqa: E731
+    before = fresh()
+    old = parameters(before)
+    after, info = step.make_train_step(MODEL, SGD, loss)(before, toy.batch(8))
+    assert np.isfinite(float(info.loss.total))
+    assert not np.isfinite(float(info.grad_norm))
+    assert not bool(info.finite)
+    close(parameters(after), old, rtol=0)
+    assert int(after.step) == 1
+
+
 def test_the_state_is_given_away_and_the_callers_parameters_are_not():
     params = MODEL.init(jax.random.key(0))
     before = state.init(jax.random.key(1), params, SGD, ref_params=params)

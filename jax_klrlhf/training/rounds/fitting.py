@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jax_klrlhf.training import loop, step
+from jax_klrlhf.training import health, loop, step
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import state as states
 from jax_klrlhf.training.checkpoint import Checkpoints
@@ -50,7 +50,10 @@ class Fitting:
     shardings: Any = None
     """Of the parameters, where there is a mesh (:func:`models.partition.shardings`)."""
     save_every: int | None = None
-    """Steps between checkpoints inside a fit; without, a killed fit begins again."""
+    """Steps between checkpoints inside a fit that has a folder; without, one that is killed or
+    asked to end begins again."""
+    limits: health.Limits | None = None
+    """Of the health checks, and of updates that may be skipped in a row."""
     log_every: int = 50
     evaluate_every: int | None = None
     evaluate: Callable[[TrainState], Metrics] | None = None
@@ -115,10 +118,10 @@ class Fitting:
                 )
             deal = mixture if isinstance(mixture, Deal) else comparisons_deal(mixture)
             stream = deal.stream(key_data, batch_size=self.batch_size)
-            store = None
+            store, log = None, None
             if folder is not None and self.save_every is not None:
                 store = Checkpoints(folder)
-                carried = loop.resume(store, carried, stream)
+                carried, log = loop.resume(store, carried, stream, console=self.console)
             try:
                 outcome = loop.train(
                     compiled[0],
@@ -128,9 +131,12 @@ class Fitting:
                     names=task.names,
                     log_every=self.log_every,
                     save_every=self.save_every,
+                    save_last=False,  # the result is about to be written anyway
                     evaluate_every=self.evaluate_every,
                     evaluate=self.evaluate,
                     checkpoints=store,
+                    limits=self.limits,
+                    log=log,
                     console=self.console,
                 )
             finally:
