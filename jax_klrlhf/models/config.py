@@ -6,7 +6,6 @@ which biases, how far a layer looks back (``windows``), how it turns its positio
 the decoder does not compute; :meth:`ModelConfig.to_hf` is its inverse.
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -17,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_klrlhf.errors import InputError
+from jax_klrlhf.models import keys
 
-FAMILIES = ("gemma2", "gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3")
-"""Values of ``model_type`` that are read and written; of ``gemma3`` the text part is read."""
 GEMMAS = ("gemma2", "gemma3_text")
+SLIDING, FULL = "sliding_attention", "full_attention"
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -28,16 +27,6 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
-}
-# Keys that change what a model computes, and the values under which this decoder is right.
-REQUIRED = {
-    "add_cross_attention": (False, None),
-    "partial_rotary_factor": (1.0, None),
-    "quantization_config": (None,),
-    "reorder_and_upcast_attn": (False, None),
-    "scale_attn_by_inverse_layer_idx": (False, None),
-    "scale_attn_weights": (True, None),
-    "use_bidirectional_attention": (False, None),
 }
 
 
@@ -168,36 +157,27 @@ class ModelConfig:
     ) -> "ModelConfig":
         """The facts in a Hugging Face config (``rope_parameters``, or ``rope_theta`` as of old).
 
-        Left-out keys have the family's own defaults. ``overrides`` set fields of this class.
+        Which keys are read is told in :mod:`~jax_klrlhf.models.keys`; those that are left out have
+        the family's own defaults. ``overrides`` set fields of this class.
 
         Raises ``InputError`` naming ``where`` and the key of whatever is not computed here.
         """
-        if settings.get("model_type") == "gemma3":  # With a vision tower, which is left out.
-            settings = {**settings.get("text_config", {}), "model_type": "gemma3_text"}
-        family = settings.get("model_type")
-        if family not in FAMILIES:
-            raise InputError(
-                f"{where}: model_type={family!r} is not supported; supported are "
-                f"{', '.join(FAMILIES)}"
-            )
-        for key, right in REQUIRED.items():
-            if settings.get(key) not in right:
-                raise InputError(
-                    f"{where}: {key}={settings[key]!r} is not supported; only {right[0]!r} is"
-                )
-        from transformers import AutoConfig  # Slow to import, and only names are wanted here.
-
-        hf = AutoConfig.for_model(**copy.deepcopy(dict(settings))).to_dict()
-        read = _gpt2 if family == "gpt2" else _llama_like
-        facts = read(hf, where)
-        return cls(**{"family": family, **facts, **overrides})
+        facts = keys.read(settings, where)
+        family = facts["model_type"]
+        reader = _gpt2 if family == "gpt2" else _llama_like
+        try:
+            return cls(**{"family": family, **reader(facts, where), **overrides})
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from error
 
     def to_hf(self) -> dict[str, Any]:
         """The ``config.json`` whose :meth:`from_hf` is this config, for transformers of any age."""
         from transformers import AutoConfig
 
         write = _to_gpt2 if self.family == "gpt2" else _to_llama_like
-        settings = AutoConfig.for_model(self.family, **write(self)).to_dict()
+        honoured = keys.HONOURED[self.family]
+        written = {key: value for key, value in write(self).items() if key in honoured}
+        settings = AutoConfig.for_model(self.family, **written).to_dict()
         settings.update(dtype=str(self.param_dtype), torch_dtype=str(self.param_dtype))
         settings.update(_old_rope(settings.get("rope_parameters")))
         again = ModelConfig.from_hf(settings)
@@ -240,27 +220,32 @@ def _llama_like(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Everything but GPT-2 is a Llama with a few facts changed."""
     family = hf["model_type"]
     gemma = family in GEMMAS
-    heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
+    layers = keys.whole(hf, "num_hidden_layers", where)
+    heads = keys.whole(hf, "num_attention_heads", where)
+    hidden, longest = (
+        keys.whole(hf, key, where) for key in ("hidden_size", "max_position_embeddings")
+    )
+    kinds = _kinds(hf, layers, where)
+    ropes = _ropes(hf, kinds, longest, where)
+    head_dim = hidden // heads
+    if hf.get("head_dim") is not None:
+        head_dim = keys.whole(hf, "head_dim", where)
+    if head_dim < 2 or head_dim % 2:
+        raise InputError(
+            f"{where}: head_dim={head_dim}; positions are rotated in pairs, so it must be even"
+        )
     biased = bool(hf.get("attention_bias"))
-    kinds = hf.get("layer_types")
-    if kinds is None:
-        # Mistral's window is every layer's; Llama has none.
-        kinds = ["sliding_attention" if hf.get("sliding_window") else "full_attention"] * layers
-    unknown = set(kinds) - {"sliding_attention", "full_attention"}
-    if unknown:
-        raise InputError(f"{where}: layer_types has {sorted(unknown)[0]!r}, which is not supported")
-    ropes = _ropes(hf["rope_parameters"], kinds, hf["max_position_embeddings"], where)
     facts: dict[str, Any] = {
-        "vocab_size": hf["vocab_size"],
-        "hidden_size": hf["hidden_size"],
-        "intermediate_size": hf["intermediate_size"],
+        "vocab_size": keys.whole(hf, "vocab_size", where),
+        "hidden_size": hidden,
+        "intermediate_size": keys.whole(hf, "intermediate_size", where),
         "layers": layers,
         "heads": heads,
-        "kv_heads": hf.get("num_key_value_heads") or heads,
-        "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
-        "max_length": hf["max_position_embeddings"],
+        "kv_heads": keys.whole(hf, "num_key_value_heads", where),
+        "head_dim": head_dim,
+        "max_length": longest,
         "norm": "rms_offset" if gemma else "rms",
-        "norm_eps": hf["rms_norm_eps"],
+        "norm_eps": keys.real(hf, "rms_norm_eps", where, positive=False),
         "activation": _activation(hf, "hidden_activation" if gemma else "hidden_act", where),
         "qkv_bias": biased or family == "qwen2",
         "out_bias": biased,
@@ -268,18 +253,37 @@ def _llama_like(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
         "qk_norm": family in ("qwen3", "gemma3_text"),
         "post_norms": gemma,
         "tied": bool(hf["tie_word_embeddings"]),
-        "windows": tuple(hf["sliding_window"] if k == "sliding_attention" else None for k in kinds),
+        "windows": tuple(hf["sliding_window"] if k == SLIDING else None for k in kinds),
         "ropes": ropes,
-        "init_scale": hf["initializer_range"],
+        "init_scale": keys.real(hf, "initializer_range", where, positive=False),
     }
     if gemma:
         facts |= {
-            "embedding_scale": hf["hidden_size"] ** 0.5,
-            "query_scale": hf["query_pre_attn_scalar"] ** -0.5,
-            "attention_softcap": hf.get("attn_logit_softcapping"),
-            "final_softcap": hf.get("final_logit_softcapping"),
+            "embedding_scale": hidden**0.5,
+            "query_scale": keys.real(hf, "query_pre_attn_scalar", where) ** -0.5,
+            "attention_softcap": _softcap(hf, "attn_logit_softcapping", where),
+            "final_softcap": _softcap(hf, "final_logit_softcapping", where),
         }
     return facts
+
+
+def _kinds(hf: Mapping[str, Any], layers: int, where: str) -> list[str]:
+    """``sliding_attention`` or ``full_attention`` of every layer."""
+    window = hf.get("sliding_window")
+    # Mistral's window is every layer's; Llama has none, whatever its config says.
+    kinds = hf.get("layer_types") or [FULL if window is None else SLIDING] * layers
+    unknown = {str(kind) for kind in kinds} - {SLIDING, FULL}
+    if unknown:
+        raise InputError(f"{where}: layer_types has {sorted(unknown)[0]!r}, which is not supported")
+    if len(kinds) != layers:
+        raise InputError(f"{where}: layer_types has {len(kinds)} entries for {layers} layers")
+    if SLIDING in kinds:
+        keys.whole(hf, "sliding_window", where)
+    return kinds
+
+
+def _softcap(hf: Mapping[str, Any], key: str, where: str) -> float | None:
+    return None if hf.get(key) is None else keys.real(hf, key, where)
 
 
 def _to_llama_like(config: ModelConfig) -> dict[str, Any]:
@@ -335,18 +339,21 @@ def _to_llama_like(config: ModelConfig) -> dict[str, Any]:
 
 
 def _gpt2(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
-    width, heads = hf["n_embd"], hf["n_head"]
+    width, heads = (keys.whole(hf, key, where) for key in ("n_embd", "n_head"))
+    if width % heads:
+        raise InputError(f"{where}: n_embd={width} is not a multiple of n_head={heads}")
+    inner = 4 * width if hf["n_inner"] is None else keys.whole(hf, "n_inner", where)
     return {
-        "vocab_size": hf["vocab_size"],
+        "vocab_size": keys.whole(hf, "vocab_size", where),
         "hidden_size": width,
-        "intermediate_size": hf["n_inner"] or 4 * width,
-        "layers": hf["n_layer"],
+        "intermediate_size": inner,
+        "layers": keys.whole(hf, "n_layer", where),
         "heads": heads,
         "kv_heads": heads,
         "head_dim": width // heads,
-        "max_length": hf["n_positions"],
+        "max_length": keys.whole(hf, "n_positions", where),
         "norm": "layer",
-        "norm_eps": hf["layer_norm_epsilon"],
+        "norm_eps": keys.real(hf, "layer_norm_epsilon", where, positive=False),
         "activation": _activation(hf, "activation_function", where),
         "gated": False,
         "qkv_bias": True,
@@ -355,7 +362,7 @@ def _gpt2(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
         "learned_positions": True,
         "tied": bool(hf["tie_word_embeddings"]),
         "ropes": None,
-        "init_scale": hf["initializer_range"],
+        "init_scale": keys.real(hf, "initializer_range", where, positive=False),
     }
 
 
@@ -376,13 +383,21 @@ def _to_gpt2(config: ModelConfig) -> dict[str, Any]:
 
 
 def _ropes(
-    parameters: Mapping[str, Any], kinds: list[str], max_length: int, where: str
+    hf: Mapping[str, Any], kinds: list[str], max_length: int, where: str
 ) -> tuple[Rope, ...]:
-    nested = "full_attention" in parameters or "sliding_attention" in parameters
-    ropes = {
-        kind: _to_rope(parameters[kind] if nested else parameters, max_length, where)
-        for kind in dict.fromkeys(kinds)
-    }
+    parameters = hf["rope_parameters"]
+    by_kind = hf["model_type"] == "gemma3_text"
+    if not by_kind and {SLIDING, FULL} & set(parameters):
+        raise InputError(
+            f"{where}: rope_parameters by kind of layer are not supported for model_type="
+            f"{hf['model_type']!r}; give one rotation"
+        )
+    ropes = {}
+    for kind in dict.fromkeys(kinds):
+        mine = parameters.get(kind) if by_kind else parameters
+        if not isinstance(mine, Mapping):
+            raise InputError(f"{where}: rope_parameters has no rotation for {kind}")
+        ropes[kind] = _to_rope(mine, max_length, where)
     return tuple(ropes[kind] for kind in kinds)
 
 
@@ -394,20 +409,27 @@ def _to_rope(parameters: Mapping[str, Any], max_length: int, where: str) -> Rope
         )
     if parameters.get("partial_rotary_factor") not in (None, 1.0):
         raise InputError(f"{where}: partial_rotary_factor is not supported in rope_parameters")
+    theta = keys.real(parameters, "rope_theta", where)
     if kind == "default":
-        return Rope(theta=float(parameters["rope_theta"]))
-    rope = Rope(
-        theta=float(parameters["rope_theta"]), kind=kind, factor=float(parameters["factor"])
-    )
+        return Rope(theta=theta)
+    factor = keys.real(parameters, "factor", where)
     if kind == "linear":
-        return rope
+        return Rope(theta=theta, kind=kind, factor=factor)
+    low, high = (keys.real(parameters, f"{end}_freq_factor", where) for end in ("low", "high"))
+    if high <= low:
+        raise InputError(
+            f"{where}: high_freq_factor={high:g} must be above low_freq_factor={low:g}"
+        )
+    original = max_length
+    if parameters.get("original_max_position_embeddings") is not None:
+        original = keys.whole(parameters, "original_max_position_embeddings", where)
     return Rope(
-        theta=rope.theta,
+        theta=theta,
         kind=kind,
-        factor=rope.factor,
-        low_freq_factor=float(parameters["low_freq_factor"]),
-        high_freq_factor=float(parameters["high_freq_factor"]),
-        original_max_length=int(parameters.get("original_max_position_embeddings") or max_length),
+        factor=factor,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_length=original,
     )
 
 
