@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jax_klrlhf.core import sequence
+from jax_klrlhf.core import divergence, sequence
+from jax_klrlhf.core.numerics import expectation
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models.base import LanguageModel
 
@@ -105,13 +106,12 @@ def score(
     def measure(hiddens, tokens):
         logits = model.unembed(params, hiddens[0])
         log_law = jax.nn.log_softmax(logits)
-        law = jnp.exp(log_law)
         kl = None
         if reference is not None:
             log_reference = jax.nn.log_softmax(reference[0].unembed(frozen, hiddens[1]))
-            kl = (law * (log_law - log_reference)).sum(-1)
+            kl = divergence.categorical(log_law, log_reference)
         log_prob = sequence.token_log_prob(logits, tokens)
-        return Scores(log_prob, -(law * log_law).sum(-1), kl)
+        return Scores(log_prob, -expectation(log_law, log_law), kl)
 
     hiddens = [_predicting_hidden(model, params, prompts, responses)]
     if reference is not None:

@@ -202,6 +202,64 @@ def test_gradient_of_entropy_and_kl():
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(frozen))
 
 
+def without(params, token):
+    """The toy model whose logit of one token is -inf: it never says it."""
+    return params | {"bias": params["bias"].at[token].set(-jnp.inf)}
+
+
+def test_a_logit_of_minus_infinity_is_as_if_the_token_were_not_there():
+    """Value and gradient of entropy and KL, against float64 NumPy with the token deleted."""
+    prompts, responses = FIXED
+    responses = Ragged(responses.ids % (V - 1), responses.lengths)  # The last token is never said.
+    policy, reference = without(PARAMS, V - 1), without(REFERENCE, V - 1)
+
+    def score(params, reference):
+        return scoring.score(
+            MODEL, params, prompts, responses, reference=(MODEL, reference), chunk=5
+        )
+
+    def weighted(params, reference):
+        found = score(params, reference)
+        return (found.kl + 2 * found.entropy).sum(), found
+
+    gradient, scores = jax.jit(jax.grad(weighted, has_aux=True))(policy, reference)
+    entropy, kl = np.zeros((B, K, C)), np.zeros((B, K, C))
+    for b, k, prompt, response in rows(prompts, responses):
+        if response:
+            cut = [
+                {n: x[..., :-1] if n in ("read", "bias") else x for n, x in p.items()}
+                for p in (policy, reference)
+            ]
+            law, ref = (naive_laws(p, prompt, response) for p in cut)
+            entropy[b, k, : len(response)] = -(np.exp(law) * law).sum(-1)
+            kl[b, k, : len(response)] = (np.exp(law) * (law - ref)).sum(-1)
+    np.testing.assert_allclose(scores.entropy, entropy, atol=1e-5)
+    np.testing.assert_allclose(scores.kl, kl, atol=1e-5)
+    # A model that has no such token to say has the same gradient.
+    small = toy.language_model(vocab=V - 1)
+    cut = [
+        {n: x[..., : V - 1] if n in ("read", "bias") else x for n, x in p.items()}
+        for p in (policy, reference)
+    ]
+
+    def alone(params, reference):
+        found = scoring.score(
+            small, params, prompts, responses, reference=(small, reference), chunk=5
+        )
+        return (found.kl + 2 * found.entropy).sum()
+
+    expected = jax.jit(jax.grad(alone))(*cut)
+    for name, leaf in expected.items():
+        found = gradient[name]
+        if name in ("read", "bias"):
+            np.testing.assert_array_equal(found[..., -1], 0)
+            found = found[..., :-1]
+        np.testing.assert_allclose(found, leaf, atol=1e-5)
+    # What pi0 never says and the policy does is infinitely far.
+    far = jax.jit(score)(PARAMS, reference).kl
+    np.testing.assert_array_equal(np.isposinf(far), responses.mask)
+
+
 def test_no_array_of_all_logits():
     """The compiled gradient's temporaries are smaller than the logits they never hold."""
     vocab, length = 8192, 64
