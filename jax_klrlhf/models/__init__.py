@@ -3,6 +3,7 @@
 from jax_klrlhf.models.base import LanguageModel, Prefix
 from jax_klrlhf.models.config import ModelConfig, Rope
 from jax_klrlhf.models.pretrained import Loaded, load, save
+from jax_klrlhf.models.stopping import stop_tokens
 from jax_klrlhf.models.transformer import language_model
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "language_model",
     "load",
     "save",
+    "stop_tokens",
 ]

@@ -7,24 +7,29 @@ own. Pickled weights are refused, and no code from a model folder is ever run.
 
 import contextlib
 import json
+import logging
 import os
-import shutil
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from jax.experimental import multihost_utils
 
+from jax_klrlhf import folders
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.models import partition, weights
+from jax_klrlhf.models import files, partition, weights
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.models.config import ModelConfig
+from jax_klrlhf.models.files import INDEX, SINGLE, Files, read_json
 from jax_klrlhf.models.transformer import language_model
+
+log = logging.getLogger(__name__)
 
 CAUSAL = {
     "gemma2": "Gemma2ForCausalLM",
@@ -36,7 +41,12 @@ CAUSAL = {
     "qwen3": "Qwen3ForCausalLM",
 }
 """The class in transformers that a saved folder names."""
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+BUFFERS = re.compile(
+    r"(.*\.)?(rotary_emb\.inv_freq|attn\.(bias|masked_bias)|vision_tower\..*|"
+    r"(model\.)?multi_modal_projector\..*|model\.vision_tower\..*)"
+)
+"""Tensors that no decoder here needs: constants that older files store, and Gemma 3's eyes."""
 
 
 class Loaded(NamedTuple):
@@ -47,6 +57,9 @@ class Loaded(NamedTuple):
     tokenizer: Any
     """A transformers tokenizer; None where the folder has none."""
     config: ModelConfig
+    generation: Mapping[str, Any] | None = None
+    """Settings of ``generation_config.json`` (the tokens that end a response, for one), or those
+    that transformers derives from ``config.json`` where there is none. They are saved along."""
 
 
 def load(
@@ -59,22 +72,63 @@ def load(
 ) -> Loaded:
     """Model, parameters and tokenizer of a Hugging Face folder, or of a hub id.
 
-    ``dtype`` is of activations (None: the file's own) and ``param_dtype`` of parameters (None: as
-    ``dtype``). With a ``mesh`` every parameter is cut by :mod:`~jax_klrlhf.models.partition`, and
-    activations are constrained to match. ``overrides`` set other fields of
+    ``dtype`` is of activations and products. None chooses by the device, not by the file: float32
+    on CPU, where bfloat16 is slower and a sampler and a scorer that round it in different places
+    disagree by tenths of a nat over a response; bfloat16 on accelerators. ``param_dtype`` is of
+    parameters; None is ``dtype`` where that is given, else the file's own, widened to ``dtype``.
+
+    With a ``mesh`` every parameter is cut by :mod:`~jax_klrlhf.models.partition`, and activations
+    are constrained to match. ``overrides`` set other fields of
     :class:`~jax_klrlhf.models.config.ModelConfig`, such as ``remat``.
 
     Raises ``InputError`` naming the folder, file, tensor or key, and the remedy.
     """
+    return read(path, dtype=dtype, param_dtype=param_dtype, mesh=mesh, heads=(), **overrides)
+
+
+def read(
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any,
+    param_dtype: Any,
+    mesh: Any,
+    heads: Collection[str],
+    **overrides: Any,
+) -> Loaded:
+    """:func:`load`, of a folder that holds the tensors ``heads`` beside the decoder's."""
     folder = find(path)
     where = folder / "config.json"
-    settings, files = read_json(where), Files(folder)
-    if dtype is None:
-        dtype = files.dtype()
-    chosen = {"dtype": dtype, "param_dtype": dtype if param_dtype is None else param_dtype}
+    settings, found = read_json(where), Files(folder)
+    chosen = dtypes(found.dtype(), dtype=dtype, param_dtype=param_dtype)
     config = ModelConfig.from_hf(settings, where=str(where), **chosen, **overrides)
-    params = read_params(config, files, mesh=mesh)
-    return Loaded(language_model(config), params, load_tokenizer(folder), config)
+    tokenizer = load_tokenizer(folder)
+    generation = generation_settings(folder, settings)
+    params = read_params(config, found, mesh=mesh, heads=heads)
+    if config.dtype != found.dtype():
+        log.info("%s: computed in %s; the file is %s", folder, config.dtype, found.dtype())
+    return Loaded(language_model(config), params, tokenizer, config, generation)
+
+
+def dtypes(stored: Any, *, dtype: Any = None, param_dtype: Any = None) -> dict[str, Any]:
+    """``dtype`` and ``param_dtype`` of :func:`load`, for a file of ``stored``."""
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        if param_dtype is None:
+            wide = jnp.promote_types(stored, dtype)
+            param_dtype = jax.dtypes.canonicalize_dtype(wide)
+    return {"dtype": dtype, "param_dtype": dtype if param_dtype is None else param_dtype}
+
+
+def generation_settings(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What transformers' ``generate`` goes by: ``generation_config.json``, else ``config.json``.
+
+    None where neither says anything. Raises ``InputError`` where the file is damaged.
+    """
+    path = folder / GENERATION
+    if path.is_file():
+        return read_json(path)
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: settings[key] for key in ids if settings.get(key) is not None} or None
 
 
 def find(path: str | os.PathLike[str]) -> Path:
@@ -104,64 +158,18 @@ def find(path: str | os.PathLike[str]) -> Path:
     return Path(found)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, None where it has none. Never runs the folder's own code."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    from transformers import AutoTokenizer  # Slow to import.
-
-    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+load_tokenizer = files.find_tokenizer
 
 
-class Files:
-    """The safetensors of a folder, opened lazily: tensor name to slices."""
+def read_params(
+    config: ModelConfig, files: Files, *, mesh: Any = None, heads: Collection[str] = ()
+) -> Any:
+    """The parameters, each shard read straight to its device.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._open: dict[str, Any] = {}
-        if (folder / INDEX).is_file():
-            self.file_of: dict[str, str] = dict(read_json(folder / INDEX)["weight_map"])
-            missing = {f for f in self.file_of.values() if not (folder / f).is_file()}
-            if missing:
-                raise InputError(
-                    f"{folder}: {INDEX} names {sorted(missing)[0]}, which is not there; copy or "
-                    "download all shards"
-                )
-        elif (folder / SINGLE).is_file():
-            self.file_of = dict.fromkeys(self._reader(SINGLE).keys(), SINGLE)
-        else:
-            pickled = sorted(p.name for p in folder.glob("*.bin"))
-            remedy = (
-                f"{pickled[0]} is pickled and is not opened, since that can run code: convert it "
-                "with transformers' save_pretrained"
-                if pickled
-                else "a model folder holds config.json and safetensors"
-            )
-            raise InputError(f"{folder}: no {SINGLE} and no {INDEX}; {remedy}")
-
-    def _reader(self, file: str) -> Any:
-        if file not in self._open:
-            try:
-                self._open[file] = safetensors.safe_open(str(self.folder / file), framework="np")
-            except (OSError, safetensors.SafetensorError) as error:
-                raise InputError(
-                    f"{self.folder / file}: not a safetensors file ({error}); download it again"
-                ) from error
-        return self._open[file]
-
-    def tensor(self, name: str) -> Any:
-        """The tensor, sliced when indexed."""
-        return self._reader(self.file_of[name]).get_slice(name)
-
-    def dtype(self) -> Any:
-        """The dtype of the largest tensor."""
-        slices = [self.tensor(name) for name in self.file_of]
-        largest = max(slices, key=lambda s: int(np.prod(s.get_shape())))
-        return largest[tuple(slice(0, 1) for _ in largest.get_shape())].dtype
-
-
-def read_params(config: ModelConfig, files: Files, *, mesh: Any = None) -> Any:
-    """The parameters, each shard read straight to its device."""
+    Raises ``InputError`` naming the tensor that is missing, of another shape or type, not finite,
+    or left over: a tensor that nothing reads, ``heads`` aside, says that the config is not that of
+    these weights.
+    """
     shapes = jax.eval_shape(language_model(config).init, jax.random.key(0))
     table = weights.sources(config)
     if mesh is None:
@@ -181,6 +189,7 @@ def read_params(config: ModelConfig, files: Files, *, mesh: Any = None) -> Any:
                     f"{files.folder}: tensor {name} is missing; the config asks for it "
                     f"(shape {list(expected)})"
                 )
+            used.add(name)
             found = tuple(files.tensor(name).get_shape())
             if found != expected:
                 raise InputError(
@@ -190,16 +199,51 @@ def read_params(config: ModelConfig, files: Files, *, mesh: Any = None) -> Any:
 
         def part(index):
             layers, rest = (index[0], index[1:]) if stacked else (slice(0, 1), index)
-            read = [
-                weights.read(files.tensor(name).__getitem__, source, inner, rest)
-                for name in names[layers]
-            ]
-            whole = np.stack(read) if stacked else read[0]
-            return whole.astype(shape.dtype)
+            read = [finite(name, source, inner, rest, shape.dtype) for name in names[layers]]
+            return np.stack(read) if stacked else read[0]
 
-        return jax.make_array_from_callback(shape.shape, sharding, part)
+        return lambda: jax.make_array_from_callback(shape.shape, sharding, part)
 
-    return jax.tree_util.tree_map_with_path(leaf, shapes, placed)
+    def finite(name, source, inner, rest, dtype):
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = weights.read(files.tensor(name).__getitem__, source, inner, rest).astype(dtype)
+        if not np.isfinite(found).all():
+            raise InputError(
+                f"{files.folder}: tensor {name} has numbers that are not finite in "
+                f"{jnp.dtype(dtype)}; the file is damaged, or its training diverged"
+            )
+        return found
+
+    used: set[str] = set()
+    makers = jax.tree_util.tree_map_with_path(leaf, shapes, placed)
+    _refuse_left_over(config, files, used | set(heads))
+    # Every name and shape was looked at before the first byte of a weight is read.
+    return jax.tree.map(lambda make: make(), makers)
+
+
+def _refuse_left_over(config: ModelConfig, files: Files, used: set[str]) -> None:
+    left = {name for name in files.file_of if name not in used and not BUFFERS.fullmatch(name)}
+    ends = {name for name in left if name.endswith(("lm_head.weight", *EMBEDDINGS))}
+    if config.tied and ends:
+        # transformers ties the two ends only if they are the same numbers.
+        other = next(name for name in used if name.endswith(("lm_head.weight", *EMBEDDINGS)))
+        for name in ends:
+            mine, theirs = files.tensor(name), files.tensor(other)
+            same = mine.get_shape() == theirs.get_shape()
+            if not same or not np.array_equal(mine[:], theirs[:]):
+                raise InputError(
+                    f"{files.folder}: config.json ties {name} to {other}, but they are different "
+                    'numbers; set "tie_word_embeddings": false'
+                )
+    if left - ends or (ends and not config.tied):
+        name = min(left - ends or ends)
+        raise InputError(
+            f"{files.folder}: tensor {name} is read by nothing that config.json asks for; is this "
+            "the config of these weights?"
+        )
+
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 
 
 def save(
@@ -208,9 +252,13 @@ def save(
     params: Any,
     tokenizer: Any = None,
     *,
+    generation: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> Path:
     """Write a folder that transformers loads: ``config.json``, safetensors, tokenizer.
+
+    ``generation`` becomes ``generation_config.json``: hand on that of :class:`Loaded`, or the saved
+    model forgets at which tokens its responses end.
 
     The folder appears complete or not at all: it is written beside ``path`` and renamed; one that
     was there is replaced. With several hosts every process calls this and the first writes.
@@ -220,36 +268,39 @@ def save(
         write_weights(partial, config, params, max_shard_bytes=max_shard_bytes)
         if jax.process_index() == 0:
             settings = config.to_hf() | {"architectures": [CAUSAL[config.family]]}
+            settings |= token_ids(tokenizer, generation)
             (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            if generation is not None:
+                (partial / GENERATION).write_text(json.dumps(dict(generation), indent=2) + "\n")
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(partial))
     return path
+
+
+def token_ids(tokenizer: Any, generation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Begin, end and pad tokens for a ``config.json``, in place of the family's defaults, which
+    are those of some other tokenizer."""
+    found = {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found[key] = (generation or {}).get(key)
+        if found[key] is None and tokenizer is not None:
+            found[key] = getattr(tokenizer, key)
+    return found
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to write in, renamed to ``path`` at the end: readers see all of it or nothing.
 
-    What was at ``path`` is replaced. Of several processes only the first makes and renames it.
+    What was at ``path`` is replaced, and what killed programs left there half-written is removed.
+    Of several processes only the first makes and renames it.
     """
-    partial = path.with_name(f".{path.name}-new-{os.getpid()}")
     if jax.process_index() != 0:
-        yield partial
+        yield folders.fresh_name(path)  # Nothing is written there.
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.mkdir()
-    try:
+    folders.sweep(path)
+    with folders.appearing(path) as partial:
         yield partial
-        if path.exists():
-            old = path.with_name(f".{path.name}-old-{os.getpid()}")
-            path.rename(old)
-            partial.rename(path)
-            shutil.rmtree(old)
-        else:
-            partial.rename(path)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
 
 
 def write_weights(
@@ -349,13 +400,3 @@ def _available(source: weights.Source, files: Files) -> weights.Source:
 
 def _device() -> Any:
     return jax.local_devices()[0]
-
-
-def read_json(path: Path) -> Mapping[str, Any]:
-    """The JSON object in a file; ``InputError`` naming it where there is none."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a model folder holds config.json") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None

@@ -189,9 +189,20 @@ def load(
         raise InputError(
             f"{folder}: {HEAD} has shape {weight.get_shape()}; a reward model has one label"
         )
-    loaded = pretrained.load(
-        folder, dtype=dtype, param_dtype=param_dtype, mesh=mesh, tied=True, **overrides
+    loaded = pretrained.read(
+        folder,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        mesh=mesh,
+        heads=(HEAD,),
+        tied=True,
+        **overrides,
     )
     head = jnp.asarray(weight[:][0], loaded.config.param_dtype)
+    if head.shape != (loaded.config.hidden_size,) or not jnp.isfinite(head).all():
+        raise InputError(
+            f"{folder}: {HEAD} has shape {weight.get_shape()} or numbers that are not finite; the "
+            f"config asks for [1, {loaded.config.hidden_size}]"
+        )
     params = RewardParams(model=loaded.params, head=head)
     return LoadedReward(loaded.model, params, loaded.tokenizer, loaded.config)

@@ -110,7 +110,7 @@ def test_dtypes(params, folder, tmp_path):
     narrow = pretrained.load(folder, dtype=jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(narrow.params)} == {jnp.dtype(jnp.bfloat16)}
     saved = pretrained.save(tmp_path / "narrow", narrow.config, narrow.params)
-    again = pretrained.load(saved)
+    again = pretrained.load(saved, dtype=jnp.bfloat16)
     assert again.config.dtype == again.config.param_dtype == jnp.bfloat16
     same(again.params, narrow.params)
     prompts = Ragged(jnp.ones((1, 3), jnp.int32), jnp.array([3], jnp.int32))
