@@ -159,7 +159,7 @@ def save(
                 "label2id": {"reward": 0},
             }
             if tokenizer is not None:
-                settings["pad_token_id"] = tokenizer.pad_token_id
+                settings |= pretrained.token_ids(tokenizer, None)
                 tokenizer.save_pretrained(str(partial))
             (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return path

@@ -22,7 +22,7 @@ from jax_klrlhf.core import pairs
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.models import pretrained, scoring
+from jax_klrlhf.models import pretrained, scoring, stopping
 from jax_klrlhf.programs import iterate_parts as parts
 from jax_klrlhf.programs.iterate_config import FREE, IterateConfig, check
 from jax_klrlhf.programs.iterate_parts import Place
@@ -81,12 +81,15 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     if tokenizer is None:
         raise InputError(f"{name}: the folder has no tokenizer, which prompts need.")
     encoder = tokenize.encoder(tokenizer)
+    stop = _stop(config, tokenizer, found)
     data = _read(config, encoder)
     options = {} if config.remat is None else {"remat": config.remat}
     loaded = models.load(
         found, mesh=mesh, param_dtype=jnp.float32, dtype=jnp.dtype(config.dtype), **options
     )
-    place = Place(config=config, loaded=loaded, encoder=encoder, mesh=mesh, console=console)
+    place = Place(
+        config=config, loaded=loaded, encoder=encoder, stop=stop, mesh=mesh, console=console
+    )
     _check_room(place)
     parts.check_batches(place)
     judge = parts.make_judge(place)
@@ -155,7 +158,13 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
         console=console,
         report=report,
     )
-    models.save(folder / "model", loaded.config, outcome.policy, tokenizer)
+    models.save(
+        folder / "model",
+        loaded.config,
+        outcome.policy,
+        tokenizer,
+        generation=loaded.generation,
+    )
     best: Metrics = {}
     if config.best_of is not None and measure is not None:
         best = measure.best(purpose["best of"], outcome, config.best_of)
@@ -181,11 +190,11 @@ class _Evaluation:
         self._place, self._judge, self._prompts, self._key = place, judge, prompts, key
         self._draw = place.draw(config.eval_samples, plain=True)
 
-        def divergence(params: Any, prompts: Ragged, responses: Ragged) -> Array:
+        def divergence(params: Any, prompts: Ragged, responses: Ragged) -> tuple[Array, Array]:
             policy, base = cast_floating(params, place.compute_dtype)
             scores = scoring.score(model, policy, prompts, responses, reference=(model, base))
             assert scores.kl is not None  # a reference was given
-            return scores.kl.sum(-1)
+            return scores.kl.sum(-1), scores.log_prob.sum(-1)
 
         self._kl = mapped(divergence, rows=config.rows, mesh=place.mesh)
         template: Any = (ANY, ANY)
@@ -201,11 +210,14 @@ class _Evaluation:
     def __call__(self, params: Any) -> Metrics:
         """Metrics ``eval/...`` of a policy."""
         key = jax.random.fold_in(self._key, 0)
-        responses = self._draw(key, params, self._prompts)
+        responses, drawn = self._draw.with_log_prob(key, params, self._prompts)
         reward = self._reward(responses)
         found = self._named(reward, np.asarray(responses.lengths, np.float32), self._base)
-        kl = self._kl((params, self._place.loaded.params), self._prompts, responses)
-        return found | {"eval/kl/ref": mean(np.asarray(kl, np.float64).mean(1))}
+        kl, scored = self._kl((params, self._place.loaded.params), self._prompts, responses)
+        return found | {
+            "eval/kl/ref": mean(np.asarray(kl, np.float64).mean(1)),
+            "perf/sampler_scorer_mismatch": mean(np.abs(drawn - scored).mean(1)),
+        }
 
     def best(self, key: Key[Array, ""], outcome: Outcome, count: int) -> Metrics:
         """The same of the best of ``count`` responses of the last policy."""
@@ -334,6 +346,17 @@ def _read(config: IterateConfig, encoder: tokenize.Encoder) -> Data:
         rows = [row for row in rows if tuple(row.prompt) not in set(held_out)]
         parts.as_comparisons(rows, str(config.data))  # refused before anything is computed
     return Data(prompts, held_out, rows)
+
+
+def _stop(config: IterateConfig, tokenizer: Any, folder: Path) -> tuple[int, ...]:
+    """Ids that end a response: those of --stop, else what the model's folder says.
+
+    Raises ``InputError`` naming the word of --stop that is no token.
+    """
+    if config.stop is not None:
+        return stopping.read_stop(tokenizer, config.stop)
+    settings = pretrained.read_json(folder / "config.json")
+    return models.stop_tokens(tokenizer, pretrained.generation_settings(folder, settings))
 
 
 def _check_room(place: Place) -> None:

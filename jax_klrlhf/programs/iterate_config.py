@@ -185,6 +185,9 @@ class IterateConfig:
     """Tokens; a longer prompt loses its beginning."""
     max_response_length: int = 512
     """Tokens that are sampled at most; a longer response of --data loses its end."""
+    stop: tuple[str, ...] | None = None
+    """Tokens that end a response, or their ids; by default the end token, those that the model's
+    generation_config.json lists, and the one with which its chat template closes a turn."""
 
     setting: Literal["offline", "online", "newest", "hybrid"] = "online"
     """Which data a round's policy learns from: the offline data alone, without rounds; all rounds'

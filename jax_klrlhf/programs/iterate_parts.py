@@ -59,6 +59,8 @@ class Place:
     config: IterateConfig
     loaded: models.Loaded
     encoder: tokenize.Encoder
+    stop: tuple[int, ...]
+    """Ids that end a response."""
     mesh: Mesh | None
     console: Console
 
@@ -77,7 +79,7 @@ class Place:
             model=self.loaded.model,
             samples=samples,
             max_new_tokens=config.max_response_length,
-            stop=(self.encoder.end,),
+            stop=self.stop,
             temperature=1.0 if plain else temperature or config.temperature,
             top_k=None if plain else config.top_k,
             top_p=None if plain else config.top_p,

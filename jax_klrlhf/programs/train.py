@@ -1,7 +1,7 @@
 """The training programs: ``klrlhf dpo``, ``klrlhf sft``, ``klrlhf reward``."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,10 @@ def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
 
     more = None
     if config.kl_prompts and splits.held_out is not None:
-        more = _divergence(run, model, splits, adapted=bool(adapter))
+        stop = models.stop_tokens(splits.encoder.tokenizer, loaded.generation)
+        more = _divergence(run, model, splits, stop, adapted=bool(adapter))
     live = config.reference == "live" and not adapter and needs_reference
-    whole = loaded.config
+    whole, generation = loaded.config, loaded.generation
     del loaded, pi0
     final = runs.fit(
         run,
@@ -78,7 +79,7 @@ def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
         fingerprint=None if live else digest,
         more=more,
     )
-    _save(run, whole, final.policy, splits, adapter)
+    _save(run, whole, final.policy, splits, adapter, generation)
     return final
 
 
@@ -101,7 +102,7 @@ def sft(config: SftConfig, *, console: Console | None = None) -> TrainState:
     splits = runs.open_data(run, loaded.tokenizer)
     model, params, adapter = _adapted(key, loaded, config.lora)
     task = tasks.likelihood(model, chunk=runs.chunk(run, model))
-    whole = loaded.config
+    whole, generation = loaded.config, loaded.generation
     del loaded
     final = runs.fit(
         run,
@@ -112,7 +113,7 @@ def sft(config: SftConfig, *, console: Console | None = None) -> TrainState:
         picked=runs.best,
         trainable=_is_adapter if adapter else None,
     )
-    _save(run, whole, final.policy, splits, adapter)
+    _save(run, whole, final.policy, splits, adapter, generation)
     return final
 
 
@@ -183,7 +184,8 @@ def _random(key: Any, config: SftConfig, run: runs.Run) -> models.Loaded:
         shapes = jax.eval_shape(model.init, key)
         placed = partition.shardings(shapes, run.mesh)
         params = jax.jit(model.init, out_shardings=placed)(key)
-    return models.Loaded(model, params, pretrained.load_tokenizer(folder), facts)
+    generation = pretrained.generation_settings(folder, pretrained.read_json(where))
+    return models.Loaded(model, params, pretrained.load_tokenizer(folder), facts, generation)
 
 
 def _reference_table(run: runs.Run, model: Any, pi0: Any, data: Prepared, name: str) -> Any:
@@ -217,7 +219,7 @@ def _reference_table(run: runs.Run, model: Any, pi0: Any, data: Prepared, name: 
 
 
 def _divergence(
-    run: runs.Run, model: Any, splits: runs.Splits, *, adapted: bool
+    run: runs.Run, model: Any, splits: runs.Splits, stop: tuple[int, ...], *, adapted: bool
 ) -> Callable[[TrainState], Any]:
     """KL(policy || reference) on held-out prompts, by sampling from the policy."""
     config: DpoConfig = run.config
@@ -235,7 +237,7 @@ def _divergence(
         model,
         samples=config.kl_samples,
         max_new_tokens=tokens,
-        stop=(splits.encoder.end,),
+        stop=stop,
         mesh=run.mesh,
         compute_dtype=run.compute_dtype,
         chunk=runs.chunk(run, model),
@@ -255,10 +257,17 @@ def _divergence(
 
 
 def _save(
-    run: runs.Run, whole: ModelConfig, params: Any, splits: runs.Splits, adapter: lora.Lora | None
+    run: runs.Run,
+    whole: ModelConfig,
+    params: Any,
+    splits: runs.Splits,
+    adapter: lora.Lora | None,
+    generation: Mapping[str, Any] | None,
 ) -> None:
     if adapter is None:
-        models.save(run.folder / "model", whole, params, splits.encoder.tokenizer)
+        models.save(
+            run.folder / "model", whole, params, splits.encoder.tokenizer, generation=generation
+        )
     else:
         base = str(Path(run.config.model).expanduser())
         lora.save(run.folder / "adapter", whole, adapter, params["lora"], base=base)

@@ -59,7 +59,13 @@ class Draw:
         object.__setattr__(self, "_program", mapped(self._batch, rows=self.rows, mesh=self.mesh))
 
     def __call__(self, key: Key[Array, ""], params: Any, prompts: Ragged) -> Ragged:
-        """K responses to every prompt.
+        """K responses to every prompt; raises as :meth:`with_log_prob`."""
+        return self.with_log_prob(key, params, prompts)[0]
+
+    def with_log_prob(
+        self, key: Key[Array, ""], params: Any, prompts: Ragged
+    ) -> tuple[Ragged, np.ndarray]:
+        """The responses, and the sampler's log-probability of each under the model, ``[B, K]``.
 
         Raises:
             ValueError: where a prompt leaves no room for ``max_new_tokens``, or is empty.
@@ -76,16 +82,16 @@ class Draw:
         ids = np.asarray(prompts.ids)[:, :width]
         ids = np.pad(ids, ((0, 0), (0, width - ids.shape[1])))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(len(ids), dtype=np.uint32))
-        drawn = self._program(params, jax.random.key_data(keys), ragged(ids, lengths))
-        return ragged(*drawn)
+        drawn, log_prob = self._program(params, jax.random.key_data(keys), ragged(ids, lengths))
+        return ragged(*drawn), log_prob
 
-    def _batch(self, params: Any, keys: Array, prompts: Ragged) -> Ragged:
+    def _batch(self, params: Any, keys: Array, prompts: Ragged) -> tuple[Ragged, Array]:
         warp = Warp(
             temperature=None if self.temperature == 1.0 else self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
         )
-        return sampling.sample(
+        drawn = sampling.sample(
             jax.random.wrap_key_data(keys),
             self.model,
             cast_floating(params, self.compute_dtype),
@@ -95,7 +101,8 @@ class Draw:
             max_new_tokens=self.max_new_tokens,
             stop=self.stop,
             pad_id=self.pad_id,
-        ).responses
+        )
+        return drawn.responses, drawn.log_prob
 
 
 @dataclass(frozen=True, kw_only=True)
