@@ -11,6 +11,8 @@ too, save for the few in :data:`REQUIRED` that it looks for in every config.
 A test compares the tables with the classes, and with what torch computes.
 """
 
+import contextlib
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -175,16 +177,14 @@ def whole(facts: Mapping[str, Any], key: str, where: str, *, least: int = 1) -> 
 def real(facts: Mapping[str, Any], key: str, where: str, *, positive: bool = True) -> float:
     """A finite number, above 0 or at least 0. ``InputError`` naming the key otherwise."""
     value = facts.get(key)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    try:
-        # An integer of 400 digits is a number that no float holds.
-        fits = number and math.isfinite(value) and (value > 0 or (value == 0 and not positive))
-    except OverflowError:
-        fits = False
-    if not fits:
+    found = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # An integer of 400 digits fits no float.
+            found = float(value)
+    if not math.isfinite(found) or found < 0 or (positive and found == 0):
         bound = "above 0" if positive else "of at least 0"
         raise InputError(f"{where}: {key}={_shown(value)}; it must be a finite number {bound}")
-    return float(value)  # pyright: ignore[reportArgumentType]  # Checked above.
+    return found
 
 
 def _require(family: str, settings: Mapping[str, Any], where: str) -> None:
@@ -201,8 +201,6 @@ def _require(family: str, settings: Mapping[str, Any], where: str) -> None:
 
 def _class_of(family: str, settings: Mapping[str, Any], where: str) -> Any:
     """transformers' own reading of the settings, whose checks are many and one message long."""
-    import copy
-
     from transformers import AutoConfig  # Slow to import, and only names are wanted here.
 
     try:

@@ -66,16 +66,17 @@ def closing_token(tokenizer: Any) -> int | None:
 
 
 def read_stop(tokenizer: Any, words: Sequence[str]) -> tuple[int, ...]:
-    """Ids of stop tokens that a user named: each a token of the vocabulary, or its id.
+    """Ids of stop tokens that a user named: each an id, or a token of the
+    vocabulary that is no number.
 
     Raises ``InputError`` naming the word that is neither.
     """
     vocabulary, found = tokenizer.get_vocab(), []
     for word in words:
-        if word in vocabulary:
-            found.append(vocabulary[word])
-        elif word.isdecimal() and int(word) < len(tokenizer):
+        if word.isdecimal() and int(word) < len(tokenizer):
             found.append(int(word))
+        elif word in vocabulary:
+            found.append(vocabulary[word])
         else:
             raise InputError(
                 f"stop: {word!r} is neither a token of the vocabulary nor an id below "
