@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,9 +69,15 @@ def output_folder(path: str | Path) -> Path:
     """Make ``path`` a folder that can be written, before any compute is spent.
 
     Raises:
-        InputError: when it is a file, or cannot be made or written.
+        InputError: when it is a file or a bucket's address, or cannot be made or written.
     """
     folder = Path(path)
+    remote = re.match(r"(\w{2,}):/+(.*)", str(path))  # A Path has one slash of the two left.
+    if remote is not None:
+        raise InputError(
+            f"{remote[1]}://{remote[2]}: not a folder of this machine; give a path on a disk, or "
+            "where the bucket is mounted (gcsfuse)."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

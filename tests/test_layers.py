@@ -10,17 +10,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "jax_klrlhf"
 
-# What each layer may import of the library, besides itself. Leaves: `errors`, `folders`, `results`;
-# what is not listed (`plan`, `cli`) is on top: it may import all, and nothing listed imports it.
+# What each layer may import of the library, besides itself. Leaves: `errors`, `folders`, `results`,
+# `placement`; what is not listed (`plan`, `cli`) is on top: it may import all, and nothing listed
+# imports it.
 ALLOWED = {
     "core": set(),
     "errors": set(),
     "folders": {"errors"},
+    "placement": {"errors"},
     "results": {"errors"},
     "bandit": {"core", "errors"},
-    "models": {"core", "errors", "folders"},
-    "data": {"core", "models", "errors", "folders", "results"},
-    "training": {"core", "models", "errors", "folders", "results"},
+    "models": {"core", "errors", "folders", "placement"},
+    "data": {"core", "models", "errors", "folders", "placement", "results"},
+    "training": {"core", "models", "errors", "folders", "placement", "results"},
 }
 # What the core may import from outside, besides the standard library.
 CORE_OUTSIDE = {"jax", "jaxtyping", "numpy"}
@@ -95,6 +97,53 @@ def test_no_import_points_upwards():
 )
 def test_the_walk_sees_each_kind_of_forbidden_import(module, source):
     assert violations(source, module)
+
+
+# What only `placement` may ask: who this process is, and how arrays get from one to another.
+PROCESSES = {
+    "process_index", "process_count", "local_devices", "local_device_count", "process_allgather",
+    "broadcast_one_to_all", "sync_global_devices", "multihost_utils",
+    "make_array_from_process_local_data", "make_array_from_callback",
+}  # fmt: skip
+
+
+def of_processes(source: str) -> set[str]:
+    """Names of :data:`PROCESSES` that a module uses: read, called, imported or handed in."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.keyword | ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.alias):
+            found.add(node.name.rpartition(".")[2])
+    return found & PROCESSES
+
+
+def test_only_placement_knows_of_processes():
+    found = {name: of_processes(path.read_text()) for path, name in library_modules()}
+    assert len(found.pop(f"{PACKAGE}.placement")) > 3
+    # Each host reads its own slices of the weights: bytes, not rows.
+    assert found.pop(f"{PACKAGE}.models.pretrained") <= {
+        "make_array_from_callback",
+        "local_devices",
+    }
+    assert not {name: names for name, names in found.items() if names}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import jax\nif jax.process_index() == 0: pass",
+        "from jax import process_count as n",
+        "from jax.experimental import multihost_utils",
+        "Loader(process_index=0)",
+    ],
+)
+def test_the_walk_sees_each_question_about_processes(source):
+    assert of_processes(source)
 
 
 def test_importing_the_core_brings_none_of_the_heavy_packages():

@@ -339,7 +339,7 @@ def _measure(
         jax.random.key(seed),
         policy.params,
         pi0.params,
-        runs.first_prompts(loader, config.kl_prompts),
+        runs.first_prompts(loader, config.kl_prompts).batches,
     )
 
 

@@ -23,6 +23,9 @@ from jax_klrlhf.data.buckets import Shape
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
 
+Own = Callable[[int], Int[np.ndarray, " own"]]
+"""``own(count)``: which rows of a global batch of ``count`` are this process's."""
+
 
 class Batch(NamedTuple):
     """A prompt once and K responses to it, best first; NumPy arrays on the host."""
@@ -70,8 +73,8 @@ class Loader:
         lengths: token counts of all rows.
         shapes: global batch shapes, from :func:`buckets.fit`.
         seed: of the order. None: by shape and number, every epoch alike, for evaluation.
-        process_index: this process, which reads its slice of every batch.
-        process_count: processes that share a batch evenly.
+        own: numbers of the rows of a global batch of ``count`` that this process reads,
+            ``own(count)`` (:func:`placement.own_rows` of a mesh); all of them by default.
         pad: id in the slots that hold no token; no result depends on it.
     """
 
@@ -82,23 +85,16 @@ class Loader:
         *,
         shapes: Sequence[Shape],
         seed: int | None,
-        process_index: int = 0,
-        process_count: int = 1,
+        own: Own = np.arange,
         pad: int = 0,
     ):
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process {process_index} of {process_count}")
         for shape in shapes:
-            if shape.rows % process_count:
-                raise ValueError(
-                    f"a batch of {shape.rows} rows does not divide over {process_count} processes: "
-                    "pass divisor= a multiple of them to buckets.fit"
-                )
+            own(shape.rows)  # refused here, where a batch does not divide, not at its first step
         self.shapes = tuple(shapes)
         self.lengths = lengths
         self._fetch = fetch
         self._seed = seed
-        self._process = process_index, process_count
+        self._own = own
         self._pad = pad
         number = buckets.assign(self.shapes, lengths.prompts, lengths.longest)
         self._groups = [np.flatnonzero(number == n) for n in range(len(self.shapes))]
@@ -126,20 +122,23 @@ class Loader:
         return digest.hexdigest()[:16]
 
     def __getitem__(self, step: int) -> Batch:
-        """This process's part of the batch of a step, counted from 0 over all epochs."""
-        if step < 0:
-            raise IndexError(f"step {step} is negative")
-        epoch, place = divmod(step, self.steps_per_epoch)
-        piece = self.epoch(epoch)[place]
+        """This process's rows of the batch of a step, counted from 0 over all epochs."""
+        piece = self.piece(step)
         held = len(piece.rows)
         filled = np.concatenate(
             [piece.rows, np.full(piece.shape.rows - held, piece.rows[0], piece.rows.dtype)]
         )
         weight = (np.arange(piece.shape.rows) < held).astype(np.float32)
-        index, count = self._process
-        own = slice(*(piece.shape.rows // count * np.array([index, index + 1])).tolist())
+        own = self._own(piece.shape.rows)
         rows = self._fetch(filled[own].tolist())
         return collate(rows, piece.shape, numbers=filled[own], weight=weight[own], pad=self._pad)
+
+    def piece(self, step: int) -> Piece:
+        """The global batch of a step as row numbers: the same in every process."""
+        if step < 0:
+            raise IndexError(f"step {step} is negative")
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self.epoch(epoch)[place]
 
     def epoch(self, epoch: int) -> list[Piece]:
         """All global batches of one epoch, in order."""

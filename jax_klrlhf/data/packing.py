@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import buckets
-from jax_klrlhf.data.batch import Batch, Lengths, collate
+from jax_klrlhf.data.batch import Batch, Lengths, Own, collate
 from jax_klrlhf.data.buckets import Shape
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
@@ -224,7 +224,7 @@ class PackedLoader:
     """Packed batches by step number, as :class:`batch.Loader` gives padded ones.
 
     Every row once in an epoch; the order is a function of seed and epoch. All processes deal the
-    same streams, and each reads its own part of every batch.
+    same streams, and each reads its own of every batch (``own``, as in :class:`batch.Loader`).
     """
 
     def __init__(
@@ -234,23 +234,17 @@ class PackedLoader:
         *,
         layouts: Sequence[Layout],
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        own: Own = np.arange,
         pad: int = 0,
     ):
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process {process_index} of {process_count}")
         self.shapes = tuple(layouts)
         self.lengths = lengths
         self._fetch = fetch
         self._seed = seed
-        self._process = process_index, process_count
+        self._own = own
         self._pad = pad
         for layout in self.shapes:
-            if layout.streams % process_count:
-                raise ValueError(
-                    f"{layout.streams} streams do not divide over {process_count} processes"
-                )
+            own(layout.streams)  # refused here, where they do not divide
         shapes = [shape for layout in self.shapes for shape in layout.groups]
         owner = [n for n, layout in enumerate(self.shapes) for _ in layout.groups]
         chosen = buckets.assign(shapes, lengths.prompts, lengths.longest)
@@ -297,12 +291,10 @@ class PackedLoader:
             raise IndexError(f"step {step} is negative")
         epoch, place = divmod(step, self.steps_per_epoch)
         layout, dealt = self.epoch(epoch)[place]
-        index, count = self._process
-        own = layout.streams // count
         return collate_streams(
             self._fetch,
             layout,
-            dealt[index * own : (index + 1) * own],
+            dealt[self._own(layout.streams)],
             responses=self.lengths.responses.shape[1],
             stand_in=int(dealt.max()),
             pad=self._pad,

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from jax_klrlhf import folders
 from jax_klrlhf.data import buckets, records, tokenize
 from jax_klrlhf.data.arrange import Arrangement, as_is
-from jax_klrlhf.data.batch import Lengths, Loader
+from jax_klrlhf.data.batch import Lengths, Loader, Own
 from jax_klrlhf.data.examples import Columns
 from jax_klrlhf.data.rows import Dropped, Row, encode
 from jax_klrlhf.data.sources import Source, open_source
@@ -74,8 +74,7 @@ class Prepared:
         max_shapes: int = 8,
         divisor: int = 1,
         multiple: int = 8,
-        process_index: int = 0,
-        process_count: int = 1,
+        own: Own = np.arange,
     ) -> Loader:
         """Batches of this split; see :func:`buckets.fit` and :class:`Loader`."""
         shapes = buckets.fit(
@@ -93,8 +92,7 @@ class Prepared:
             self.lengths,
             shapes=shapes,
             seed=seed,
-            process_index=process_index,
-            process_count=process_count,
+            own=own,
         )
 
 

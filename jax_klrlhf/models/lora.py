@@ -24,6 +24,7 @@ import numpy as np
 import safetensors
 from jaxtyping import Array
 
+from jax_klrlhf import placement
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import partition, pretrained, transformer, weights
 from jax_klrlhf.models.base import LanguageModel
@@ -114,12 +115,15 @@ def save(
     *,
     base: str | None = None,
 ) -> Path:
-    """Write ``params["lora"]`` as a PEFT adapter folder; ``base`` names the model it belongs to."""
+    """Write ``params["lora"]`` as a PEFT adapter folder; ``base`` names the model it belongs to.
+
+    With several hosts every process calls this and the first writes.
+    """
     path = Path(path)
     tensors = {}
     for name, key in _keys(config, lora).items():
         for part, letter in (("a", "A"), ("b", "B")):
-            whole = pretrained.host(adapter["layers"][name][part])
+            whole = placement.host(adapter["layers"][name][part])
             for layer in range(config.layers):
                 matrix = np.ascontiguousarray(whole[layer].T)
                 tensors[f"{key.format(layer)}.lora_{letter}.weight"] = matrix
@@ -139,8 +143,9 @@ def save(
         "use_dora": False,
     }
     with pretrained.whole_folder(path) as partial:
-        pretrained.write_tensors(partial / WEIGHTS, tensors)
-        (partial / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+        if placement.leader():
+            pretrained.write_tensors(partial / WEIGHTS, tensors)
+            (partial / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     return path
 
 

@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from jax.experimental import multihost_utils
 
-from jax_klrlhf import folders
+from jax_klrlhf import folders, placement
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import files, partition, weights
 from jax_klrlhf.models.base import LanguageModel
@@ -266,7 +265,7 @@ def save(
     path = Path(path)
     with whole_folder(path) as partial:
         write_weights(partial, config, params, max_shard_bytes=max_shard_bytes)
-        if jax.process_index() == 0:
+        if placement.leader():
             settings = config.to_hf() | {"architectures": [CAUSAL[config.family]]}
             settings |= token_ids(tokenizer, generation)
             (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -293,14 +292,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to write in, renamed to ``path`` at the end: readers see all of it or nothing.
 
     What was at ``path`` is replaced, and what killed programs left there half-written is removed.
-    Of several processes only the first makes and renames it.
+    Of several processes only the first makes and renames it, and none goes on before it has.
     """
-    if jax.process_index() != 0:
+    if not placement.leader():
         yield folders.fresh_name(path)  # Nothing is written there.
+        placement.meet(f"whole folder {path.name}")
         return
     folders.sweep(path)
     with folders.appearing(path) as partial:
         yield partial
+    placement.meet(f"whole folder {path.name}")
 
 
 def write_weights(
@@ -316,7 +317,7 @@ def write_weights(
     ``extra`` are tensors beside the decoder's, such as a reward head. Every process takes part in
     gathering, the first writes.
     """
-    writes, extra = jax.process_index() == 0, dict(extra or {})
+    writes, extra = placement.leader(), dict(extra or {})
     leaves = {
         partition.path_name(path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
@@ -355,10 +356,11 @@ def write_weights(
                 tensors[name] = extra[name]
                 continue
             parts = [
-                weights.write(source, host(leaf if layer is None else leaf[layer]))
+                weights.write(source, placement.host(leaf if layer is None else leaf[layer]))
                 for _, source, leaf, layer in sorted(pieces[name], key=lambda piece: piece[0])
             ]
-            tensors[name] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+            if writes:  # The others only take part in gathering.
+                tensors[name] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
         if writes:
             write_tensors(folder / file, tensors)
     if writes and len(shards) > 1:
@@ -371,13 +373,6 @@ def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
     """One safetensors file, readable by all (the library makes it private)."""
     safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
     file.chmod(0o644)
-
-
-def host(x: Any) -> np.ndarray:
-    """The whole array in host memory, gathered from other hosts where it lies there."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.ascontiguousarray(jax.device_get(x))
 
 
 def _available(source: weights.Source, files: Files) -> weights.Source:

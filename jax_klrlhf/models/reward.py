@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jax_klrlhf import placement
 from jax_klrlhf.core.numerics import at_least_float32
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.errors import InputError
@@ -137,7 +138,7 @@ def save(
     Raises ``ValueError`` for the stacked heads of an ensemble: write its members one by one.
     """
     path = Path(path)
-    head = pretrained.host(params.head)
+    head = placement.host(params.head)
     if head.ndim != 1:
         raise ValueError(
             f"head has shape {head.shape}; a folder holds one reward model, so write the members "
@@ -152,7 +153,7 @@ def save(
             max_shard_bytes=max_shard_bytes,
             extra={HEAD: head[None]},
         )
-        if jax.process_index() == 0:
+        if placement.leader():
             settings = bare.to_hf() | {
                 "architectures": [CLASSIFIER[config.family]],
                 "id2label": {"0": "reward"},

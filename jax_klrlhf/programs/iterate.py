@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Key
 from rich.console import Console
 
-from jax_klrlhf import models
+from jax_klrlhf import models, placement
 from jax_klrlhf.core import pairs
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import tokenize
@@ -72,7 +72,7 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     began = time.perf_counter()
     check(config)
     mesh = _devices(config)
-    console = console or Console(quiet=jax.process_index() != 0)
+    console = console or Console(quiet=not placement.leader())
     folder = output_folder(config.output)
     _claim(config, folder)
     name = config.model
@@ -130,7 +130,7 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
         base = measure.base
         console.print(f"pi0  {_line(base)}", highlight=False)
     improve = parts.make_improve(place)
-    write = sinks.json_lines(folder / "metrics.jsonl") if jax.process_index() == 0 else None
+    write = sinks.json_lines(folder / "metrics.jsonl") if placement.leader() else None
     reports: dict[int, Metrics] = {}
 
     def report(number: int, found: Metrics) -> None:
@@ -311,8 +311,7 @@ def _claim(config: IterateConfig, folder: Path) -> None:
                     f"{path}: this run was started with {key} {theirs.get(key)!r}, now it is "
                     f"{ours[key]!r}; give the same to go on with it, or another --output."
                 )
-    if jax.process_index() == 0:
-        write_json(path, ours)
+    placement.lead(lambda: write_json(path, ours))
 
 
 def _plain(config: IterateConfig) -> dict[str, Any]:
@@ -415,7 +414,7 @@ def _finish(
         console=console,
         caption=f"± one standard error over prompts; the policy is in {folder / 'model'}",
     )
-    if jax.process_index() == 0:
+    if placement.leader():
         write_results(
             folder,
             name="iterate",

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from jax_klrlhf import placement
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import packing, prepare, tokenize
 from jax_klrlhf.data.batch import Lengths, Loader, Stream
@@ -106,8 +107,7 @@ def _claim(run: Run) -> None:
                     f"{path}: this run was started with {key} {theirs.get(key)!r}, now it is "
                     f"{ours[key]!r}; give the same to go on with it, or another --output."
                 )
-    if jax.process_index() == 0:
-        write_json(path, ours)
+    placement.lead(lambda: write_json(path, ours))
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def open_data(run: Run, tokenizer: Any) -> Splits:
 def loader(run: Run, data: Prepared, *, seed: int | None) -> Loader:
     """Batches of a split that divide over micro-batches and devices."""
     config: TrainingConfig = run.config
-    parts = 1 if run.mesh is None else meshes.rows(run.mesh)
+    parts = placement.parts(run.mesh)
     # Evaluation takes batches whole.
     divisor = parts * (config.micro_batches if seed is not None else 1)
     size = config.batch_size
@@ -172,8 +172,7 @@ def loader(run: Run, data: Prepared, *, seed: int | None) -> Loader:
         batch_size=size if config.token_budget is None else None,
         max_shapes=config.max_shapes,
         divisor=divisor,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        own=partial(placement.own_rows, run.mesh),
     )
 
 
@@ -184,7 +183,7 @@ def packed_loader(run: Run, data: Prepared, take: np.ndarray) -> PackedLoader:
         InputError: where the token budget does not hold the longest row on each device.
     """
     config: TrainingConfig = run.config
-    parts = 1 if run.mesh is None else meshes.rows(run.mesh)
+    parts = placement.parts(run.mesh)
     rows = np.arange(len(data))[:, None]
     lengths = Lengths(data.lengths.prompts, data.lengths.responses[rows, take])
 
@@ -209,8 +208,7 @@ def packed_loader(run: Run, data: Prepared, take: np.ndarray) -> PackedLoader:
         lengths,
         layouts=layouts,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        own=partial(placement.own_rows, run.mesh),
     )
 
 
@@ -406,7 +404,7 @@ def fit(
 
 
 def _sinks(run: Run, first: int) -> list[metrics.Sink]:
-    if jax.process_index() != 0:
+    if not placement.leader():
         return []
     sinks = [metrics.json_lines(run.folder / "metrics.jsonl", after=first)]
     if run.config.tensorboard:
@@ -424,7 +422,7 @@ def report(run: Run, found: metrics.Metrics, seconds: float) -> None:
     for name, metric in found.items():
         panel, rest = ("eval", name[5:]) if name.startswith("eval/") else ("train", name)
         named[f"{panel}/{method}/{rest}"] = metric
-    if jax.process_index() == 0:
+    if placement.leader():
         write_results(
             run.folder,
             name=run.name,
@@ -435,20 +433,34 @@ def report(run: Run, found: metrics.Metrics, seconds: float) -> None:
         )
 
 
-def first_prompts(loaded: Loader, count: int) -> list[Ragged]:
-    """Batches of at least ``count`` prompts in all (fewer where there are fewer)."""
-    found, total = [], 0
-    for batch in whole_epoch(loaded):
+class Prompts(NamedTuple):
+    """Prompts of the first batches of a loader."""
+
+    batches: list[Ragged]
+    """Of each batch this process's rows."""
+    longest: int
+    """Tokens of the longest of all processes' prompts."""
+
+
+def first_prompts(loaded: Loader, count: int) -> Prompts:
+    """Batches of at least ``count`` prompts in all (fewer where there are fewer).
+
+    Counted over the global batches: every process takes as many, whatever its own rows are.
+    """
+    batches, total, longest = [], 0, 0
+    for step in range(loaded.steps_per_epoch):
         if total >= count:
             break
-        found.append(batch.prompts)
-        total += int((batch.weight > 0).sum()) * jax.process_count()
-    return found
+        rows = loaded.piece(step).rows
+        batches.append(loaded[step].prompts)
+        total += len(rows)
+        longest = max(longest, int(loaded.lengths.prompts[rows].max()))
+    return Prompts(batches, longest)
 
 
 def chunk(run: Run, model: LanguageModel) -> int:
     """Tokens projected on the vocabulary at one time: the configuration's, or the default."""
-    parts = 1 if run.mesh is None else meshes.rows(run.mesh)
+    parts = placement.parts(run.mesh)
     return run.config.chunk or defaults.chunk(model.vocab_size, parts=parts)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from jax_klrlhf import models
+from jax_klrlhf import models, placement
 from jax_klrlhf.data.prepare import Prepared
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import lora, partition, pretrained
@@ -200,8 +200,9 @@ def _reference_table(run: runs.Run, model: Any, pi0: Any, data: Prepared, name: 
         tokenizer=recipe["tokenizer"],
         lengths=f"{recipe['max_prompt_length']}+{recipe['max_response_length']}",
     )
-    if path.exists():
-        return reference.load_cache(path, identity)
+    if placement.agreed(path.exists()):
+        shape = jax.ShapeDtypeStruct((len(data), data.responses), jnp.float32)
+        return placement.shared(lambda: reference.load_cache(path, identity), shape)
     run.console.print(f"reference log-probabilities of {len(data)} rows ({data.split})")
     table = reference.tabulate(
         model,
@@ -213,8 +214,7 @@ def _reference_table(run: runs.Run, model: Any, pi0: Any, data: Prepared, name: 
         chunk=runs.chunk(run, model),
         mesh=run.mesh,
     )
-    if jax.process_index() == 0:
-        reference.save_cache(path, table, identity)
+    placement.lead(lambda: reference.save_cache(path, table, identity))
     return table
 
 
@@ -226,7 +226,7 @@ def _divergence(
     assert splits.held_out is not None
     loaded = runs.loader(run, splits.held_out, seed=None)
     prompts = runs.first_prompts(loaded, config.kl_prompts)
-    room = model.max_length - max(int(rows.lengths.max()) for rows in prompts)
+    room = model.max_length - prompts.longest
     tokens = min(config.max_response_length, room)
     if tokens < 1:
         raise InputError(
@@ -251,7 +251,7 @@ def _divergence(
             # With the reference cached it is not in memory; it is read for this and let go.
             pi0 = models.load(config.model, mesh=run.mesh, **runs.optional(config)).params
         key = jax.random.fold_in(carried.key, carried.step)
-        return measure(key, carried.policy, pi0, prompts)
+        return measure(key, carried.policy, pi0, prompts.batches)
 
     return more
 

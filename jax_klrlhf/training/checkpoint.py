@@ -28,6 +28,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jax_klrlhf import placement
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.results import output_folder
 from jax_klrlhf.training.state import TrainState, checksum, fingerprint_text, path_name
@@ -244,7 +245,7 @@ class Checkpoints:
         for thread in set(threading.enumerate()) - self._before - {threading.current_thread()}:
             # Orbax's threads raise their error again from a join of their own.
             threading.Thread.join(thread, max(0.0, end - time.monotonic()))
-        if jax.process_index() == 0:
+        if placement.leader():
             for half in self.folder.glob(f"{self._saving}.*tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
         whole = sorted(self._whole())

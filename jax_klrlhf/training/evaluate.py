@@ -29,12 +29,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
+from jax_klrlhf import placement
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import sampling, scoring
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.models.logits import Warp
 from jax_klrlhf.results import Metric, mean
-from jax_klrlhf.training.mesh import put_batch
 from jax_klrlhf.training.metrics import Metrics
 from jax_klrlhf.training.state import TrainState, cast_floating
 from jax_klrlhf.training.step import per_row
@@ -62,7 +62,7 @@ def make_evaluate(
         found = []
         for batch in batches:
             with _under(mesh):
-                out = rows(state.policy, state.ref_params, put_batch(batch, mesh))
+                out = rows(state.policy, state.ref_params, placement.put(batch, mesh))
             found.append(jax.device_get(out))
         losses, report, weights = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
         metrics = {"eval/loss": _weighted(losses, weights)}
@@ -142,7 +142,7 @@ def make_divergence(
         for number, rows in enumerate(prompts):
             with _under(mesh):
                 out = measure(
-                    jax.random.fold_in(key, number), params, ref_params, put_batch(rows, mesh)
+                    jax.random.fold_in(key, number), params, ref_params, placement.put(rows, mesh)
                 )
             found.append(jax.device_get(out))
         together = jax.tree.map(lambda *parts: np.concatenate(parts), *found)

@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,12 +25,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from jax_klrlhf import placement
 from jax_klrlhf.results import Metric
 from jax_klrlhf.training import health, metrics
 from jax_klrlhf.training.checkpoint import Checkpoints
 from jax_klrlhf.training.health import Stopped
 from jax_klrlhf.training.history import History
-from jax_klrlhf.training.mesh import put_batch
 from jax_klrlhf.training.metrics import Metrics, Sink
 from jax_klrlhf.training.state import TrainState
 from jax_klrlhf.training.step import TrainStep
@@ -174,7 +172,7 @@ def train(
             SIGTERM or SIGINT came (the run is then saved first).
     """
     began = time.perf_counter()
-    mesh, leader = step.mesh, jax.process_index() == 0
+    mesh, leader = step.mesh, placement.leader()
     console = (console or Console()) if leader else Console(quiet=True)
     flops = metrics.flops_per_token(state)
     history = History(names, limits or health.Limits(), steps=steps, saved=log)
@@ -237,7 +235,7 @@ def train(
                 # A new shape compiles: its step is taken out of the rates.
                 jax.block_until_ready(state.step)
                 seconds += time.perf_counter() - clock
-            state, info = step(state, put_batch(host, mesh))
+            state, info = step(state, placement.put(host, mesh))
             if shape in shapes:
                 rated.append(info)
             else:
@@ -302,9 +300,9 @@ def _signals() -> Iterator[list[str]]:
 
 def _agreed(asked: Sequence[str], meet: bool) -> bool:
     """Whether to end now. Several processes must end at the same step: they ask each other."""
-    if jax.process_count() == 1:
+    if placement.alone():
         return bool(asked)
-    return meet and bool(np.any(multihost_utils.process_allgather(np.array(bool(asked)))))
+    return meet and placement.anyone(bool(asked))
 
 
 @contextmanager

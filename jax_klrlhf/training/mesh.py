@@ -22,12 +22,12 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
+from jax_klrlhf import placement
+from jax_klrlhf.placement import BATCH
 from jax_klrlhf.training import state as state_of
 from jax_klrlhf.training.state import TrainState, path_name
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))
-"""Rows of a batch over ``data`` and ``fsdp``."""
 
 
 def make(
@@ -53,11 +53,6 @@ def make(
             f"mesh {named}: the sizes must multiply to the {count} devices there are; "
             "set one of them to -1 to let it take the rest."
         )
-    if devices is None and jax.process_count() > 1 and jax.local_device_count() % sizes[2]:
-        raise ValueError(
-            f"mesh {named}: tensor={sizes[2]} must divide the {jax.local_device_count()} devices "
-            "of a process, which reads whole rows."
-        )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
@@ -68,7 +63,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def rows(mesh: Mesh) -> int:
     """Number of parts that a batch is split into: its rows must be a multiple of this."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return placement.parts(mesh)
 
 
 def state_shardings(state: Any, shardings: Any) -> Any:
@@ -126,19 +121,3 @@ def init(
     shapes = jax.eval_shape(make, key, params, options)
     laid = state_shardings(shapes, shardings)
     return jax.jit(make, out_shardings=laid)(key, params, options), laid
-
-
-def put_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """Lay host arrays on the mesh, each process giving its own rows.
-
-    With one process these are all the rows; with several, process p gives the rows of its own
-    devices and the result is the global batch. Without a mesh the arrays go to the one device.
-    """
-    if mesh is None:
-        return jax.device_put(batch)
-    sharding = batch_sharding(mesh)
-    if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    return jax.tree.map(
-        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
-    )

@@ -22,10 +22,10 @@ import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from jax_klrlhf import placement
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
-from jax_klrlhf.training.mesh import put_batch
 from jax_klrlhf.training.state import cast_floating
 
 LogProb = Callable[[Any, Any], Float[Array, "B K"]]
@@ -113,7 +113,7 @@ def tabulate(
 
     table = np.full((rows, responses), np.nan, np.float32)
     for batch in batches:
-        laid = put_batch((batch.prompts, batch.responses, batch.row), mesh)
+        laid = placement.put((batch.prompts, batch.responses, batch.row), mesh)
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             index, found = jax.device_get(score(params, *laid))
         table[index] = found

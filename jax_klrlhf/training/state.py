@@ -149,7 +149,7 @@ def fingerprint(params: Any) -> str:
     return fingerprint_text(digest(params))
 
 
-def fingerprint_text(digest: UInt32[Array, " words"]) -> str:
+def fingerprint_text(digest: Any) -> str:
     """The digits of a state's ``fingerprint`` field, or of a :func:`checksum`."""
     return "".join(f"{word:08x}" for word in np.asarray(digest).tolist())
 
@@ -172,10 +172,38 @@ def checksum(tree: Any) -> UInt32[Array, "2"]:
 def _hash(tree: Any, *, words: int) -> UInt32[Array, " words"]:
     total = jnp.zeros((words,), jnp.uint32)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        text = f"{path_name(path)} {leaf.shape} {leaf.dtype}"
-        seeds = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)[:words]
+        seeds = np.frombuffer(_leaf_seed(path, leaf), np.uint32)[:words]
         total = total + jax.lax.map(lambda seed, leaf=leaf: _leaf_hash(leaf, seed), seeds)
     return total
+
+
+def host_digest(params: Any) -> UInt32[np.ndarray, "8"]:
+    """:func:`digest` of arrays in host memory, by NumPy: the same digits, nothing compiled."""
+    total = np.zeros((8,), np.uint32)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        leaf = np.asarray(leaf)
+        seeds = np.frombuffer(_leaf_seed(path, leaf), np.uint32)
+        place = np.arange(leaf.size, dtype=np.uint64).astype(np.uint32)
+        bits = _host_bits(leaf)
+        words = [_mix(_mix(place + seed) ^ bits).sum(dtype=np.uint32) for seed in seeds]
+        total = total + np.array(words, np.uint32)
+    return total
+
+
+def _leaf_seed(path: tuple[Any, ...], leaf: Any) -> bytes:
+    return hashlib.sha256(f"{path_name(path)} {leaf.shape} {leaf.dtype}".encode()).digest()
+
+
+def _host_bits(leaf: np.ndarray) -> np.ndarray:
+    """:func:`_bits`, flat, of a host array."""
+    flat = np.ascontiguousarray(leaf).reshape(-1)
+    if leaf.dtype == np.bool_:
+        return flat.astype(np.uint32)
+    width = leaf.dtype.itemsize * 8
+    if width <= 32:
+        return flat.view(f"uint{width}").astype(np.uint32)
+    words = flat.view(np.uint32).reshape(-1, 2)
+    return _mix(words[:, 0]) ^ words[:, 1]
 
 
 def _leaf_hash(leaf: Array, seed: UInt32[Array, ""]) -> UInt32[Array, ""]:
@@ -200,8 +228,8 @@ def _bits(leaf: Array) -> Array:
     return words if width == 32 else _mix(words[..., 0]) ^ words[..., 1]
 
 
-def _mix(word: Array) -> Array:
+def _mix(word: Any) -> Any:
     """Finalizer of MurmurHash3: every input bit reaches every output bit."""
-    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
-    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
+    word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
     return word ^ (word >> 16)

@@ -12,6 +12,7 @@ from jax_klrlhf.data.batch import Lengths
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import packed
+from tests.data.split import split
 
 
 def rows_of(seed, count, *, longest=(12, 9)):
@@ -36,8 +37,7 @@ def loader(rows, *, seed=0, process=(0, 1), **settings):
     fetch, lengths = batch.from_rows(rows)
     layouts = packing.fit(lengths, multiple=4, **settings)
     return packing.PackedLoader(
-        fetch, lengths, layouts=layouts, seed=seed, process_index=process[0],
-        process_count=process[1],
+        fetch, lengths, layouts=layouts, seed=seed, own=split(*process),
     )  # fmt: skip
 
 
@@ -138,8 +138,8 @@ def test_processes_share_each_batch():
     whole = loader(rows, **settings)
     parts = [loader(rows, process=(n, 2), **settings) for n in range(2)]
     for step in range(whole.steps_per_epoch):
-        both = [streams_of(part[step]) for part in parts]
-        assert both[0] + both[1] == streams_of(whole[step])
+        for n, part in enumerate(parts):
+            assert streams_of(part[step]) == streams_of(whole[step])[n::2]
 
 
 def test_when_no_drawing_fits_one_does_that_is_known_to(monkeypatch):
@@ -171,7 +171,7 @@ def test_what_cannot_be_packed_is_said():
         packing.fit(lengths)
     with pytest.raises(ValueError, match="at least 1"):
         packing.fit(lengths, batch_size=4, streams=0)
-    with pytest.raises(ValueError, match="do not divide over 2 processes"):
+    with pytest.raises(ValueError, match="1 rows on 2 parts"):
         loader(rows_of(0, 10), batch_size=4, process=(0, 2))
     part = loader(rows_of(0, 10), batch_size=4)[0].packed
     with pytest.raises(ValueError, match="in 2 slots"):

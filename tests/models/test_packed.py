@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from jax_klrlhf import placement
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import packing
 from jax_klrlhf.data.batch import Batch
@@ -133,7 +134,7 @@ def test_eight_devices_equal_one():
     mesh = meshes.make(data=2, fsdp=2, tensor=2)
     laid = jax.device_put(PARAMS, partition.shardings(PARAMS, mesh))
     with jax.set_mesh(mesh):
-        (told, spread), moved = OURS(laid, meshes.put_batch(streams, mesh))
+        (told, spread), moved = OURS(laid, placement.put(streams, mesh))
     np.testing.assert_allclose(told, value, rtol=1e-5)
     np.testing.assert_allclose(spread, ours, atol=1e-5)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), moved, gradient)

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_klrlhf import placement
 from jax_klrlhf.core import objectives
 from jax_klrlhf.models import ModelConfig, language_model, partition
 from jax_klrlhf.training import mesh as meshes
@@ -123,7 +124,7 @@ def full(batch):
 def test_every_objective_on_eight_devices_equals_one(shape, one_device):
     params, batch, (losses, gradients) = one_device
     mesh, shardings = layout(shape)
-    laid = meshes.put_batch(batch, mesh)
+    laid = placement.put(batch, mesh)
     with jax.set_mesh(mesh):
         spread = jax.device_put(params, shardings)
         many, slopes = jax.jit(every_objective, in_shardings=(shardings, None))(spread, laid)
@@ -156,7 +157,7 @@ def test_steps_on_a_mesh_equal_one_device_and_everything_is_sharded_alike(shape)
     many = step.make_train_step(MODEL, optimizer, counted, shardings=laid, **options)
     np.testing.assert_array_equal(spread.fingerprint, plain.fingerprint)
 
-    first = meshes.put_batch(toy.batch(0), mesh)
+    first = placement.put(toy.batch(0), mesh)
     compiled = many.lower(spread, first).compile()
     before = len(traces)
     moved, _ = compiled.output_shardings
@@ -173,7 +174,7 @@ def test_steps_on_a_mesh_equal_one_device_and_everything_is_sharded_alike(shape)
 
     for seed in range(3):
         plain, info = one(plain, toy.batch(seed))
-        spread, told = many(spread, meshes.put_batch(toy.batch(seed), mesh))
+        spread, told = many(spread, placement.put(toy.batch(seed), mesh))
         np.testing.assert_allclose(told.loss.total, info.loss.total, rtol=1e-5)
         np.testing.assert_allclose(told.grad_norm, info.grad_norm, rtol=1e-5)
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -198,7 +199,7 @@ def test_gradients_are_reduced_into_their_shards():
     optimizer = optax.GradientTransformation(lambda params: optax.EmptyState(), spy)
     spread, laid = meshes.init(jax.random.key(1), params, optimizer, shardings=shardings)
     many = step.make_train_step(MODEL, optimizer, loss, shardings=laid)
-    many.lower(spread, meshes.put_batch(toy.batch(0), mesh)).compile()
+    many.lower(spread, placement.put(toy.batch(0), mesh)).compile()
     assert kept["mix"].is_equivalent_to(NamedSharding(mesh, P("fsdp", "tensor")), 2)
 
 
@@ -221,7 +222,7 @@ def test_adafactor_of_the_librarys_decoder():
     one = step.make_train_step(model, optimizer, loss)
     many = step.make_train_step(model, optimizer, loss, shardings=laid)
     plain, info = one(plain, toy.batch(0))
-    spread, told = many(spread, meshes.put_batch(toy.batch(0), mesh))
+    spread, told = many(spread, placement.put(toy.batch(0), mesh))
     np.testing.assert_allclose(told.grad_norm, info.grad_norm, rtol=1e-5)
     # The means, not the parameters: an update divides by them, so that a row of a gradient that is
     # rounding alone moves as far as any other.
@@ -263,7 +264,7 @@ def test_the_librarys_decoder_by_its_own_partition_rules():
     )
     for seed in range(2):
         plain, info = one(plain, toy.batch(seed))
-        spread, told = many(spread, meshes.put_batch(toy.batch(seed), mesh))
+        spread, told = many(spread, placement.put(toy.batch(seed), mesh))
         np.testing.assert_allclose(told.loss.total, info.loss.total, rtol=1e-5)
         np.testing.assert_allclose(told.grad_norm, info.grad_norm, rtol=1e-5)
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from jax_klrlhf import placement
 from jax_klrlhf.core import objectives
 from jax_klrlhf.data import batch as padded
 from jax_klrlhf.data import packing
@@ -87,7 +88,7 @@ def _step(batch, mesh=None, **options):
             jax.random.key(1), params, OPTIMIZER, shardings=partition.shardings(params, mesh)
         )
     made = step.make_train_step(MODEL, OPTIMIZER, LOSS, reference=reference.cached, **options)
-    moved, info = made(carried, meshes.put_batch(batch, mesh))
+    moved, info = made(carried, placement.put(batch, mesh))
     return moved.params, jax.device_get(info)
 
 

@@ -11,20 +11,24 @@ import jax
 import numpy as np
 import optax
 
+from jax_klrlhf import placement
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds import oracle, pairing
 
+HOST_BY_HOST, PERMUTED = tuple(range(8)), (0, 4, 5, 1, 2, 6, 3, 7)
 
-def run(folder: Path, count: int, *, devices: int):
+
+def run(folder: Path, count: int, *, order: tuple[int, ...] | None):
     """`count` rounds; on several devices every phase shares its rows out over them."""
     # Not before jax.distributed.initialize: the module computes when it is imported.
     from tests.training import rounds_world as world
 
     mesh, whole, params = None, None, world.PARAMS
-    if devices > 1:
-        mesh = meshes.make(data=devices, fsdp=1)
-        whole = jax.tree.map(lambda _: jax.NamedSharding(mesh, jax.P()), params)
+    if order is not None:
+        mesh = meshes.make(data=4, fsdp=2, devices=[jax.devices()[k] for k in order])
+        cut = lambda x: jax.P("fsdp") if x.ndim and x.shape[0] % 2 == 0 else jax.P()  # noqa: E731
+        whole = jax.tree.map(lambda x: jax.NamedSharding(mesh, cut(x)), params)
         params = jax.device_put(params, whole)
     draw = rounds.Draw(
         model=world.MODEL, samples=4, max_new_tokens=world.LENGTH, stop=(world.STOP,), rows=8,
@@ -43,12 +47,12 @@ def run(folder: Path, count: int, *, devices: int):
 
 
 def main(index: int, address: str, folder: Path) -> None:
-    """One of the two processes: a round, and then both from what is on disk."""
+    """One of the two processes: a round, and then both, on another mesh, from what is on disk."""
     jax.distributed.initialize(address, 2, index)
-    run(folder / "run", 1, devices=8)
-    outcome = run(folder / "run", 2, devices=8)
+    run(folder / "run", 1, order=HOST_BY_HOST)
+    outcome = run(folder / "run", 2, order=PERMUTED)
     assert {name[0] for name in outcome.computed} == {"2"}
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(outcome.policy)]
+    leaves = jax.tree.leaves(placement.whole(outcome.policy))
     np.savez(folder / f"process-{index}.npz", *leaves)
 
 
@@ -78,7 +82,7 @@ def test_two_processes_give_the_run_of_one(tmp_path):
             child.kill()
     assert [child.returncode for child in children] == [0, 0], "\n".join(texts)
 
-    one = run(tmp_path / "one", 2, devices=1)
+    one = run(tmp_path / "one", 2, order=None)
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     for k in (0, 1):
         with np.load(tmp_path / f"process-{k}.npz") as found:

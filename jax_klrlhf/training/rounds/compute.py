@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_klrlhf.training import mesh as meshes
+from jax_klrlhf import placement
 
 
 def mapped(
@@ -18,14 +18,14 @@ def mapped(
 
     Every leaf of ``arrays`` and of what is returned has the rows first. The last piece is filled
     with copies of its own first row, which are cut off again. With a mesh the rows of a piece lie
-    over its devices (and processes); what is returned is whole on every host.
+    over its devices (and processes); what is returned is whole on every host, in the order given.
 
     Raises:
         ValueError: where ``rows`` is not positive.
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
-    parts = 1 if mesh is None else meshes.rows(mesh)
+    parts = placement.parts(mesh)
     replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     jitted = jax.jit(function, out_shardings=replicated)
 
@@ -37,11 +37,10 @@ def mapped(
         size = -(-min(rows, count) // parts) * parts
         found = []
         for begin in range(0, count, size):
-            piece = own_rows(
-                jax.tree.map(lambda x, at=begin: fill(x[at : at + size], size), arrays)
-            )
+            piece = jax.tree.map(lambda x, at=begin: fill(x[at : at + size], size), arrays)
+            laid = placement.put(placement.take(piece, mesh), mesh)
             with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-                found.append(jax.device_get(jitted(params, *meshes.put_batch(piece, mesh))))
+                found.append(placement.whole(jitted(params, *laid)))
         return jax.tree.map(lambda *x: np.concatenate(x)[:count], *found)
 
     return call
@@ -50,11 +49,3 @@ def mapped(
 def fill(rows: np.ndarray, size: int) -> np.ndarray:
     """Rows filled up to ``size`` with copies of the first."""
     return np.concatenate([rows, np.repeat(rows[:1], size - len(rows), axis=0)])
-
-
-def own_rows(batch: Any) -> Any:
-    """This process's part of a batch that every process has whole."""
-    count, index = jax.process_count(), jax.process_index()
-    if count == 1:
-        return batch
-    return jax.tree.map(lambda x: x[len(x) // count * index : len(x) // count * (index + 1)], batch)

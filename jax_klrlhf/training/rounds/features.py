@@ -21,14 +21,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from jax_klrlhf import placement
 from jax_klrlhf.core import ellipsoid, estimation
 from jax_klrlhf.core.ellipsoid import Ellipsoid
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models import sampling
 from jax_klrlhf.models.base import LanguageModel
-from jax_klrlhf.training import mesh as meshes
-from jax_klrlhf.training.rounds.compute import fill, mapped, own_rows
+from jax_klrlhf.training.rounds.compute import fill, mapped
 from jax_klrlhf.training.rounds.parts import Comparisons, Policies, Reward, Scored, join
 
 Features = Callable[[Ragged, Ragged], Float[np.ndarray, "B K D"]]
@@ -160,7 +160,7 @@ def estimate(
     """
     count, dim = differences.shape
     dtype = differences.dtype
-    parts = 1 if mesh is None else meshes.rows(mesh)
+    parts = placement.parts(mesh)
     size = -(-sampling.bucket(count) // parts) * parts
     weight = np.concatenate([weight, np.zeros(size - count, weight.dtype)]).astype(dtype)
     laid = _put(
@@ -217,4 +217,4 @@ def _empty(dim: int, ridge: float, origin: Any, dtype: Any) -> Linear:
 
 
 def _put(arrays: Any, mesh: Mesh | None) -> Any:
-    return meshes.put_batch(own_rows(arrays) if mesh is not None else arrays, mesh)
+    return placement.put(placement.take(arrays, mesh), mesh)

@@ -15,12 +15,12 @@ import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
+from jax_klrlhf import placement
 from jax_klrlhf.training import health, loop, step
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import state as states
 from jax_klrlhf.training.checkpoint import Checkpoints
 from jax_klrlhf.training.metrics import Metrics
-from jax_klrlhf.training.rounds.compute import own_rows
 from jax_klrlhf.training.rounds.parts import Comparisons, Mixture, widen
 from jax_klrlhf.training.state import TrainState
 from jax_klrlhf.training.tasks import Batch, Task
@@ -117,7 +117,7 @@ class Fitting:
                     )
                 )
             deal = mixture if isinstance(mixture, Deal) else comparisons_deal(mixture)
-            stream = deal.stream(key_data, batch_size=self.batch_size)
+            stream = deal.stream(key_data, batch_size=self.batch_size, mesh=self.mesh)
             store, log = None, None
             if folder is not None and self.save_every is not None:
                 store = Checkpoints(folder)
@@ -158,9 +158,9 @@ class Deal(NamedTuple):
     shares: Sequence[float] | None
     """None: all rows are one group."""
 
-    def stream(self, key: Any, *, batch_size: int) -> "Stream":
-        """Batches without end."""
-        return Stream(self, key, batch_size=batch_size)
+    def stream(self, key: Any, *, batch_size: int, mesh: Mesh | None = None) -> "Stream":
+        """Batches without end, of each this process's rows."""
+        return Stream(self, key, batch_size=batch_size, mesh=mesh)
 
 
 def comparisons_deal(mixture: Mixture) -> Deal:
@@ -208,14 +208,14 @@ def deal(groups: Sequence[Batch], shares: Sequence[float] | None = None) -> Deal
 class Stream:
     """Batches of a :class:`Deal`, each a function of its number (:class:`.loop.Batches`)."""
 
-    def __init__(self, deal: Deal, key: Any, *, batch_size: int):
+    def __init__(self, deal: Deal, key: Any, *, batch_size: int, mesh: Mesh | None = None):
         sizes, shares = list(deal.sizes), deal.shares
         if shares is None:
             sizes, shares = [sum(sizes)], [1.0]
         shares = np.where(np.array(sizes) > 0, np.asarray(shares, np.float64), 0.0)
         if not shares.sum() > 0:
             raise ValueError("every source that has rows was given the share 0.")
-        self._rows, self._sizes = deal.rows, sizes
+        self._rows, self._sizes, self._mesh = deal.rows, sizes, mesh
         self._starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(int)
         self._counts = _apportion(shares / shares.sum(), batch_size)
         self._seed = np.asarray(jax.random.key_data(key)).ravel().tolist()
@@ -228,7 +228,8 @@ class Stream:
             [self._rows_of(group, count) for group, count in enumerate(self._counts)]
         )
         self._next += 1
-        return own_rows(jax.tree.map(lambda x: x[picked], self._rows))
+        own = picked[placement.own_rows(self._mesh, len(picked))]
+        return jax.tree.map(lambda x: x[own], self._rows)
 
     def state(self) -> int:
         """Batches given so far."""

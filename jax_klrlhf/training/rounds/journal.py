@@ -2,15 +2,19 @@
 
 A phase leaves two files in its round's folder: its arrays (safetensors) and, written last, a
 manifest with the fingerprint of its inputs and of its content. Both appear in one step (written
-under another name, then renamed), so a reader finds a whole phase or none. Inputs are chained: a
+under another name, then renamed), so a reader finds a whole phase or none. Arrays that lie over
+several devices are written by Orbax, each device its own part, and fingerprinted where they lie: an
+8B policy is whole nowhere. Inputs are chained: a
 phase's fingerprint covers the run's own (pi0, key, data, configuration) and the content of every
 phase before it. A result that was made of other inputs is refused by name, never used.
 
 Without a folder, results stay in memory.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,16 +23,20 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
-from jax.experimental import multihost_utils
 
+from jax_klrlhf import placement
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.results import Metric, output_folder, write_json
+from jax_klrlhf.training import state as states
 from jax_klrlhf.training.metrics import Metrics
 from jax_klrlhf.training.state import path_name
 
 T = TypeVar("T")
+_SMALL = 2**16
+"""Entries of an array that is hashed in host memory rather than by a program of its own."""
 ANY = 0
 """A leaf of a template whose shape is free; absent from disk, it is None."""
 
@@ -65,7 +73,7 @@ class Journal:
             InputError: where what is on disk was made of other inputs, or is damaged.
         """
         base = None if self.folder is None else round_folder(self.folder, number) / name
-        if base is not None and _agreed(base.with_suffix(".json").exists()):
+        if base is not None and placement.agreed(base.with_suffix(".json").exists()):
             value, metrics, content = self._read(base, like)
         else:
             began = time.perf_counter()
@@ -93,36 +101,33 @@ class Journal:
                         f"({str(there.get(part))[:60]} there, {str(identity.get(part))[:60]} now); "
                         "give the same to go on with it, or name another folder."
                     )
-        elif jax.process_index() == 0:
-            write_json(path, identity)
-        _meet("claim")
+        placement.lead(lambda: None if path.exists() else write_json(path, identity))
 
     def _write(
         self, base: Path, value: Any, metrics: Metrics, content: str, seconds: float
     ) -> None:
-        tensors = {name: _host(leaf) for name, leaf in _leaves(value)}
-        if jax.process_index() == 0:
-            base.parent.mkdir(parents=True, exist_ok=True)
-            target = base.with_suffix(".safetensors")
-            partial = target.with_name(target.name + ".tmp")
-            try:
-                safetensors.numpy.save_file(tensors, partial)
-                os.replace(partial, target)
-            except (OSError, safetensors.SafetensorError) as error:
-                raise InputError(
-                    f"{target}: could not be written ({error}); make room, or name another folder, "
-                    "and start again: the phases before it are kept."
-                ) from None
-            write_json(
-                base.with_suffix(".json"),
-                {
-                    "inputs": self._chain,
-                    "content": content,
-                    "seconds": round(seconds, 3),
-                    "metrics": {key: metric._asdict() for key, metric in metrics.items()},
-                },
-            )
-        _meet(str(base))
+        manifest = {
+            "inputs": self._chain,
+            "content": content,
+            "seconds": round(seconds, 3),
+            "metrics": {key: metric._asdict() for key, metric in metrics.items()},
+        }
+        placement.lead(lambda: base.parent.mkdir(parents=True, exist_ok=True))
+        try:
+            if any(_spread(leaf) for leaf in jax.tree.leaves(value)):
+                with _orbax() as store:
+                    store.save(_spread_folder(base), dict(_leaves(value)), force=True)
+            else:
+                tensors = {name: placement.host(leaf) for name, leaf in _leaves(value)}
+                placement.lead(lambda: _save_file(tensors, base.with_suffix(".safetensors")))
+        except InputError:
+            raise
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise InputError(
+                f"{base}: could not be written ({' '.join(str(error).split())[:200]}); make room, "
+                "or name another folder, and start again: the phases before it are kept."
+            ) from None
+        placement.lead(lambda: write_json(base.with_suffix(".json"), manifest))
 
     def _read(self, base: Path, like: T) -> tuple[T, Metrics, str]:
         manifest = json.loads(base.with_suffix(".json").read_text())
@@ -132,11 +137,7 @@ class Journal:
                 f"{self._chain[:12]} now); name another folder, or delete this round's and later "
                 "ones to compute them again."
             )
-        try:
-            tensors = safetensors.numpy.load_file(base.with_suffix(".safetensors"))
-        except (OSError, safetensors.SafetensorError) as error:
-            raise _damaged(base, str(error)) from None
-        value = _restore(base, like, tensors)
+        value = _load(base, like)
         if digest(value) != manifest["content"]:
             raise _damaged(base, "its content is not what was written")
         metrics = {
@@ -148,8 +149,7 @@ class Journal:
     def stored(self, number: int, name: str, like: Any) -> Any:
         """A result that is on disk, unchecked against the chain: the phases before it were."""
         assert self.folder is not None
-        base = round_folder(self.folder, number) / name
-        return _restore(base, like, safetensors.numpy.load_file(base.with_suffix(".safetensors")))
+        return _load(round_folder(self.folder, number) / name, like)
 
 
 class Stored(Sequence[Any]):
@@ -192,24 +192,94 @@ def round_folder(folder: Path, number: int) -> Path:
 
 
 def digest(tree: Any) -> str:
-    """Fingerprint of a pytree of arrays: names, shapes, types and every bit."""
-    found = hashlib.sha256()
-    for name, leaf in sorted(_leaves(tree), key=lambda pair: pair[0]):
-        value = _host(leaf)
-        found.update(f"{name} {value.dtype} {value.shape} ".encode())
-        found.update(np.ascontiguousarray(value).tobytes())
-    return found.hexdigest()
+    """Fingerprint of a pytree of arrays: names, shapes, types and every bit.
+
+    What is large or lies over several devices is hashed there (:func:`state.digest`), the rest in
+    host memory, to the same digits: the name of a policy does not depend on the mesh.
+    """
+    there = {
+        name: leaf
+        for name, leaf in _leaves(tree)
+        if isinstance(leaf, jax.Array) and (_spread(leaf) or leaf.size > _SMALL)
+    }
+    here = {name: placement.host(leaf) for name, leaf in _leaves(tree) if name not in there}
+    total = states.host_digest(here)
+    if there:
+        total = total + np.asarray(states.digest(there))
+    return states.fingerprint_text(total)
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def _host(leaf: Any) -> np.ndarray:
-    """The whole array in host memory, of its own rank (safetensors wants it contiguous)."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.array(jax.device_get(leaf), order="C")
+def _spread(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+
+
+def _spread_folder(base: Path) -> Path:
+    return base.with_suffix(".arrays").absolute()
+
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[ocp.StandardCheckpointer]:
+    """Orbax, which writes under another name and renames when every process is done."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    store = ocp.StandardCheckpointer()
+    try:
+        yield store
+        store.wait_until_finished()
+    finally:
+        store.close()
+
+
+def _save_file(tensors: dict[str, np.ndarray], target: Path) -> None:
+    partial = target.with_name(target.name + ".tmp")
+    safetensors.numpy.save_file(tensors, partial)
+    os.replace(partial, target)
+
+
+def _load(base: Path, like: T) -> T:
+    """What a phase left, of the structure and in the places of ``like``."""
+    folder = _spread_folder(base)
+    if not folder.exists():
+        try:
+            tensors = safetensors.numpy.load_file(base.with_suffix(".safetensors"))
+        except (OSError, safetensors.SafetensorError) as error:
+            raise _damaged(base, str(error)) from None
+        return _restore(base, like, tensors)
+    with _orbax() as store:
+        try:
+            kept: Any = store.metadata(folder).item_metadata
+            there: dict[str, Any] = dict(getattr(kept, "tree", kept))
+            target = {}
+            for name, leaf in _leaves(like):
+                if isinstance(leaf, int):
+                    target[name] = np.empty(there[name].shape, there[name].dtype)
+                    continue
+                _check(base, name, there.get(name), leaf)
+                target[name] = leaf
+                if isinstance(leaf, jax.Array):
+                    target[name] = jax.ShapeDtypeStruct(
+                        leaf.shape, leaf.dtype, sharding=leaf.sharding
+                    )
+            found: Any = store.restore(folder, target)
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError) as error:
+            raise _damaged(base, " ".join(str(error).split())[:200]) from None
+    paths, structure = jax.tree_util.tree_flatten_with_path(like)
+    return jax.tree.unflatten(structure, [found[path_name(path)] for path, _ in paths])
+
+
+def _check(base: Path, name: str, value: Any, leaf: Any) -> None:
+    """Refuse what is not of the shape and type that this run has."""
+    if value is None or tuple(value.shape) != leaf.shape or value.dtype != leaf.dtype:
+        there = "absent" if value is None else f"{value.dtype}{list(value.shape)}"
+        raise InputError(
+            f"{base}: {name} is {there}, this run's is {leaf.dtype}{list(leaf.shape)}; give "
+            "the model and belief of the saved run, or name another folder."
+        )
 
 
 def _restore(base: Path, like: Any, tensors: Mapping[str, np.ndarray]) -> Any:
@@ -220,14 +290,8 @@ def _restore(base: Path, like: Any, tensors: Mapping[str, np.ndarray]) -> Any:
         if isinstance(leaf, int):
             found.append(tensors.get(name))
             continue
-        value = tensors.get(name)
-        if value is None or value.shape != leaf.shape or value.dtype != leaf.dtype:
-            there = "absent" if value is None else f"{value.dtype}{list(value.shape)}"
-            raise InputError(
-                f"{base}: {name} is {there}, this run's is {leaf.dtype}{list(leaf.shape)}; give "
-                "the model and belief of the saved run, or name another folder."
-            )
-        found.append(_place(value, leaf))
+        _check(base, name, tensors.get(name), leaf)
+        found.append(_place(tensors[name], leaf))
     return jax.tree.unflatten(structure, found)
 
 
@@ -235,7 +299,7 @@ def _place(value: np.ndarray, like: Any) -> Any:
     if not isinstance(like, jax.Array):
         return value
     if not like.is_fully_addressable:
-        return jax.make_array_from_callback(value.shape, like.sharding, lambda at: value[at])
+        return placement.from_host(value, like.sharding)
     return jax.device_put(value, like.sharding) if like.committed else jax.numpy.asarray(value)
 
 
@@ -248,16 +312,3 @@ def _damaged(base: Path, reason: str) -> InputError:
 
 def _text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _agreed(here: bool) -> bool:
-    """The first process's answer: the others may ask when it has already written."""
-    if jax.process_count() == 1:
-        return here
-    return bool(multihost_utils.broadcast_one_to_all(np.array(here)))
-
-
-def _meet(name: str) -> None:
-    """Wait for the other processes: what the first one wrote is there for all."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Key
 from rich.console import Console
 
+from jax_klrlhf import placement
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.results import Metric, mean
 from jax_klrlhf.training.metrics import Metrics
@@ -174,7 +175,7 @@ def iterate(
             folder=folder,
         )
         current = phase("fit", partial(_improve, improve, keys(5), situation), policy)
-        if folder is not None and jax.process_index() == 0:
+        if folder is not None and placement.leader():
             # What a fit went on from is of no use once it is done.
             shutil.rmtree(folder, ignore_errors=True)
         policies.append(current)
