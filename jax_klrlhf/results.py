@@ -92,10 +92,37 @@ def output_folder(path: str | Path) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON in one step: a reader sees the old file or the new, never half."""
+    """Write ``content`` as JSON in one step: a reader sees the old file or the new, never half.
+
+    Raises:
+        InputError: where it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(_plain(content), indent=2) + "\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(_plain(content), indent=2) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); make room, or move what is there."
+        ) from None
+
+
+def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file; ``remedy`` says what to do where there is none.
+
+    Raises:
+        InputError: naming the file, where it cannot be read, is cut, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}.") from None
+    except (ValueError, RecursionError) as error:
+        text = " ".join(str(error).split())[:100]
+        raise InputError(f"{path}: damaged, not JSON ({text}); {remedy}.") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: damaged, no object with keys; {remedy}.")
+    return found
 
 
 def write_results(

@@ -14,13 +14,17 @@ Frozen parameters and the reference are not saved: they are read from where they
 fingerprint says whether they are the same.
 """
 
+import gc
 import hashlib
 import json
 import logging
 import re
 import shutil
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,9 +72,11 @@ class Checkpoints:
         self.folder = output_folder(folder).absolute()
         # Orbax logs each phase of a save, and an error once per thread it passes before it is
         # raised here.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._before: set[threading.Thread] = set()
         self._saving: int | None = None
+        self._failed = False
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -115,18 +121,13 @@ class Checkpoints:
         }
         # Through JSON once, so that what is read back has the digest of what was given.
         extra = json.loads(json.dumps(extra))
-        try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    **{
-                        _STATE: ocp.args.StandardSave(saved),
-                        _EXTRA: ocp.args.JsonSave(extra | {"digest": _digest(extra)}),
-                    }
-                ),
-            )
-        except Exception as error:
-            raise self._unwritable(error) from error
+        items = ocp.args.Composite(
+            **{
+                _STATE: ocp.args.StandardSave(saved),
+                _EXTRA: ocp.args.JsonSave(extra | {"digest": _digest(extra)}),
+            }
+        )
+        self._write(lambda: self._manager.save(step, args=items))
 
     def wait(self) -> None:
         """Return when everything begun is on disk.
@@ -134,10 +135,16 @@ class Checkpoints:
         Raises:
             InputError: where it could not be written.
         """
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._unwritable(error) from error
+        self._write(self._manager.wait_until_finished)
+
+    def _write(self, function: Callable[[], Any]) -> None:
+        with _quietly() as failed:
+            function()
+        if failed:
+            self._failed = True
+            with _quietly():
+                message = self._unwritable(failed[0])
+            raise InputError(message)
 
     def restore(self, like: TrainState, *, step: int | None = None) -> Restored:
         """A checkpoint: of ``step``, or the last that is whole.
@@ -188,13 +195,9 @@ class Checkpoints:
 
     def _extra(self, step: Any) -> dict[str, Any]:
         """What is beside a checkpoint's arrays."""
-        try:
-            items = ocp.args.Composite(**{_EXTRA: ocp.args.JsonRestore()})
-            extra = dict(self._manager.restore(step, args=items)[_EXTRA])
-            written = extra.pop("digest", None)
-        except Exception as error:
-            raise _Damaged(_reason(error)) from None
-        if written != _digest(extra):
+        items = ocp.args.Composite(**{_EXTRA: ocp.args.JsonRestore()})
+        extra = dict(self._found(step, items, _EXTRA))
+        if extra.pop("digest", None) != _digest(extra):
             raise _Damaged("its position and log are not what was written")
         return extra
 
@@ -212,20 +215,35 @@ class Checkpoints:
                 f"this run's is {ours[:12]}; give the model and seed of the saved run, or name "
                 "another --output."
             )
-        try:
-            items = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(target)})
-            found = self._manager.restore(step, args=items)[_STATE]
-        except Exception as error:
-            raise _Damaged(_reason(error)) from None
+        items = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(target)})
+        found = dict(self._found(step, items, _STATE))
         if fingerprint_text(checksum(found)) != extra["checksum"]:
             raise _Damaged("its arrays are not what was written")
         key = jax.random.wrap_key_data(found.pop("key"), impl=jax.random.key_impl(like.key))
         return like._replace(**found, key=key), extra
 
     def close(self) -> None:
-        """Finish writing and let go of the folder."""
-        self.wait()
-        self._manager.close()
+        """Finish writing and let go of the folder. Of a save that has failed nothing is said again.
+
+        Raises:
+            InputError: where it could not be written.
+        """
+        if self._failed:
+            with _quietly():
+                self._manager.close()
+        else:
+            self._write(self._manager.close)
+
+    def _found(self, step: Any, items: Any, name: str) -> Any:
+        """A part of a checkpoint; whatever Orbax raises is damage, unless there is no memory."""
+        found: list[Any] = []
+        with _quietly() as failed:
+            found.append(dict(self._manager.restore(step, args=items)[name]))
+        if not failed:
+            return found[0]
+        if "MemoryError" in failed[0] or "RESOURCE_EXHAUSTED" in failed[0]:
+            raise MemoryError(failed[0][:500])
+        raise _Damaged(failed[0][:160])
 
     def _check_shapes(self, step: int, have: dict[str, str], want: dict[str, str]) -> None:
         """Orbax would pad or cut an array of another shape, or fail in its own words."""
@@ -237,7 +255,7 @@ class Checkpoints:
                     "or name another --output."
                 )
 
-    def _unwritable(self, error: Exception) -> InputError:
+    def _unwritable(self, text: str) -> str:
         """Clear away what could not be written; what to tell of it."""
         # Orbax raises the first writer's error while the others still write: left running, they
         # would do so into a folder that has been opened again.
@@ -250,11 +268,10 @@ class Checkpoints:
                 shutil.rmtree(half, ignore_errors=True)
         whole = sorted(self._whole())
         kept = f"step {whole[-1]} is whole and kept" if whole else "no whole step is there yet"
-        text = " ".join(str(error).split())
         # TensorStore gives the system's own words last, behind paths and before its specification.
         system = re.search(r": ([^:\[]+) \[(?:os_error_code|tensorstore_spec)=", text)
         reason = system[1] if system else text[:200]
-        return InputError(
+        return (
             f"{self.folder}: the checkpoint of step {self._saving} could not be written "
             f"({reason}); {kept}. Make room or name another --output, and start again."
         )
@@ -284,11 +301,26 @@ def _digest(extra: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(extra, sort_keys=True).encode()).hexdigest()
 
 
-def _reason(error: Exception) -> str:
-    """The beginning of an error's text, on one line."""
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        raise error  # Nothing is wrong with the checkpoint.
-    return " ".join(str(error).split())[:160] or type(error).__name__
+@contextmanager
+def _quietly() -> Iterator[list[str]]:
+    """Keep what fails inside to one text, in the list.
+
+    Orbax leaves the tasks and threads of a failed operation to themselves and to the garbage
+    collector, and each prints the traceback of the one error, or that its event loop is closed.
+    """
+    failed: list[str] = []
+    hooks = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook = threading.excepthook = lambda _: None
+    try:
+        try:
+            yield failed
+        except Exception as error:
+            text = " ".join(str(error).split())
+            failed.append(text if text and type(error) is not MemoryError else repr(error))
+        if failed:
+            gc.collect()
+    finally:
+        sys.unraisablehook, threading.excepthook = hooks
 
 
 def equal(first: TrainState, second: TrainState) -> bool:
