@@ -139,7 +139,7 @@ questions, _ = stories(128 if SMALL else 1024, seed=2)
 answers = draw(jax.random.key(3), pi0, questions)
 reward = jnp.asarray(gold(questions, answers))
 
-pair = pairs.sampled(jax.random.key(4), reward, where=pairs.distinct(jnp.asarray(answers.ids)))
+pair = pairs.sampled(jax.random.key(4), choices.drawn(jnp.asarray(answers.ids), reward=reward))
 rows = jnp.arange(len(reward))
 wins = bradley_terry.sample(jax.random.key(5), reward[rows, pair.first] - reward[rows, pair.second])
 chosen = jnp.where(wins, pair.first, pair.second)

@@ -28,7 +28,7 @@ from jax_klrlhf import models, training
 from jax_klrlhf.core import pairs
 from jax_klrlhf.models import scoring
 from jax_klrlhf.training import rounds
-from jax_klrlhf.training.rounds import oracle, pairing
+from jax_klrlhf.training.rounds import oracle
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.parts import ragged
 
@@ -149,7 +149,7 @@ offline = rounds.collect(
     prompts=train,
     sampler=rounds.main_agent(two),
     reward=rounds.known(gold),  # not looked at: the pair is drawn at random
-    pair_rule=pairing.by_reward(pairs.sampled),
+    pair_rule=pairs.sampled,
     oracle=annotator,
 )
 print(len(offline.label), "labelled pairs of pi0")
@@ -167,14 +167,15 @@ def run(method, eta):
         "sampler": rounds.main_agent(draw),
         "reward": belief,
         "oracle": annotator,
-        "pair_rule": pairing.by_reward(),  # best and worst, by what is believed
+        # Best and worst by what is believed; two draws while that ranks none.
+        "pair_rule": pairs.otherwise(pairs.best_worst, pairs.sampled),
         "improve": rounds.dpo(model, kl_coef=eta, fitting=fitting, rows=256),
     }
     key = jax.random.key(4)
     if method == "offline DPO":
         return rounds.iterate(key, pi0, prompts=train, rounds=0, offline=offline, **shared)
     if method == "online, enhancer":
-        shared["pair_rule"] = pairing.enhancer(kl_coef=eta)
+        shared["pair_rule"] = pairs.enhancer(kl_coef=eta)
     return rounds.iterate(key, pi0, prompts=portion, rounds=ROUNDS, **shared)
 
 
@@ -224,7 +225,7 @@ with tempfile.TemporaryDirectory() as folder:
         "sampler": rounds.main_agent(draw),
         "reward": rounds.known(gold),
         "oracle": annotator,
-        "pair_rule": pairing.by_reward(),
+        "pair_rule": pairs.otherwise(pairs.best_worst, pairs.sampled),
         "improve": rounds.dpo(model, kl_coef=0.2, fitting=fitting, rows=256),
         "output": folder,
     }

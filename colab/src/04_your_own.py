@@ -28,7 +28,7 @@ from jax_klrlhf import bandit, models, training
 from jax_klrlhf.core import objectives, pairs
 from jax_klrlhf.models import scoring
 from jax_klrlhf.training import rounds
-from jax_klrlhf.training.rounds import oracle, pairing
+from jax_klrlhf.training.rounds import oracle
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.parts import ragged
 
@@ -234,7 +234,7 @@ compared = rounds.collect(
     prompts=questions,
     sampler=rounds.main_agent(draw),
     reward=rounds.known(gold),
-    pair_rule=pairing.by_reward(pairs.sampled),
+    pair_rule=pairs.sampled,
     oracle=oracle.bradley_terry(gold, noise=0.1),
 )
 fitting = rounds.Fitting(optimizer=optax.adam(3e-3), steps=4 if SMALL else 80, batch_size=64)
@@ -248,7 +248,7 @@ for name, loss in LOSSES.items():
         offline=compared,
         sampler=rounds.main_agent(draw),
         reward=rounds.known(gold),
-        pair_rule=pairing.by_reward(),
+        pair_rule=pairs.best_worst,
         oracle=oracle.bradley_terry(gold),
         improve=rounds.preference(model, loss, fitting=fitting, kl_coef=LOSS_ETA, rows=256),
     )

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from scipy import stats
 
 from experiments.exact_lm.world import STOP, Exact, World, evaluate, optimum
-from jax_klrlhf.core import bounds, pairs, rejection
+from jax_klrlhf.core import bounds, choices, enhancer, pairs, rejection, targets
 from jax_klrlhf.models import enumerate as enumerated
 from jax_klrlhf.results import Metric, mean, proportion
 from jax_klrlhf.training import rounds
-from jax_klrlhf.training.rounds import oracle, pairing, settings
+from jax_klrlhf.training.rounds import oracle, settings
 from jax_klrlhf.training.rounds import rejection as rejections
 from jax_klrlhf.training.rounds.features import estimate
 from jax_klrlhf.training.rounds.parts import pick, ragged, token_rows
@@ -92,12 +92,12 @@ def fixed_point(world: World, config: Config, key: Any) -> tuple[dict[str, Metri
     data = rounds.collect(
         key_data, world.params, prompts=repeated(world, config.fixed_point_pairs),
         sampler=rounds.main_agent(draw_of(world, 2)), reward=rounds.known(world.judge),
-        pair_rule=pairing.by_reward(pairs.sampled), oracle=oracle.expected(world.judge),
+        pair_rule=pairs.sampled, oracle=oracle.expected(world.judge),
     )  # fmt: skip
     rounds.iterate(
         key_fit, world.params, prompts=world.prompts, rounds=0, offline=data,
         sampler=rounds.main_agent(draw_of(world, 2)), reward=rounds.known(world.judge),
-        pair_rule=pairing.by_reward(), oracle=oracle.expected(world.judge),
+        pair_rule=pairs.best_worst, oracle=oracle.expected(world.judge),
         improve=rounds.dpo(world.model, kl_coef=eta, fitting=fitting),
     )  # fmt: skip
     error = max(float(np.abs(e.gap - eta * e.to_optimum).max()) for e in path)
@@ -140,7 +140,8 @@ def samplers(world: World, config: Config, key: Any) -> dict[str, Metric]:
         drawn.ids.reshape(-1, n, drawn.ids.shape[-1]), np.asarray(drawn.lengths).reshape(-1, n)
     )
     of = reward[_numbers(world, groups)].reshape(-1, n)
-    best = enumerated.best_of(jax.numpy.asarray(base), jax.numpy.asarray(reward), n=n)
+    every = choices.enumerated(jax.numpy.asarray(base), reward=jax.numpy.asarray(reward))
+    best = targets.best_of(every, n=n)
     compare(f"best of {n}", pick(groups, of.argmax(1)[:, None]), best)
     at = _numbers(world, drawn)
     taken = rejection.accept(
@@ -228,7 +229,7 @@ def comparison(
     plain = rounds.known(lambda prompts, responses: np.zeros(responses.lengths.shape, np.float32))
     linear = rounds.linear(world.features, dim=world.theta.size, ridge=1.0, radius=1.0)
     prompts, labels = repeated(world, m), oracle.bradley_terry(world.judge)
-    random_pair = pairing.by_reward(pairs.sampled)
+    random_pair = pairs.sampled
     parts: dict[str, dict[str, Any]] = {
         "offline": {},
         "online, two draws": {
@@ -236,15 +237,15 @@ def comparison(
         },
         "online, against pi0": {
             "sampler": rounds.against_base(single), "reward": plain,
-            "pair_rule": pairing.between_agents(),
+            "pair_rule": pairs.between_agents(),
         },
         "online, best and worst of 8": {
             "sampler": rounds.main_agent(eight), "reward": implicit,
-            "pair_rule": pairing.by_reward(),
+            "pair_rule": pairs.otherwise(pairs.best_worst, pairs.sampled),
         },
         "online, uncertain enhancer": {
             "sampler": rounds.main_agent(eight), "reward": linear,
-            "pair_rule": pairing.enhancer(kl_coef=eta),
+            "pair_rule": pairs.enhancer(kl_coef=eta, option=enhancer.best_of_n),
         },
     }  # fmt: skip
     parts["hybrid, against pi0"] = parts["online, against pi0"]

@@ -27,7 +27,6 @@ from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.results import Metric, write_json
 from jax_klrlhf.training import rounds
-from jax_klrlhf.training.rounds import pairing
 from jax_klrlhf.training.rounds.parts import Comparisons, Policies, join
 
 PI0, BEST_OF = "pi0", "best-of-n"
@@ -92,7 +91,7 @@ class Seed:
                     prompts=prompts,
                     sampler=rounds.main_agent(self._pair_draw),
                     reward=rounds.known(_nothing),
-                    pair_rule=pairing.by_reward(pairs.sampled),
+                    pair_rule=pairs.sampled,
                     oracle=self._parts.oracle,
                 )
             )

@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from jax_klrlhf.core import pairs
+from jax_klrlhf.core import enhancer, pairs
+from jax_klrlhf.core.pairs import PairRule
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.training import rounds
-from jax_klrlhf.training.rounds import pairing, settings
-from jax_klrlhf.training.rounds.parts import Comparisons, Improve, Oracle, PairRule, Reward, ragged
+from jax_klrlhf.training.rounds import settings
+from jax_klrlhf.training.rounds.parts import Comparisons, Improve, Oracle, Reward, ragged
 from jax_klrlhf.training.rounds.run import Anchor, Outcome
 
 
@@ -120,7 +121,7 @@ def _iterate(parts: Parts, cell: Cell, improve: Improve, **settings: Any) -> Out
         improve=improve,
         output=cell.folder,
         config=cell.identity,
-        **{"pair_rule": pairing.by_reward(pairs.best_worst), **settings},
+        **{"pair_rule": pairs.otherwise(pairs.best_worst, pairs.sampled), **settings},
     )
 
 
@@ -184,7 +185,9 @@ METHODS = {
     "moving reference": Method(online(reference=rounds.previous), 4),
     # Option I of Algorithm 2 in the place of best and worst of n.
     "online GSHF-DPO, enhancer": Method(
-        online(pair_rule=lambda c: pairing.enhancer(kl_coef=c.kl_coef)), 4, uncertainty=True
+        online(pair_rule=lambda c: pairs.enhancer(kl_coef=c.kl_coef, option=enhancer.best_of_n)),
+        4,
+        uncertainty=True,
     ),
 }
 """Methods with a coefficient, by name; pi0 and best-of-n have none and are run apart."""

@@ -33,7 +33,6 @@ from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds import oracle
 from jax_klrlhf.training.rounds.compute import mapped
-from jax_klrlhf.training.rounds.pairing import by_reward
 from jax_klrlhf.training.rounds.parts import Improve, join, ragged
 from jax_klrlhf.training.state import TrainState
 
@@ -156,8 +155,8 @@ def align(
     gold = lambda prompts, responses: world.reward(responses)  # noqa: E731
     keys = jax.random.split(key, 3)
     parts = {"prompts": train, "reward": rounds.known(gold), "oracle": oracle.bradley_terry(gold)}
-    pairs_of_pi0 = {"sampler": rounds.main_agent(draw.two), "pair_rule": by_reward(pairs.sampled)}
-    best_and_worst = {"sampler": rounds.main_agent(draw.many), "pair_rule": by_reward()}
+    pairs_of_pi0 = {"sampler": rounds.main_agent(draw.two), "pair_rule": pairs.sampled}
+    best_and_worst = {"sampler": rounds.main_agent(draw.many), "pair_rule": pairs.best_worst}
 
     first, further = (rounds.collect(k, world.params, **parts, **pairs_of_pi0) for k in keys[:2])
     fit = partial(rounds.iterate, keys[2], world.params, improve=improve, **parts, **best_and_worst)

@@ -12,7 +12,7 @@ from jax_klrlhf.bandit.evaluate import (
     reward_gap,
     value,
 )
-from jax_klrlhf.bandit.learner import Estimate, Learner, Proposal, linear
+from jax_klrlhf.bandit.learner import Estimate, Learner, Proposal, draw, linear, mle_policy
 from jax_klrlhf.bandit.offline import (
     kl_pcb,
     offline_greedy,
@@ -40,6 +40,7 @@ from jax_klrlhf.bandit.problem import (
     from_arrays,
     sphere,
 )
+from jax_klrlhf.bandit.rules import choices, from_rule, from_target, reference
 from jax_klrlhf.bandit.simulate import Round, Run, simulate
 from jax_klrlhf.bandit.staged import moving_reference, two_stage
 
@@ -53,13 +54,17 @@ __all__ = [
     "Run",
     "Setting",
     "chi_po",
+    "choices",
     "compare",
     "coverage",
     "dpo",
+    "draw",
     "error",
     "four_arms",
     "four_arms_data",
     "from_arrays",
+    "from_rule",
+    "from_target",
     "gap",
     "greedy",
     "greedy_against_reference",
@@ -70,6 +75,7 @@ __all__ = [
     "kl_pcb",
     "kl_ucb",
     "linear",
+    "mle_policy",
     "most_uncertain",
     "moving_reference",
     "offline_greedy",
@@ -78,6 +84,7 @@ __all__ = [
     "optimum",
     "pessimistic_mle",
     "record_gap",
+    "reference",
     "reward_gap",
     "simulate",
     "sphere",

@@ -69,6 +69,7 @@ def linear(
     *,
     ridge: Scalar = 1.0,
     bound: Scalar | None = None,
+    curvature: Callable[[Array], Array] | None = None,
 ) -> Learner:
     r"""A learner that refits the Bradley-Terry MLE on all its data after every batch.
 
@@ -76,8 +77,11 @@ def linear(
               + \tfrac{\text{ridge}}{2} \|\theta\|^2
 
     With ``bound`` the minimum is taken over ``||theta|| <= bound``, as in arXiv 2312.11456 (a
-    constrained solve, several times slower). What is left to say is how it samples (``propose``)
-    and what it deploys (``policy``), both as functions of the :class:`Estimate`.
+    constrained solve, several times slower). With ``curvature`` (that of the likelihood,
+    :func:`core.bradley_terry.curvature`) Sigma is the Hessian at the estimate, every comparison so
+    far weighted by what its label can still say, as in arXiv 2402.10500; without it Sigma is the
+    one of the confidence set. What is left to say is how it samples (``propose``) and what it
+    deploys (``policy``), both as functions of the :class:`Estimate`.
     """
 
     def init(setting: Setting, *, capacity: int) -> Estimate:
@@ -109,7 +113,14 @@ def linear(
             setting.features[data.context, data.first]
             - (setting.features[data.context, data.second])
         )
-        sigma = ellipsoid.update(state.ellipsoid, z, weights=data.weight)
+        if curvature is None:
+            sigma = ellipsoid.update(state.ellipsoid, z, weights=data.weight)
+        else:
+            weight = (rows.wins + rows.losses) * curvature(differences @ fit.theta)
+            start = ellipsoid.init(z.shape[-1], ridge=ridge, dtype=z.dtype)
+            sigma = start._replace(
+                precision=start.precision + refit.gram(differences, weight.astype(z.dtype))
+            )
         return Estimate(seen, fit.theta, sigma, fit.converged & ~history.overfull(seen))
 
     return Learner(init, propose, update, policy)

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jax_klrlhf.bandit import enhancer, pessimism
+from jax_klrlhf.bandit import pessimism
 from jax_klrlhf.bandit.learner import Estimate, Learner, Proposal, draw, linear, mle_policy
 from jax_klrlhf.bandit.offline import Nu
 from jax_klrlhf.bandit.problem import Setting
-from jax_klrlhf.core import linalg, pairs
+from jax_klrlhf.bandit.rules import choices, from_rule
+from jax_klrlhf.core import bradley_terry, enhancer, linalg, pairs
 from jax_klrlhf.core.numerics import Scalar
 
 
@@ -32,7 +33,7 @@ def gshf(
     """Online iterative GSHF with the Option I enhancer (arXiv 2312.11456, Algorithm 2).
 
     The main agent, which is deployed, plays without a bonus. Its opponent is the most informative
-    policy within the confidence set, see :mod:`jax_klrlhf.bandit.enhancer`: only one of the two
+    policy within the confidence set, see :mod:`jax_klrlhf.core.enhancer`: only one of the two
     explores. ``simulate(batch=1)`` is the sequential algorithm.
     """
 
@@ -41,9 +42,8 @@ def gshf(
     ) -> Proposal:
         main = mle_policy(setting, state)
         opponent = enhancer.option_one(
-            setting,
-            state,
-            main,
+            choices(setting, state, main),
+            kl_coef=setting.kl_coef,
             radius=radius,
             starts=starts,
             iterations=iterations,
@@ -141,28 +141,16 @@ def thompson(*, scale: Scalar = 1.0, ridge: Scalar = 1.0, bound: Scalar | None =
 
 
 def most_uncertain(*, ridge: Scalar = 1.0, bound: Scalar | None = None) -> Learner:
-    r"""Active learning: in each context the pair with the largest ||phi - phi'||_{Sigma^-1}.
+    r"""Active learning: in each context the pair whose label says most of theta.
 
-    APO (arXiv 2402.10500) also chooses the context and weighs Sigma by the curvature at the
-    estimate; here contexts are drawn by nature and Sigma is unweighted, a convention. Pairs of one
-    batch don't know of each other.
+    :func:`core.pairs.most_uncertain` over all actions, with Sigma the Hessian at the estimate: APO
+    (arXiv 2402.10500), except that contexts are drawn by nature. Pairs of one batch don't know of
+    each other.
     """
-
-    def propose(
-        key: Key[Array, ""], setting: Setting, state: Estimate, context: Int[Array, " batch"]
-    ) -> Proposal:
-        where = setting.where[context]
-        pair = pairs.most_uncertain(
-            key,
-            jnp.zeros(where.shape, setting.features.dtype),
-            features=setting.features[context],
-            ellipsoid=state.ellipsoid,
-            where=where,
-        )
-        # Without two distinct actions to compare: the first in play, against itself.
-        only = jnp.argmax(where, -1)
-        return Proposal(
-            jnp.where(pair.valid, pair.first, only), jnp.where(pair.valid, pair.second, only)
-        )
-
-    return linear(propose, mle_policy, ridge=ridge, bound=bound)
+    return from_rule(
+        pairs.most_uncertain,
+        fallback=None,
+        ridge=ridge,
+        bound=bound,
+        curvature=bradley_terry.curvature,
+    )

@@ -68,6 +68,12 @@ def simulate(
     """
     if rounds < 1 or batch < 1:
         raise ValueError(f"rounds and batch must be positive, got {rounds} and {batch}")
+    if not isinstance(learner, Learner):
+        name = getattr(learner, "__name__", repr(learner))
+        hint = f"; call it: {name}(...)" if callable(learner) else ""
+        raise ValueError(
+            f"learner must be a bandit.Learner, got the {type(learner).__name__} {name}{hint}."
+        )
     setting = problem.setting
     warm = 0 if offline is None else offline.context.shape[0]
     state = learner.init(setting, capacity=warm + rounds * batch)

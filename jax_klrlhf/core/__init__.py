@@ -11,6 +11,7 @@ from jax_klrlhf.core import (
     choices,
     divergence,
     ellipsoid,
+    enhancer,
     estimation,
     gibbs,
     linalg,
@@ -19,6 +20,7 @@ from jax_klrlhf.core import (
     pairs,
     rejection,
     sequence,
+    targets,
     uncertainty,
 )
 
@@ -28,6 +30,7 @@ __all__ = [
     "choices",
     "divergence",
     "ellipsoid",
+    "enhancer",
     "estimation",
     "gibbs",
     "linalg",
@@ -36,5 +39,6 @@ __all__ = [
     "pairs",
     "rejection",
     "sequence",
+    "targets",
     "uncertainty",
 ]

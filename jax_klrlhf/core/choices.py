@@ -56,7 +56,7 @@ PROVIDERS = {
     "rewards": "a belief with members: an ensemble, draws of a posterior",
     "agent": "a sampler of two agents (against_base, mixture): all choices here are of one policy",
     "context_prob": "a problem whose contexts are listed",
-    "number": "draws from a listed set (choices.sample)",
+    "number": "choices.enumerated and choices.drawn",
 }
 """Who provides each field, for the one who misses it."""
 
@@ -87,7 +87,7 @@ class Choices(NamedTuple):
     agent: Int[Array, "*batch choices"] | None = None
     """Who chose it, 0 the main agent, where there are several; the mass is each one's own law."""
     number: Int[Array, "*batch choices"] | None = None
-    """Which of a listed set each draw is."""
+    """Which thing each choice is: its place in a listed set, or that of its first copy."""
     context_prob: Float[Array, "*batch"] | None = None
     """Weight of each context in an expectation over contexts; None: all alike."""
 
@@ -131,6 +131,7 @@ def enumerated(
     """
     where = jnp.ones(log_prob.shape, bool) if where is None else where
     mass = jnp.where(where, log_prob, -jnp.inf)
+    fields.setdefault("number", _numbered(where))
     return Choices(where, mass, ENUMERATED, log_prob=log_prob, **fields)
 
 
@@ -153,6 +154,7 @@ def drawn(
     ([True, True, False], [0.6667, 0.3333, 0.0])
     """
     same = jnp.all(rows[..., :, None, :] == rows[..., None, :, :], axis=-1)
+    fields.setdefault("number", jnp.argmax(same, axis=-1).astype(jnp.int32))
     keep = jnp.ones(rows.shape[:-1], bool) if where is None else where
     peers = jnp.broadcast_to(keep[..., None, :], same.shape)
     if agent is not None:
@@ -216,6 +218,31 @@ def take(every: Choices, index: Int[Array, "*batch samples"]) -> Choices:
     )
 
 
+def together(*agents: Choices) -> Choices:
+    """The choices of several agents side by side, the first the main agent's.
+
+    A field is there where every agent has it; of what holds for all (ellipsoid, contexts) the
+    first one's.
+
+    Raises:
+        ValueError: without an agent, or where some list their choices and others draw them.
+    """
+    if not agents or len({given.law for given in agents}) > 1:
+        raise ValueError("together needs agents that all list or all draw their choices.")
+
+    def side_by_side(name: str, axis: int) -> Array | None:
+        parts = [getattr(given, name) for given in agents]
+        return None if any(x is None for x in parts) else jnp.concatenate(parts, axis=axis)
+
+    names = ("where", "log_mass", "log_prob", "ref_log_prob", "reward", "uncertainty", "rewards")
+    fields = {name: side_by_side(name, -1) for name in (*names, "number")}
+    fields["features"] = side_by_side("features", -2)
+    fields["agent"] = jnp.concatenate(
+        [jnp.full(given.where.shape, number, jnp.int32) for number, given in enumerate(agents)], -1
+    )
+    return agents[0]._replace(**fields)
+
+
 def expectation(choices: Choices, value: Float[Array, "..."]) -> Float[Array, "..."]:
     """Mean of `value` under the policy that chose (the main agent), in each context.
 
@@ -251,6 +278,10 @@ def distinct(
     """
     same = jnp.all(rows[..., :, None, :] == rows[..., None, :, :], axis=-1)
     return ~jnp.any(same & _earlier(same), axis=-1)
+
+
+def _numbered(where: Bool[Array, "*batch choices"]) -> Int[Array, "*batch choices"]:
+    return jax.lax.broadcasted_iota(jnp.int32, where.shape, where.ndim - 1)
 
 
 def _earlier(same: Bool[Array, "*batch choices choices"]) -> Bool[Array, "*batch choices choices"]:

@@ -10,8 +10,9 @@ Xiong et al. (arXiv 2312.11456), section 5. `kl_coef` is eta there, beta in RSO.
 
 The accepted law is exact only for r_max >= every reward that the proposal can give. The maximum
 over a batch stands in for it when no bound is known; :func:`batch_maximum_log_prob` is the law that
-results. An acceptance probability below 2^-24 counts as 0 in float32, the resolution of a uniform
-draw: use more steps.
+results. An acceptance probability below 2^-23 counts as 0 in float32, the resolution of a uniform
+draw: use more steps. :func:`accept` passes once over the draws, and says how far its law is from
+the target; :func:`until` passes again until enough were accepted, as the code in RSO's appendix.
 
 Axes: ``batch`` (free: contexts or prompts), ``actions`` (draws, or enumerated actions).
 """
@@ -23,6 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jax_klrlhf.core import choices as choice_sets
+from jax_klrlhf.core.choices import Choices
 from jax_klrlhf.core.numerics import Scalar
 
 
@@ -83,6 +86,95 @@ def accept(
     # -log U >= -log p rather than U < p: no underflow, and p = 1 always accepts.
     accepted = keep & (jax.random.exponential(key, reward.shape, reward.dtype) >= -log_prob)
     return Acceptance(accepted, log_prob, exact, violated)
+
+
+def until(
+    key: Key[Array, ""],
+    reward: Float[Array, "*batch actions"],
+    *,
+    count: int,
+    kl_coef: Scalar,
+    kl_coef_prev: Scalar = jnp.inf,
+    where: Bool[Array, "*batch actions"] | None = None,
+) -> Bool[Array, "*batch actions"]:
+    """Which draws are accepted by passes without replacement, until `count` of each row are.
+
+    The code of RSO (arXiv 2309.06657, appendix): a pass goes through the draws left in their order,
+    the largest reward left stands for the bound, what is accepted leaves, and passes go on until
+    there are `count`. So every row has ``min(count, kept)``, and the law is not the target's: the
+    last ones are accepted because few are left. Mask copies first, as that code's dictionary does.
+
+    ValueError for a count below 1.
+    """
+    _check_order(kl_coef, kl_coef_prev)
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    keep = jnp.ones(reward.shape, bool) if where is None else where
+    wanted = jnp.minimum(jnp.sum(keep, axis=-1), count)
+    inverse = _inverse_step(kl_coef, kl_coef_prev)
+    reward = jnp.where(keep, reward, 0)
+
+    def unfinished(state: tuple[Array, Array]) -> Array:
+        return jnp.any(jnp.sum(state[0], axis=-1) < wanted)
+
+    def once_more(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        accepted, number = state
+        left = keep & ~accepted
+        top = jnp.max(jnp.where(left, reward, -jnp.inf), axis=-1)
+        top = jnp.where(jnp.any(left, axis=-1), top, 0)
+        noise = jax.random.exponential(jax.random.fold_in(key, number), reward.shape, reward.dtype)
+        passed = left & (noise >= -_log_acceptance(reward, top, inverse))
+        room = (wanted - jnp.sum(accepted, axis=-1))[..., None]
+        return accepted | (passed & (jnp.cumsum(passed, axis=-1) <= room)), number + 1
+
+    # A pass accepts its best draw for certain, so there are at most as many passes as draws.
+    begin = (jnp.zeros(keep.shape, bool), jnp.zeros((), jnp.int32))
+    return lax.while_loop(unfinished, once_more, begin)[0]
+
+
+def accepted_choices(
+    key: Key[Array, ""],
+    choices: Choices,
+    *,
+    reward_bound: Scalar | None = None,
+    kl_coef: Scalar,
+    kl_coef_prev: Scalar = jnp.inf,
+    count: int | None = None,
+) -> Choices:
+    """The choices that are left after acceptance, as a choice set: for a rule, a fit, a next step.
+
+    Draws are accepted one by one by :func:`accept`, copies each for itself, or by :func:`until`
+    where a `count` is given. What is left of listed choices is a listed set whose mass is the law
+    of an accepted draw, ``choices.law`` tells which.
+
+    ValueError where the choices have no reward, for a listed set without a `reward_bound` or with
+    a `count`, and for a bound beside a count, which has none.
+    """
+    reward = choices.require("reward", by="rejection sampling")
+    step = {"kl_coef": kl_coef, "kl_coef_prev": kl_coef_prev}
+    if choices.law == choice_sets.ENUMERATED:
+        if reward_bound is None or count is not None:
+            raise ValueError(
+                "the law of what is accepted from a listed set needs reward_bound= and no count; "
+                "without a bound it is batch_maximum_log_prob's."
+            )
+        law = accepted_log_prob(
+            reward, choices.log_mass, reward_bound=reward_bound, where=choices.where, **step
+        )
+        return choices._replace(log_mass=law, log_prob=law)
+    number = choices.require("number", by="rejection sampling")
+    if count is not None:
+        if reward_bound is not None:
+            raise ValueError("passes until a count take the largest reward left for their bound")
+        accepted = until(key, reward, count=count, where=choices.where, **step)
+    else:
+        # A masked draw with the number of a kept one is its copy and stands for itself here.
+        drawn = jnp.any(
+            (number[..., :, None] == number[..., None, :]) & choices.where[..., None, :], axis=-1
+        )
+        accepted = accept(key, reward, reward_bound=reward_bound, where=drawn, **step).accepted
+    left = choice_sets.drawn(number[..., None], where=accepted, agent=choices.agent, reward=reward)
+    return choices._replace(where=left.where, log_mass=left.log_mass)
 
 
 def take(accepted: Bool[Array, "*batch actions"], k: int) -> Taken:

@@ -3,10 +3,9 @@ r"""The exact law of a language model over every response, where there are few e
 A vocabulary of a handful of tokens and a few positions give some thousands of responses. On them
 a real network is a bandit whose actions are the responses: its optimum, its objective, its
 divergence and the law of everything that samples from it are sums, and the core computes them
-(:mod:`core.gibbs`, :mod:`core.divergence`, :mod:`core.rejection`).
+(:mod:`core.gibbs`, :mod:`core.divergence`, :mod:`core.targets`) from :func:`choices`.
 
-Axes: ``B`` prompts, ``N`` all responses, ``C`` response positions, ``V`` vocabulary; ``batch``
-(free leading axes), ``actions``.
+Axes: ``B`` prompts, ``N`` all responses, ``C`` response positions, ``V`` vocabulary.
 """
 
 import dataclasses
@@ -17,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jax_klrlhf.core import choices as choice_sets
+from jax_klrlhf.core.choices import Choices
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
@@ -71,41 +72,21 @@ def tempered(model: LanguageModel, temperature: float) -> LanguageModel:
     return dataclasses.replace(model, unembed=unembed)
 
 
-def best_of(
-    log_prob: Float[Array, "*batch actions"], reward: Float[Array, "*batch actions"], *, n: int
-) -> Float[Array, "*batch actions"]:
-    r"""Log-law of the best of ``n`` draws by reward, ties broken uniformly among the draws.
+def choices(
+    model: LanguageModel,
+    params: Any,
+    prompts: Ragged,
+    responses: Ragged,
+    *,
+    reference: Any = None,
+    **fields: Any,
+) -> Choices:
+    """Every response as a choice set ``[B, N]``, under the policy of ``params``.
 
-    .. math:: P(a) = p(a)\, \frac{F(r(a))^n - F(r(a)^-)^n}{F(r(a)) - F(r(a)^-)}
-
-    F the distribution function of the reward. Its KL to the law drawn from is at most
-    log n - (n - 1) / n.
-
-    >>> uniform = jnp.log(jnp.array([0.5, 0.5]))
-    >>> jnp.exp(best_of(uniform, jnp.array([1.0, 0.0]), n=2)).tolist()
-    [0.75, 0.25]
+    ``reference`` are pi0's parameters; ``fields`` are further ones of :class:`core.choices.Choices`
+    (rewards, features), of every response.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    order = jnp.argsort(reward, axis=-1)
-    back = jnp.argsort(order, axis=-1)
-    prob = jnp.take_along_axis(jnp.exp(log_prob), order, axis=-1)
-    value = jnp.take_along_axis(reward, order, axis=-1)
-    upto = jnp.minimum(jnp.cumsum(prob, axis=-1), 1)
-    below = jnp.concatenate([jnp.zeros_like(upto[..., :1]), upto[..., :-1]], axis=-1)
-    # Equal rewards share one jump of F: its two ends, carried over the run of equals.
-    starts = jnp.concatenate(
-        [jnp.ones_like(value[..., :1], bool), value[..., 1:] != value[..., :-1]], axis=-1
-    )
-    ends = jnp.concatenate([starts[..., 1:], jnp.ones_like(starts[..., :1])], axis=-1)
-    low = _running(jnp.maximum, jnp.where(starts, below, 0.0))
-    high = jnp.flip(_running(jnp.minimum, jnp.flip(jnp.where(ends, upto, 2.0), axis=-1)), axis=-1)
-    # (h^n - l^n) / (h - l) as the sum of h^i l^(n-1-i): no cancellation where the jump is small.
-    mean_power = sum(high**i * low ** (n - 1 - i) for i in range(n))
-    law = jnp.log(prob) + jnp.log(mean_power)
-    return jnp.take_along_axis(law, back, axis=-1)
-
-
-def _running(ufunc: Any, x: Array) -> Array:
-    """Running maximum or minimum along the last axis."""
-    return ufunc.accumulate(x, axis=-1)
+    law = log_prob(model, params, prompts, responses)
+    if reference is not None:
+        fields["ref_log_prob"] = log_prob(model, reference, prompts, responses)
+    return choice_sets.enumerated(law, **fields)

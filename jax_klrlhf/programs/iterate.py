@@ -32,7 +32,6 @@ from jax_klrlhf.training import metrics as sinks
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training import state as states
 from jax_klrlhf.training.metrics import Metrics
-from jax_klrlhf.training.rounds import pairing
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.journal import ANY, Journal, digest
 from jax_klrlhf.training.rounds.parts import Comparisons, Improve, Improved, Judge, ragged
@@ -271,7 +270,7 @@ def _offline(
             prompts=_portion(prompts, 1, count),
             sampler=rounds.main_agent(place.draw(2)),
             reward=rounds.known(lambda p, r: np.zeros(np.asarray(r.lengths).shape, np.float32)),
-            pair_rule=pairing.by_reward(pairs.sampled),
+            pair_rule=pairs.sampled,
             oracle=oracle,
         )
         return found, {}

@@ -69,13 +69,14 @@ class Pairing:
     """Which two responses are compared, and who gives them besides the main agent."""
 
     rule: Literal[
-        "best-worst", "best-second", "sampled", "first-round", "tournament", "most-uncertain",
-        "enhancer", "between",
+        "best-worst", "best-second", "best-random", "sampled", "first-round", "tournament",
+        "most-uncertain", "enhancer", "between",
     ] = "best-worst"  # fmt: skip
-    """By believed reward: best-worst, best-second, sampled (two at random), first-round and
-    tournament (several pairs a prompt). By the ellipsoid of a linear belief: most-uncertain, and
-    enhancer, the main agent's draw against the most uncertain one within the KL budget. between:
-    one response of the main agent, one of the second agent."""
+    """By believed reward: best-worst, best-second, best-random (two draws where it ranks none),
+    first-round and tournament (several pairs a prompt); sampled: two draws. By the ellipsoid of a
+    linear belief: most-uncertain, and enhancer, the main agent's draw against one tilted towards
+    what is least known, within the KL budget. between: one response of the main agent, one of the
+    second agent."""
     other: Literal["none", "pi0", "temperature", "earlier"] = "none"
     """A second agent that answers too: pi0, the main agent at another temperature, or the policy
     of pairs.back rounds before."""

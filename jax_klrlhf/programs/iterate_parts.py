@@ -18,6 +18,7 @@ from rich.console import Console
 
 from jax_klrlhf import models
 from jax_klrlhf.core import pairs, sequence
+from jax_klrlhf.core.pairs import PairRule
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import examples, tokenize
 from jax_klrlhf.data.rows import Dropped, Row, encode
@@ -31,7 +32,7 @@ from jax_klrlhf.programs.gold import CLASSES, fit_sentiment
 from jax_klrlhf.programs.iterate_config import Fit, IterateConfig
 from jax_klrlhf.training import health, optimizers, rounds
 from jax_klrlhf.training import mesh as meshes
-from jax_klrlhf.training.rounds import oracle, pairing, settings
+from jax_klrlhf.training.rounds import oracle, settings
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.features import Features
 from jax_klrlhf.training.rounds.parts import (
@@ -40,7 +41,6 @@ from jax_klrlhf.training.rounds.parts import (
     Improved,
     Judge,
     Oracle,
-    PairRule,
     Reward,
     Sampler,
     Setting,
@@ -279,16 +279,17 @@ def make_sampler(place: Place) -> Sampler:
 
 def make_pair_rule(config: IterateConfig) -> PairRule:
     """Which two are compared."""
-    if config.pairs.rule == "most-uncertain":
-        return pairing.most_uncertain
     if config.pairs.rule == "enhancer":
-        return pairing.enhancer(kl_coef=config.kl_coef)
+        return pairs.enhancer(kl_coef=config.kl_coef)
     if config.pairs.rule == "between":
-        picks = {"any": pairing.any_one, "best": pairing.best, "worst": pairing.worst}
-        return pairing.between_agents(
+        picks = {"any": pairs.any_one, "best": pairs.best, "worst": pairs.worst}
+        return pairs.between_agents(
             first=picks[config.pairs.first], second=picks[config.pairs.second]
         )
-    return pairing.by_reward(getattr(pairs, config.pairs.rule.replace("-", "_")))
+    rule = getattr(pairs, config.pairs.rule.replace("-", "_"))
+    # A belief that ranks nothing yet has no best; it begins with two draws.
+    ranks = config.pairs.rule in ("best-worst", "best-second", "best-random")
+    return pairs.otherwise(rule, pairs.sampled) if ranks else rule
 
 
 def make_belief(key: Key[Array, ""], place: Place, judge: Judge | None, prompts: Ragged) -> Reward:

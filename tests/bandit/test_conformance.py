@@ -1,5 +1,7 @@
 """One suite over every learner: a new algorithm is one row here."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,14 @@ import pytest
 
 from jax_klrlhf import bandit
 from jax_klrlhf.bandit import history
+from jax_klrlhf.core import pairs, targets
 from tests.bandit.toolbox import awkward_problem
 
 LEARNERS = {
     "chi_po": lambda: bandit.chi_po(reward_bound=1.0),
     "dpo": lambda: bandit.dpo(),
+    "from_rule": lambda: bandit.from_rule(pairs.best_worst, samples=4),
+    "from_target": lambda: bandit.from_target(partial(targets.best_of, n=3)),
     "greedy": lambda: bandit.greedy(),
     "greedy_against_reference": lambda: bandit.greedy_against_reference(),
     "gshf": lambda: bandit.gshf(radius=1.0, bound=2.0),
@@ -44,9 +49,9 @@ def test_every_learner_is_listed():
         name for name in bandit.__all__ if isinstance(getattr(bandit, name), type(bandit.simulate))
     }
     plain = {
-        "compare", "coverage", "error", "four_arms", "four_arms_data", "from_arrays", "gap",
-        "in_confidence_set", "information", "kl", "linear", "optimum", "record_gap", "reward_gap",
-        "simulate", "sphere", "value",
+        "choices", "compare", "coverage", "draw", "error", "four_arms", "four_arms_data",
+        "from_arrays", "gap", "in_confidence_set", "information", "kl", "linear", "mle_policy",
+        "optimum", "record_gap", "reference", "reward_gap", "simulate", "sphere", "value",
     }  # fmt: skip
     assert made - plain == set(LEARNERS)
 

@@ -7,8 +7,8 @@ import pytest
 from scipy import optimize
 
 from jax_klrlhf import bandit
-from jax_klrlhf.bandit import enhancer, history, pessimism, policy_class, refit
-from jax_klrlhf.core import estimation, objectives
+from jax_klrlhf.bandit import history, pessimism, policy_class, refit
+from jax_klrlhf.core import enhancer, estimation, objectives
 from tests.bandit.toolbox import awkward_problem
 
 
@@ -153,13 +153,16 @@ def test_strongest_tilt_meets_its_budget(learned):
     main = bandit.offline_greedy().policy(s, state)
     v = jnp.array([0.3, -1.0, 0.5])
     sigma = state.ellipsoid.precision
+    every = bandit.choices(s, state, main)
     for radius in (0.01, 0.3):
-        tilted = enhancer._strongest_tilt(s, main, v, sigma, radius=radius, refinements=30)
+        tilted = enhancer._strongest_tilt(
+            every, main, v, kl_coef=s.kl_coef, radius=radius, refinements=30
+        )
         g = s.context_prob @ (s.mean_features(tilted) - s.mean_features(main))
         budget = radius * (v @ g) / jnp.sqrt(v @ sigma @ v)
         cost = s.kl_coef * bandit.kl(s._replace(ref_log_prob=main), tilted)
         np.testing.assert_allclose(cost, budget, rtol=1e-6)
-    nothing = enhancer.option_one(s, state, main, radius=0.0)
+    nothing = enhancer.option_one(every, kl_coef=s.kl_coef, radius=0.0)
     np.testing.assert_allclose(np.exp(nothing.log_prob), np.exp(main), atol=1e-12)
 
 

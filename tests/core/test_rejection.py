@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_klrlhf.core import gibbs, rejection
+from jax_klrlhf.core import choices, gibbs, rejection
 
 ACTIONS = 5
 RNG = np.random.default_rng(26)
@@ -233,3 +233,85 @@ def test_the_batch_maximums_law_holds_in_float32_over_thousands_of_actions():
     # Total variation: 5000 masses, each off by some roundings of the running sum (6e-8).
     distance = 0.5 * np.abs(np.exp(np.asarray(single, np.float64)) - np.exp(double)).sum(-1)
     assert (distance < 5000 * 6e-8).all()
+
+
+def test_the_resolution_of_a_uniform_draw_is_the_one_that_is_stated():
+    """Multiples of 2^-23, odd ones among them: not of 2^-22, and none between as at 2^-24."""
+    draws = np.asarray(jax.random.uniform(jax.random.key(0), (4096,)), np.float64) * 2**23
+    assert (draws == np.round(draws)).all()
+    assert (draws % 2 == 1).any()
+    assert "2^-23" in rejection.__doc__
+
+
+def test_until_is_the_papers_code_pass_by_pass():
+    """The law of which two of four are accepted, by the code of RSO's appendix run out exactly.
+
+    20,000 rows, six sets: 36.5 is the 1 - 1e-6 quantile of chi-squared with 5 degrees of freedom.
+    """
+    reward, eta = np.array([0.3, 1.0, -0.2, 0.9]), 0.7
+
+    def passes(left, taken):
+        """Probability of every final set, from a state between two passes."""
+        if len(taken) == 2:
+            return {frozenset(taken): 1.0}
+        top, states = max(reward[i] for i in left), {(): 1.0}
+        for i in left:
+            p, after = np.exp((reward[i] - top) / eta), {}
+            for got, mass in states.items():
+                full = len(taken) + len(got) == 2
+                for new, q in ((got, 1.0),) if full else (((*got, i), p), (got, 1 - p)):
+                    after[new] = after.get(new, 0.0) + mass * q
+            states = after
+        law = {}
+        for got, mass in ((got, mass) for got, mass in states.items() if mass):
+            rest = [i for i in left if i not in got]
+            for final, q in passes(rest, taken + list(got)).items():
+                law[final] = law.get(final, 0.0) + mass * q
+        return law
+
+    law = passes(list(range(4)), [])
+    rows = 20_000
+    found = np.asarray(
+        rejection.until(
+            jax.random.key(2),
+            jnp.broadcast_to(jnp.array(reward, "float32"), (rows, 4)),
+            count=2,
+            kl_coef=eta,
+        )
+    )
+    assert (found.sum(1) == 2).all()
+    assert abs(sum(law.values()) - 1) < 1e-12
+    statistic = 0.0
+    for pair, p in law.items():
+        hits = found[:, sorted(pair)].all(1).sum()
+        statistic += (hits - rows * p) ** 2 / (rows * p)
+    assert statistic < 36.5
+    where = jnp.array([[True, False, False, False]])
+    one = rejection.until(jax.random.key(0), jnp.zeros((1, 4)), count=3, kl_coef=1.0, where=where)
+    assert one.tolist() == where.tolist()
+
+
+def test_acceptance_of_a_choice_set_is_of_its_draws_and_of_its_law():
+    every = choices.enumerated(
+        jnp.log(jnp.array([0.5, 0.3, 0.2])), reward=jnp.array([0.0, 0.6, 1.0])
+    )
+    listed = rejection.accepted_choices(jax.random.key(0), every, reward_bound=1.0, kl_coef=0.5)
+    tilted = np.array([0.5, 0.3, 0.2]) * np.exp(np.array([0.0, 0.6, 1.0]) / 0.5)
+    np.testing.assert_allclose(listed.mass, tilted / tilted.sum(), rtol=1e-5)
+    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (20_000, 3)), every)
+    drawn = choices.sample(jax.random.key(1), rows, 4)
+    left = rejection.accepted_choices(jax.random.key(2), drawn, reward_bound=1.0, kl_coef=0.5)
+    # The mass of a choice over that of all accepted draws: pooled over rows it is the target.
+    accepted = np.asarray(jnp.exp(left.log_mass)) * np.asarray(left.where)
+    some = np.asarray(left.where).any(1)
+    np.testing.assert_allclose(accepted[some].sum(1), 1, rtol=1e-5)
+    # A choice is there unless none of 4 draws is it and accepted: 5 standard errors, 6e-7 each.
+    for action in range(3):
+        p = (np.array([0.5, 0.3, 0.2]) * np.exp((np.array([0.0, 0.6, 1.0]) - 1) / 0.5))[action]
+        there = ((np.asarray(left.number) == action) & np.asarray(left.where)).any(1).mean()
+        want = 1 - (1 - p) ** 4
+        assert abs(there - want) < 5 * np.sqrt(want * (1 - want) / 20_000)
+    with pytest.raises(ValueError, match="needs reward_bound="):
+        rejection.accepted_choices(jax.random.key(0), every, kl_coef=0.5)
+    three = rejection.accepted_choices(jax.random.key(0), drawn, kl_coef=0.5, count=2)
+    assert (np.asarray(three.where).sum(1) == np.minimum(np.asarray(drawn.where).sum(1), 2)).all()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_klrlhf.core import divergence
+from jax_klrlhf.core import choices, divergence, targets
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import enumerate as enumerated
 from tests.models import toy
@@ -46,7 +46,8 @@ def test_best_of_n_is_the_enumerated_one(reward, x64):
         best = [a for a in triple if reward[a] == reward[list(triple)].max()]
         for action in best:
             expected[action] += prob[list(triple)].prod() / len(best)
-    found = enumerated.best_of(jnp.log(jnp.array(prob)), jnp.array(reward), n=3)
+    every = choices.enumerated(jnp.log(jnp.array(prob)), reward=jnp.array(reward))
+    found = targets.best_of(every, n=3)
     np.testing.assert_allclose(np.exp(found), expected, rtol=1e-12)
     bound = np.log(3) - 2 / 3
     assert divergence.categorical(found, jnp.log(jnp.array(prob))) <= bound + 1e-12

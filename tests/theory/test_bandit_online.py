@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jax_klrlhf import bandit
-from jax_klrlhf.bandit import enhancer, learner
-from jax_klrlhf.core import bounds, ellipsoid
+from jax_klrlhf.bandit import learner
+from jax_klrlhf.core import bounds, ellipsoid, enhancer
 
 DIM, ROUNDS, SEEDS = 4, 24, 48
 
@@ -30,8 +30,9 @@ def in_set(problem, this):
     away = ellipsoid.norm(state.ellipsoid, g)
     cost = s.kl_coef * bandit.kl(s._replace(ref_log_prob=this.log_prob), best)
     error = bandit.error(problem, state)
+    every = bandit.choices(s, state, this.log_prob)
     found = enhancer.option_one(
-        s, state, this.log_prob, radius=error, starts=2 * DIM, iterations=10
+        every, kl_coef=s.kl_coef, radius=error, starts=2 * DIM, iterations=10
     )
     return {
         "left": left, "gained": gained, "apart": apart,

@@ -19,7 +19,7 @@ import pytest
 from jax_klrlhf.core import pairs
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.training import rounds
-from jax_klrlhf.training.rounds import journal, oracle, pairing, settings
+from jax_klrlhf.training.rounds import journal, oracle, settings
 from jax_klrlhf.training.rounds.parts import ragged
 from tests.training import rounds_world as world
 
@@ -28,7 +28,7 @@ ALL = ["0/believe", "0/fit"] + [f"{number}/{phase}" for number in (1, 2) for pha
 ROUND = {
     "sampler": rounds.main_agent(world.DRAW),
     "reward": rounds.linear(world.counts, dim=world.VOCAB, ridge=1.0, radius=0.5),
-    "pair_rule": pairing.by_reward(),
+    "pair_rule": pairs.best_worst,
     "oracle": oracle.bradley_terry(world.gold),
 }
 IMPROVE = rounds.pessimistic_dpo(world.MODEL, kl_coef=world.KL_COEF, fitting=world.FITTING)
@@ -38,7 +38,7 @@ def make_offline():
     """Pairs of pi0's own draws, two of its four at random."""
     return rounds.collect(
         jax.random.key(9), world.PARAMS, prompts=world.PROMPTS,
-        **{**ROUND, "pair_rule": pairing.by_reward(pairs.sampled)},
+        **{**ROUND, "pair_rule": pairs.sampled},
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jax_klrlhf.core import estimation, objectives, pairs
+from jax_klrlhf.core import choices, ellipsoid, enhancer, estimation, objectives, pairs
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import ModelConfig, language_model, scoring
 from jax_klrlhf.models import reward as rewards
@@ -167,13 +167,17 @@ def test_two_agents_are_compared_on_different_responses():
     agent = np.tile([0, 0, 1, 1], (2, 1))
     drawn = rounds.Drawn(ragged([[1], [1]], [1, 1]), ragged(ids, np.ones((2, 4))), agent)
     scored = rounds.Scored(np.float32([[2, 1, 0, -1]] * 2), np.zeros((2, 4), np.float32))
-    rule = pairing.between_agents(first=pairing.best, second=pairing.best)
-    chosen = rule(jax.random.key(0), drawn, scored)
+    rule = pairs.between_agents(first=pairs.best, second=pairs.best)
+    chosen = pairing.choose(jax.random.key(0), rule, drawn, scored)
     # The best of agent 1 is a copy of the first: the next one is taken; all alike make no pair.
     assert (chosen.first[0, 0], chosen.second[0, 0]) == (0, 3)
     assert chosen.valid[:, 0].tolist() == [True, False]
-    with pytest.raises(ValueError, match="all responses are the main agent's"):
-        rule(jax.random.key(0), drawn._replace(agent=0 * agent), scored)
+    with pytest.raises(ValueError, match=r"needs `agent`.*against_base"):
+        pairing.choose(jax.random.key(0), rule, drawn._replace(agent=0 * agent), scored)
+    tilt = pairs.enhancer(kl_coef=1.0)
+    scored = scored._replace(features=np.ones((2, 4, 1), np.float32))
+    with pytest.raises(ValueError, match="some here are another agent's"):
+        pairing.choose(jax.random.key(0), tilt, drawn, scored)
 
 
 def test_the_enhancer_is_the_best_of_the_policies_tried_within_the_budget():
@@ -181,10 +185,12 @@ def test_the_enhancer_is_the_best_of_the_policies_tried_within_the_budget():
     features = rng.normal(size=(40, 6, 3)).astype(np.float32) + rng.normal(size=(1, 1, 3)).astype(
         np.float32
     )
-    where = np.ones((40, 6), bool)
-    choose = jax.jit(
-        lambda key, x, eta: pairing.choose_enhancer(key, x, kl_coef=eta, where=jnp.asarray(where))
+    drawn = choices.drawn(
+        jnp.broadcast_to(jnp.arange(6)[None, :, None], (40, 6, 1)),
+        features=jnp.asarray(features),
+        ellipsoid=ellipsoid.init(3, ridge=1.0),
     )
+    choose = jax.jit(lambda eta: enhancer.best_of_n(drawn, kl_coef=eta))
     centred = features - features.mean(1, keepdims=True)
     far = np.linalg.norm(centred, axis=-1)
     for eta in (0.0, 0.05, 0.2, 0.4, 100.0):
@@ -195,14 +201,14 @@ def test_the_enhancer_is_the_best_of_the_policies_tried_within_the_budget():
             if n == 1 or eta * (np.log(n) - (n - 1) / n) <= np.linalg.norm(g):
                 allowed.append((n, choice, np.linalg.norm(g)))
         n, choice, norm = allowed[-1]
-        found = choose(jax.random.key(1), jnp.asarray(features), eta)
-        assert int(found.tried) == n
-        np.testing.assert_array_equal(found.pair.second, choice)
+        found = choose(eta)
+        np.testing.assert_allclose(found.cost, eta * (np.log(n) - (n - 1) / n), rtol=1e-4)
+        np.testing.assert_array_equal(np.asarray(found.log_prob).argmax(1), choice)
         np.testing.assert_allclose(found.budget, norm, rtol=1e-4)
-        assert np.all(found.pair.first != found.pair.second)
         assert n == 1 or found.cost <= found.budget
-    assert int(choose(jax.random.key(1), jnp.asarray(features), 0.0).tried) == 6
-    assert int(found.tried) == 1  # At a large coefficient the enhancer is the main agent.
+    assert float(found.cost) == 0  # At a large coefficient the enhancer is the main agent.
+    with pytest.raises(ValueError, match="sample first"):
+        enhancer.best_of_n(drawn._replace(law=choices.ENUMERATED), kl_coef=1.0)
 
 
 def test_core_rules_see_the_beliefs_uncertainty_and_no_copies(drawn):
@@ -211,7 +217,8 @@ def test_core_rules_see_the_beliefs_uncertainty_and_no_copies(drawn):
     scored = belief.score(state, world.policies(), drawn.prompts, drawn.responses)
     phi = world.counts(drawn.prompts, drawn.responses).astype(np.float64)
     inverse = np.linalg.inv(np.asarray(state.ellipsoid.precision, np.float64))
-    chosen = pairing.most_uncertain(jax.random.key(2), drawn, scored)
+    widest = partial(pairs.most_uncertain, curvature=jnp.ones_like)
+    chosen = pairing.choose(jax.random.key(2), widest, drawn, scored)
     for row in range(len(phi)):
         norm = {
             pair: np.sqrt(z @ inverse @ z)
@@ -221,7 +228,7 @@ def test_core_rules_see_the_beliefs_uncertainty_and_no_copies(drawn):
         one, two = sorted((chosen.first[row, 0], chosen.second[row, 0]))
         if chosen.valid[row, 0]:
             np.testing.assert_allclose(norm[one, two], max(norm.values()), rtol=1e-4)
-    several = pairing.by_reward(pairs.tournament)(jax.random.key(0), drawn, scored)
+    several = pairing.choose(jax.random.key(0), pairs.tournament, drawn, scored)
     ids = drawn.responses.ids
     for row, match in np.argwhere(several.valid):
         first, second = several.first[row, match], several.second[row, match]

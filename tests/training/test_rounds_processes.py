@@ -12,9 +12,10 @@ import numpy as np
 import optax
 
 from jax_klrlhf import placement
+from jax_klrlhf.core import pairs
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import rounds
-from jax_klrlhf.training.rounds import oracle, pairing
+from jax_klrlhf.training.rounds import oracle
 
 HOST_BY_HOST, PERMUTED = tuple(range(8)), (0, 4, 5, 1, 2, 6, 3, 7)
 
@@ -40,7 +41,7 @@ def run(folder: Path, count: int, *, order: tuple[int, ...] | None):
     belief = rounds.linear(world.counts, dim=world.VOCAB, ridge=1.0, radius=0.5, mesh=mesh)
     return rounds.iterate(
         jax.random.key(0), params, prompts=world.PROMPTS, rounds=count,
-        sampler=rounds.main_agent(draw), reward=belief, pair_rule=pairing.by_reward(),
+        sampler=rounds.main_agent(draw), reward=belief, pair_rule=pairs.best_worst,
         oracle=oracle.expected(world.gold), output=folder,
         improve=rounds.pessimistic_dpo(world.MODEL, kl_coef=0.5, fitting=fitting, rows=8),
     )  # fmt: skip

@@ -268,3 +268,20 @@ def test_a_copy_is_ranked_where_only_a_later_one_was_accepted():
     none = accepted._replace(accepted=np.array([[True, False, True, False]]))
     with pytest.raises(ValueError, match="no comparison"):
         learn(jax.random.key(0), world.PARAMS, here, none)
+
+
+def test_passes_until_a_count_leave_no_prompt_without_a_pair():
+    """One pass at a small coefficient accepts little more than the best; RSO's code goes on."""
+    seen, once = [], []
+    few = {"kl_coef": 0.1, "keep": 3}
+    rounds.rejection_sampling(world.DRAW, remember(once), **few)(jax.random.key(0), situation())
+    until = rounds.rejection_sampling(world.DRAW, remember(seen), passes="until", **few)
+    until(jax.random.key(0), situation())
+    ids, accepted = seen[0][1].responses.ids, seen[0][1].accepted
+    for row in range(len(ids)):
+        different = {tuple(r) for r in ids[row]}
+        kept = [tuple(r) for r in ids[row][accepted[row]]]
+        assert len(kept) == len(set(kept)) == min(3, len(different))
+    assert once[0][1].accepted.sum() < accepted.sum()
+    with pytest.raises(ValueError, match="needs keep="):
+        rounds.rejection_sampling(world.DRAW, remember(seen), kl_coef=1.0, passes="until")

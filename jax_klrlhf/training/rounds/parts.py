@@ -7,7 +7,7 @@ phase     part                                                         leaves
 ========= ============================================================ =====================
 sample    ``sampler(key, policies, prompts)``                          :class:`Drawn`
 score     ``reward.score(belief, policies, prompts, responses)``       :class:`Scored`
-pair      ``pair_rule(key, drawn, scored)``                            :class:`Chosen`
+pair      ``pair_rule(key, choices)`` (:mod:`core.pairs`)               :class:`Chosen`
 label     ``oracle(key, prompts, responses)``                          :class:`Comparisons`
 believe   ``reward.fit(key, belief, comparisons, policies)``           the belief (a pytree)
 fit       ``improve(key, situation)``                                  the next policy
@@ -143,7 +143,6 @@ class Reward:
 Judge = Callable[[Ragged, Ragged], Any]
 """``judge(prompts [B, P], responses [B, K, C]) -> reward [B, K]``, on the host."""
 Sampler = Callable[[Any, Policies, Ragged], Drawn]
-PairRule = Callable[[Any, Drawn, Scored], Chosen]
 Oracle = Callable[[Any, Ragged, Ragged], Labels]
 Improve = Callable[[Any, Situation], Improved]
 Setting = Callable[[Comparisons | None, Sequence[Comparisons]], Mixture]

@@ -15,14 +15,14 @@ Axes: ``B`` prompts, ``K`` responses.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from jax_klrlhf.core import bradley_terry, gibbs, pairs, rejection
+from jax_klrlhf.core import bradley_terry, choices, gibbs, pairs, rejection
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.results import Metric, mean
@@ -99,6 +99,7 @@ def rejection_sampling(
     steps: int = 1,
     keep: int | None = None,
     reward_bound: float | None = None,
+    passes: Literal["one", "until"] = "one",
 ) -> Improve:
     """Improve the policy by rejection sampling from the reference.
 
@@ -109,6 +110,9 @@ def rejection_sampling(
         steps: N; the coefficients are equally spaced in 1/eta (:func:`rejection.schedule`).
         keep: at most this many accepted responses of a prompt are learned from, the first ones.
         reward_bound: r_max, a bound of every reward; None: the largest at each prompt.
+        passes: ``one`` (:func:`rejection.accept`), or ``until`` every prompt has ``keep`` different
+            ones or no more are left (:func:`rejection.until`, the code of RSO's appendix), whose
+            law is not the target's: it has the reports of one pass.
 
     Reports for step i ``rejection/acceptance/i``; without a bound ``rejection/bound_error/i``,
     the total variation between the target and the law of what is accepted when K proposals' own
@@ -124,6 +128,11 @@ def rejection_sampling(
             f"steps must be at least 1 and keep between 1 and the {draw.samples} samples, got "
             f"{steps} and {keep}"
         )
+    if passes == "until" and (keep is None or reward_bound is not None):
+        raise ValueError(
+            "passes='until' needs keep=, how many to go on until, and takes no reward_bound: the "
+            "largest reward left stands for it."
+        )
     coefs = [float(eta) for eta in rejection.schedule(float(kl_coef), steps)]
 
     def improve(key: Key[Array, ""], situation: Situation) -> Improved:
@@ -137,7 +146,18 @@ def rejection_sampling(
             acceptance = _accept(key_accept, reward, reward_bound, eta, previous)
             metrics |= _report(acceptance, reward, reward_bound, eta, previous, number)
             accepted = np.asarray(acceptance.accepted)
-            if keep is not None:
+            if passes == "until":
+                different = choices.distinct(jnp.asarray(responses.ids))
+                again = rejection.until(
+                    key_accept,
+                    jnp.asarray(reward),
+                    count=keep or draw.samples,
+                    kl_coef=eta,
+                    kl_coef_prev=previous,
+                    where=different,
+                )
+                accepted = np.asarray(again)
+            elif keep is not None:
                 accepted = accepted & (np.cumsum(accepted, 1) <= keep)
             if not accepted.any():
                 raise ValueError(
@@ -162,7 +182,9 @@ def rso(
     kl_coef: float,
     fitting: Fitting,
     steps: int = 1,
+    keep: int | None = None,
     reward_bound: float | None = None,
+    passes: Literal["one", "until"] = "one",
     rule: Callable[..., pairs.Pair] = pairs.first_round,
     labelling: Labelling = expected,
     rows: int = 64,
@@ -170,7 +192,8 @@ def rso(
     """RSO (arXiv 2309.06657): DPO on pairs of accepted responses, labelled by what is believed.
 
     ``rule`` and ``labelling`` are :func:`ranked`'s. With ``steps`` beyond 1 it is multi-step RSO,
-    each step's fit with that step's eta.
+    each step's fit with that step's eta. One pass may leave prompts without a pair;
+    ``passes="until"`` with ``keep`` is the paper's code, which leaves none.
     """
 
     return rejection_sampling(
@@ -185,7 +208,9 @@ def rso(
         ),
         kl_coef=kl_coef,
         steps=steps,
+        keep=keep,
         reward_bound=reward_bound,
+        passes=passes,
     )
 
 
@@ -218,7 +243,7 @@ def ranked(
         loss: ``loss(kl_coef)`` is the loss at a step's eta, which is traced: a chain is one
             program. The reference is the situation's.
         fitting: optimizer and sizes.
-        rule: who meets whom, ``rule(key, reward, *, decide, where)``: :func:`pairs.first_round` or
+        rule: who meets whom, ``rule(key, choices, *, decide)``: :func:`pairs.first_round` or
             :func:`pairs.tournament`.
         labelling: :data:`expected`, :data:`drawn` or :data:`order`.
         rows: comparisons that the reference scores at one time.
@@ -233,10 +258,9 @@ def ranked(
     def choose(
         key: Key[Array, ""], reward: Array, ids: Array, accepted: Array
     ) -> tuple[pairs.Pair, Array, Array]:
-        # Copies count once among the accepted: the first copy of all may be one that was not.
-        marked = jnp.concatenate([ids, accepted[..., None].astype(ids.dtype)], -1)
-        where = accepted & pairs.distinct(marked)
-        pair = rule(key, reward, decide=labelling.decide, where=where)
+        # Copies count once among the accepted.
+        left = choices.drawn(ids, where=accepted, reward=reward)
+        pair = rule(key, left, decide=labelling.decide)
         won, lost = (jnp.take_along_axis(reward, at, -1) for at in (pair.first, pair.second))
         return pair, won - lost, labelling.label(won - lost)
 

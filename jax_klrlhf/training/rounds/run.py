@@ -25,11 +25,12 @@ from jaxtyping import Array, Key
 from rich.console import Console
 
 from jax_klrlhf import placement
+from jax_klrlhf.core.pairs import PairRule
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.results import Metric, mean
 from jax_klrlhf.training.metrics import Metrics
 from jax_klrlhf.training.rounds import journal as journals
-from jax_klrlhf.training.rounds import settings
+from jax_klrlhf.training.rounds import pairing, settings
 from jax_klrlhf.training.rounds.journal import ANY, Journal
 from jax_klrlhf.training.rounds.parts import (
     Chosen,
@@ -37,7 +38,6 @@ from jax_klrlhf.training.rounds.parts import (
     Drawn,
     Improve,
     Oracle,
-    PairRule,
     Policies,
     Reward,
     Sampler,
@@ -121,7 +121,7 @@ def iterate(
         prompts: ids ``[B, P]``, or ``prompts(round)`` with rounds counted from 1 (0: offline).
         sampler: who answers (:mod:`.samplers`).
         reward: what the learner believes (:mod:`.beliefs`, :mod:`.features`).
-        pair_rule: which two responses are compared (:mod:`.pairing`).
+        pair_rule: which two responses are compared, ``rule(key, choices)`` (:mod:`core.pairs`).
         oracle: who prefers (:mod:`.oracle`).
         improve: from comparisons to the next policy (:mod:`.improve`, :mod:`.rejection`).
         rounds: how many; 0 with offline data is offline learning.
@@ -248,11 +248,12 @@ def _score(reward: Reward, belief: Any, policies: Policies, drawn: Drawn) -> tup
 def _pair(
     pair_rule: PairRule, key: Key[Array, ""], drawn: Drawn, scored: Scored
 ) -> tuple[Chosen, Metrics]:
-    chosen = pair_rule(key, drawn, scored)
+    chosen = pairing.choose(key, pair_rule, drawn, scored)
     if not np.any(chosen.valid):
         raise ValueError(
-            "no pair could be made: at every prompt all responses are alike. Draw more samples, or "
-            "at a higher temperature."
+            "no pair could be made: at every prompt all responses are alike, or the belief ranks "
+            "none above another. Draw more samples, at a higher temperature, or say what then: "
+            "pair_rule=pairs.otherwise(rule, pairs.sampled)."
         )
     return chosen, {"pairs/valid": mean(chosen.valid.astype(np.float64).mean(1))}
 

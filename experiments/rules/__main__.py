@@ -1,0 +1,3 @@
+from experiments.rules.run import cli
+
+cli()

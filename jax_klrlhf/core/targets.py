@@ -1,0 +1,131 @@
+r"""What a step of policy improvement aims at, as log-weights over a choice set.
+
+A target is ``target(choices) -> [*batch, choices]``: the aimed-at policy's law where every choice
+is listed, and the weights of the draws otherwise, normalized either way. So a bandit deploys it
+(``bandit.from_target``) and a language model learns it by weighted likelihood
+(``rounds.weighted_likelihood``), from one function.
+
+A bonus is another: :func:`pessimistic` and :func:`optimistic` return the choice set with another
+reward, and any target goes on from there.
+
+Axes: ``batch`` (free: contexts or prompts), ``choices``.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jax_klrlhf.core import choices as choice_sets
+from jax_klrlhf.core import gibbs, numerics, rejection
+from jax_klrlhf.core.choices import Choices
+from jax_klrlhf.core.numerics import Scalar
+
+Target = Callable[[Choices], Float[Array, "*batch choices"]]
+"""``target(choices) -> log_weight``."""
+
+
+def optimum(choices: Choices, *, kl_coef: Scalar) -> Float[Array, "*batch choices"]:
+    r"""The Gibbs policy of the reward, :math:`\pi_0 e^{r/\eta}` (arXiv 2312.11456, section 2).
+
+    Exact where all choices are listed. On draws it is self-normalized importance sampling: weights
+    in proportion to :math:`e^{r/\eta} \pi_0 / \pi`; where the set holds no log-probabilities its
+    draws are pi0's.
+    """
+    reward = choices.require("reward", by="the optimum")
+    return gibbs.log_prob(reward, _reference(choices), kl_coef=kl_coef, where=choices.where)
+
+
+def best_of(choices: Choices, *, n: int) -> Float[Array, "*batch choices"]:
+    r"""The best of ``n`` draws by reward, ties shared.
+
+    .. math:: P(a) = p(a)\, \frac{F(r(a))^n - F(r(a)^-)^n}{F(r(a)) - F(r(a)^-)}
+
+    F the distribution function of the reward under the mass p. Its KL to the law drawn from is at
+    most log n - (n - 1) / n. On K draws the mass is 1/K each: the expectation over which n of the K
+    are looked at, with replacement.
+
+    >>> two = choice_sets.enumerated(jnp.log(jnp.array([0.5, 0.5])), reward=jnp.array([1.0, 0.0]))
+    >>> jnp.exp(best_of(two, n=2)).tolist()
+    [0.75, 0.25]
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    reward = choices.require("reward", by="the best of n")
+    order = jnp.argsort(jnp.where(choices.mass > 0, reward, 0), axis=-1)
+    back = jnp.argsort(order, axis=-1)
+    prob = jnp.take_along_axis(choices.mass, order, axis=-1)
+    value = jnp.take_along_axis(jnp.where(choices.mass > 0, reward, 0), order, axis=-1)
+    upto = jnp.minimum(jnp.cumsum(prob, axis=-1), 1)
+    below = jnp.concatenate([jnp.zeros_like(upto[..., :1]), upto[..., :-1]], axis=-1)
+    # Equal rewards share one jump of F: its two ends, carried over the run of equals.
+    starts = jnp.concatenate(
+        [jnp.ones_like(value[..., :1], bool), value[..., 1:] != value[..., :-1]], axis=-1
+    )
+    ends = jnp.concatenate([starts[..., 1:], jnp.ones_like(starts[..., :1])], axis=-1)
+    last = prob.ndim - 1
+    low = lax.cummax(jnp.where(starts, below, 0), axis=last)
+    high = lax.cummin(jnp.where(ends, upto, 2), axis=last, reverse=True)
+    # (h^n - l^n) / (h - l) as the sum of h^i l^(n-1-i): no cancellation where the jump is small.
+    power = sum(high**i * low ** (n - 1 - i) for i in range(n))
+    law = jnp.log(prob) + jnp.log(power)
+    return jnp.take_along_axis(law, back, axis=-1)
+
+
+def accepted(
+    choices: Choices,
+    *,
+    reward_bound: Scalar,
+    kl_coef: Scalar,
+    kl_coef_prev: Scalar = jnp.inf,
+) -> Float[Array, "*batch choices"]:
+    """An accepted draw of rejection sampling (:mod:`core.rejection`), given which were proposed."""
+    reward = choices.require("reward", by="rejection sampling")
+    return rejection.accepted_log_prob(
+        reward,
+        choices.log_mass,
+        reward_bound=reward_bound,
+        kl_coef=kl_coef,
+        kl_coef_prev=kl_coef_prev,
+        where=choices.where,
+    )
+
+
+def pessimistic(choices: Choices, *, radius: Scalar = 1.0) -> Choices:
+    """The choices with ``radius`` times their uncertainty taken from the reward.
+
+    Option II of offline GSHF (arXiv 2312.11456, Algorithm 1) where the uncertainty is
+    ``||phi - nu||_{Sigma^-1}``.
+    """
+    reward, uncertainty = choices.require("reward", "uncertainty", by="pessimism")
+    return choices._replace(reward=reward - radius * uncertainty)
+
+
+def optimistic(choices: Choices, *, radius: Scalar = 1.0) -> Choices:
+    """The choices with ``radius`` times their uncertainty added to the reward (KL-UCB's bonus)."""
+    reward, uncertainty = choices.require("reward", "uncertainty", by="optimism")
+    return choices._replace(reward=reward + radius * uncertainty)
+
+
+def effective_share(
+    choices: Choices, log_weight: Float[Array, "*batch choices"]
+) -> Float[Array, "*batch"]:
+    r"""How much of the sampling mass carries a target: :math:`1 / E_p[(w/p)^2]`, in (0, 1].
+
+    1 where the weights are the mass itself, 1/K where one of K draws has all.
+    """
+    mass = choices.mass
+    keep = mass > 0
+    ratio = jnp.exp(2 * jnp.where(keep, log_weight, 0)) / jnp.where(keep, mass, 1)
+    return 1 / jnp.sum(jnp.where(keep, ratio, 0), axis=-1)
+
+
+def _reference(choices: Choices) -> Float[Array, "*batch choices"]:
+    if choices.law == choice_sets.ENUMERATED:
+        return choices.require("ref_log_prob", by="the optimum")
+    if choices.ref_log_prob is None or choices.log_prob is None:
+        return choices.log_mass
+    keep = numerics.support(choices.log_mass, choices.where)
+    ratio = jnp.where(keep, choices.ref_log_prob - choices.log_prob, 0)
+    return jnp.where(keep, choices.log_mass + ratio, -jnp.inf)
