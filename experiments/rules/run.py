@@ -130,7 +130,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         for name, found in sorted(gaps.items(), key=lambda item: item[1].mean())
     }
     results.print_table(
-        f"{config.rounds} rounds of {config.batch}, {config.samples} draws, {config.seeds} problems",
+        f"{config.rounds} rounds of {config.batch}, {config.samples} draws each",
         rows,
         console=console,
         caption="± one standard error over problems; the difference is paired",

@@ -1,5 +1,6 @@
 """KL-regularized preference bandits: problems, learners, simulation, exact evaluation."""
 
+from jax_klrlhf.bandit import rules
 from jax_klrlhf.bandit.evaluate import (
     coverage,
     error,
@@ -40,7 +41,7 @@ from jax_klrlhf.bandit.problem import (
     from_arrays,
     sphere,
 )
-from jax_klrlhf.bandit.rules import choices, from_rule, from_target, reference
+from jax_klrlhf.bandit.rules import at_contexts, choices, from_rule, from_target, reference
 from jax_klrlhf.bandit.simulate import Round, Run, simulate
 from jax_klrlhf.bandit.staged import moving_reference, two_stage
 
@@ -53,6 +54,7 @@ __all__ = [
     "Round",
     "Run",
     "Setting",
+    "at_contexts",
     "chi_po",
     "choices",
     "compare",
@@ -86,6 +88,7 @@ __all__ = [
     "record_gap",
     "reference",
     "reward_gap",
+    "rules",
     "simulate",
     "sphere",
     "thompson",

@@ -117,10 +117,10 @@ def from_rule(
                 for number, every in enumerate(sets)
             ]
         given = sets[0] if opponent is None else choice_sets.together(*sets)
-        pair = _one_match(key_match, rule(key_rule, given))
+        pair = one_match(key_match, rule(key_rule, given))
         if fallback is not None:
             key_other, key_again = jax.random.split(key_other)
-            other = _one_match(key_again, fallback(key_other, given))
+            other = one_match(key_again, fallback(key_other, given))
             pair = jax.tree.map(lambda a, b: jnp.where(pair.valid, a, b), pair, other)
         number = given.require("number", by="from_rule")
         # Without two different actions to compare: one in play, against itself.
@@ -154,7 +154,7 @@ def from_target(
     return from_rule(rule, samples=samples, policy=policy, ridge=ridge, bound=bound)
 
 
-def _one_match(key: Key[Array, ""], pair: Pair) -> Pair:
+def one_match(key: Key[Array, ""], pair: Pair) -> Pair:
     """One of the valid pairs of each context, where there are several."""
     if pair.first.ndim == 1:
         return pair

@@ -49,9 +49,10 @@ def test_every_learner_is_listed():
         name for name in bandit.__all__ if isinstance(getattr(bandit, name), type(bandit.simulate))
     }
     plain = {
-        "choices", "compare", "coverage", "draw", "error", "four_arms", "four_arms_data",
-        "from_arrays", "gap", "in_confidence_set", "information", "kl", "linear", "mle_policy",
-        "optimum", "record_gap", "reference", "reward_gap", "simulate", "sphere", "value",
+        "at_contexts", "choices", "compare", "coverage", "draw", "error", "four_arms",
+        "four_arms_data", "from_arrays", "gap", "in_confidence_set", "information", "kl", "linear",
+        "mle_policy", "optimum", "record_gap", "reference", "reward_gap", "simulate",
+        "sphere", "value",
     }  # fmt: skip
     assert made - plain == set(LEARNERS)
 

@@ -1,8 +1,8 @@
 """The law of every pair rule and of every agent, in NumPy, from its definition and not its code.
 
 A *set* is what may be chosen in one context: `ids`, `mass`, `reward`, `phi`, all per choice, copies
-merged. A law is ``P[i, j]``, the probability that the pair is (i, j), over the ids of the world; what
-is left of 1 is the probability that there is no pair.
+merged. A law is ``P[i, j]``, the probability that the pair is (i, j), over the ids of the world;
+what is left of 1 is the probability that there is no pair.
 """
 
 import itertools
@@ -171,39 +171,42 @@ def unshuffled(s):
 
 
 def tilt(sets, weight, *, kl_coef, radius):
-    """Option I by brute force: 721 directions of the plane, the strongest tilt of each by bisection.
+    """Option I by brute force: 181 directions of the plane, the strongest tilt by bisection.
 
     `sets` are contexts of weights `weight`; returns the opponent's law in each. Dimension 2.
     """
-    inverse = sets[0].inverse
+    inverse, wide = sets[0].inverse, max(len(s.ids) for s in sets)
+    mass, phi = np.zeros((len(sets), wide)), np.zeros((len(sets), wide, 2))
+    for x, s in enumerate(sets):
+        mass[x, : len(s.ids)], phi[x, : len(s.ids)] = s.mass, s.phi
+    log_mass = np.log(np.where(mass > 0, mass, 1))
 
     def at(v, strength):
-        laws, g, cost = [], np.zeros(2), 0.0
-        for s, w in zip(sets, weight, strict=True):
-            score = s.phi @ v * strength
-            law = normal(s.mass * np.exp(score - score.max()))
-            laws.append(law)
-            g += w * ((law - s.mass) @ s.phi)
-            keep = law > 0
-            cost += w * kl_coef * (law[keep] @ np.log(law[keep] / s.mass[keep]))
-        return laws, float(np.sqrt(g @ inverse @ g)), cost
+        score = np.where(mass > 0, phi @ v * strength, -np.inf)
+        law = mass * np.exp(score - score.max(1, keepdims=True))
+        law /= law.sum(1, keepdims=True)
+        g = np.asarray(weight) @ np.einsum("xa,xad->xd", law - mass, phi)
+        ratio = np.log(np.where(law > 0, law, 1)) - log_mass
+        cost = kl_coef * (np.asarray(weight) @ (law * ratio * (law > 0)).sum(1))
+        return law, float(np.sqrt(g @ inverse @ g)), cost
 
     def strongest(angle):
         v = np.array([np.cos(angle), np.sin(angle)])
         low, high = 0.0, 200.0
-        for _ in range(60):
+        for _ in range(40):
             middle = (low + high) / 2
             _, norm, cost = at(v, middle)
             low, high = (middle, high) if cost <= radius * norm else (low, middle)
         return at(v, low)
 
-    angles = np.linspace(0, 2 * np.pi, 721)
+    angles = np.linspace(0, 2 * np.pi, 181)
     start = angles[np.argmax([strongest(a)[1] for a in angles])]
     best = optimize.minimize_scalar(
-        lambda a: -strongest(a)[1], bounds=(start - 0.01, start + 0.01), method="bounded",
+        lambda a: -strongest(a)[1], bounds=(start - 0.04, start + 0.04), method="bounded",
         options={"xatol": 1e-7},
     )  # fmt: skip
-    return strongest(best.x)
+    law, norm, cost = strongest(best.x)
+    return [row[: len(s.ids)] for row, s in zip(law, sets, strict=True)], norm, cost
 
 
 def merged(sequence, world):
