@@ -14,7 +14,6 @@ design of an experimenter who may ask anything.
 
 import dataclasses
 import functools
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Array, Float, Key
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import plotting
+from experiments import plotting, study
 from jax_klrlhf import bandit, results
 from jax_klrlhf.bandit import pessimism
 from jax_klrlhf.core import bounds
 from jax_klrlhf.core.numerics import Scalar
-from jax_klrlhf.errors import InputError, reported
+from jax_klrlhf.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,11 +182,8 @@ def play(
 
 def main(config: Config, *, console: Console | None = None) -> Path:
     """Run the sweep, draw the figure, print the tables; returns the path of ``results.json``."""
-    console = console or Console()
-    began = time.perf_counter()
-    config = config.resized()
-    config.check()
-    output = results.output_folder(config.output)
+    here = study.begin("coverage", config, console=console)
+    config, output, console = here.config, here.output, here.console
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
     played: dict[Panel, dict[float, Any]] = {}
     panels = [(hidden, kl_coef) for hidden in config.hidden for kl_coef in config.kl_coefs]
@@ -213,17 +208,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
             metrics |= _numbers(name, outcome)
         _print(hidden, kl_coef, panel, config, console)
     _figure(played, output / "coverage.png")
-    seconds = time.perf_counter() - began
-    path = results.write_results(
-        output,
-        name="coverage",
-        config=config,
-        seeds=[config.seed],
-        seconds=seconds,
-        metrics=metrics,
-    )
-    console.print(f"{path} and coverage.png beside it, in {seconds:.0f} s")
-    return path
+    return here.end(metrics, beside="coverage.png")
 
 
 Panel = tuple[int, float]
@@ -320,7 +305,4 @@ def _figure(played: Mapping[Panel, Mapping[float, Any]], target: Path) -> None:
     plotting.save(figure, target)
 
 
-def cli() -> None:
-    """Entry of ``python -m experiments.coverage``."""
-    with reported():
-        main(tyro.cli(Config, description=__doc__))
+cli = study.entry(main, Config, __doc__)

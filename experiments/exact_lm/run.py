@@ -6,7 +6,6 @@ responses, so that what is estimated elsewhere is known here. Source: Xiong et a
 """
 
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from typing import Any
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from rich.console import Console
 
+from experiments import study
 from experiments.exact_lm import panels as measures
 from experiments.exact_lm import world as worlds
 from jax_klrlhf import results
-from jax_klrlhf.errors import InputError, reported
+from jax_klrlhf.errors import InputError
 
 PANELS = ("fixed_point", "samplers", "rejection", "comparison", "coverage")
 
@@ -39,6 +38,18 @@ class Config:
     """A run of about a minute: a smaller world, fewer steps and two seeds."""
     world: worlds.Config = dataclasses.field(default_factory=worlds.Config)
     sizes: measures.Config = dataclasses.field(default_factory=measures.Config)
+
+    def resized(self) -> "Config":
+        """This, or the small size if it was asked for."""
+        return small(self) if self.small else self
+
+    def check(self) -> None:
+        """Refuse what cannot run, before any compute is spent."""
+        unknown = sorted(set(self.panels) - set(PANELS))
+        if unknown or not self.panels:
+            raise InputError(f"--panels {' '.join(unknown)}: choose from {', '.join(PANELS)}.")
+        if self.seeds < 1:
+            raise InputError(f"--seeds {self.seeds}: at least one seed is needed.")
 
 
 def small(config: Config) -> Config:
@@ -60,16 +71,8 @@ def small(config: Config) -> Config:
 
 def main(config: Config, *, console: Console | None = None) -> Path:
     """Run the panels and return the path of ``results.json``."""
-    console = console or Console()
-    began = time.perf_counter()
-    unknown = sorted(set(config.panels) - set(PANELS))
-    if unknown or not config.panels:
-        raise InputError(f"--panels {' '.join(unknown)}: choose from {', '.join(PANELS)}.")
-    if config.seeds < 1:
-        raise InputError(f"--seeds {config.seeds}: at least one seed is needed.")
-    output = results.output_folder(config.output)
-    if config.small:
-        config = small(config)
+    start = study.begin("exact_lm", config, console=console)
+    config, output, console = start.config, start.output, start.console
     here = worlds.build(config.world)
     console.print(
         f"{len(here.every.lengths)} responses to each of {config.world.prompts} prompts; "
@@ -94,13 +97,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         metrics |= found
         _table(panel, found, console)
     _figure(here, path, paths, metrics, output / "exact_lm.png")
-    seconds = time.perf_counter() - began
-    written = results.write_results(
-        output, name="exact_lm", config=config, seeds=range(config.seeds), seconds=seconds,
-        metrics=metrics,
-    )  # fmt: skip
-    console.print(f"{written} and the figure beside it, in {seconds:.0f} s")
-    return written
+    return start.end(metrics, seeds=range(config.seeds), beside="exact_lm.png")
 
 
 def _kl(here: worlds.World) -> float:
@@ -163,7 +160,4 @@ def _figure(
     plt.close(figure)
 
 
-def cli() -> None:
-    """Entry of ``python -m experiments.exact_lm``."""
-    with reported():
-        main(tyro.cli(Config, description=__doc__))
+cli = study.entry(main, Config, __doc__)

@@ -11,7 +11,6 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Float
 from rich.console import Console
 
+from experiments import study
 from experiments.hh_harmless import words
 from experiments.plotting import grid
 from jax_klrlhf import models, results
@@ -30,7 +29,7 @@ from jax_klrlhf.core import bradley_terry
 from jax_klrlhf.data import prepare, tokenize
 from jax_klrlhf.data.prepare import Prepared
 from jax_klrlhf.data.sources import open_source
-from jax_klrlhf.errors import InputError, reported
+from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import pretrained
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.programs import run as runs
@@ -76,6 +75,20 @@ class Config:
     rows: int | None = None
     """Records read of each file; all by default."""
 
+    def resized(self) -> "Config":
+        """This, or the toy size if it was asked for."""
+        return dataclasses.replace(self, **SMOKE) if self.smoke else self
+
+    def names(self) -> list[str]:
+        """Of the data sets: their files', without endings."""
+        return [path.name.split(".")[0] for path in self.data]
+
+    def check(self) -> None:
+        """Refuse what cannot run, before any compute is spent."""
+        names = self.names()
+        if not names or len(set(names)) != len(names) or self.seeds < 1:
+            raise InputError("--data needs files of different names, and --seeds at least 1.")
+
 
 SMOKE = {
     "rows": 96,
@@ -97,14 +110,9 @@ Record = Mapping[str, Any]
 
 def main(config: Config, *, console: Console | None = None) -> Path:
     """Run every data set and return the path of ``results.json``."""
-    console = console or Console()
-    began = time.perf_counter()
-    if config.smoke:
-        config = dataclasses.replace(config, **SMOKE)
-    names = [path.name.split(".")[0] for path in config.data]
-    if not names or len(set(names)) != len(names) or config.seeds < 1:
-        raise InputError("--data needs files of different names, and --seeds at least 1.")
-    output = results.output_folder(config.output)
+    here = study.begin("hh_harmless", config, console=console)
+    config, output, console = here.config, here.output, here.console
+    names = config.names()
     split = {n: _split(p, config) for n, p in zip(names, config.data, strict=True)}
     metrics: dict[str, Metric] = {}
     for name, (train, test) in split.items():
@@ -113,23 +121,10 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         metrics |= {f"{name}/{key}": metric for key, metric in found.items()}
         results.print_table(f"{name}, held out", _table(found), console=console)
     _figure(metrics, output / "accuracy.png")
-    seconds = time.perf_counter() - began
-    path = results.write_results(
-        output,
-        name="hh_harmless",
-        config=config,
-        seeds=range(config.seeds),
-        seconds=seconds,
-        metrics=metrics,
-    )
-    console.print(f"{path} and accuracy.png beside it, in {seconds:.0f} s", highlight=False)
-    return path
+    return here.end(metrics, seeds=range(config.seeds), beside="accuracy.png")
 
 
-def cli() -> None:
-    """Entry of ``python -m experiments.hh_harmless``."""
-    with reported():
-        main(tyro.cli(Config, description=__doc__))
+cli = study.entry(main, Config, __doc__)
 
 
 def _split(path: Path, config: Config) -> tuple[list[Record], list[Record]]:

@@ -14,7 +14,6 @@ vary, so the other group's reward is a matter of extrapolation.
 """
 
 import dataclasses
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,18 +21,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import plotting
+from experiments import plotting, study
 from jax_klrlhf import bandit, results
 from jax_klrlhf.bandit import human, pessimism
 from jax_klrlhf.core import ellipsoid
 from jax_klrlhf.core.numerics import Scalar, expectation
-from jax_klrlhf.errors import InputError, reported
+from jax_klrlhf.errors import InputError
 
 DATASETS = ("train_tickets", "cars")
 KINDS = ("mixed", "one group")
@@ -230,11 +228,8 @@ def by_person(world: World, outcome: Outcome, known: Bool[np.ndarray, " situatio
 
 def main(config: Config, *, console: Console | None = None) -> Path:
     """Run every split, draw the figure, print the tables; returns the path of ``results.json``."""
-    console = console or Console()
-    began = time.perf_counter()
-    config = config.resized()
-    config.check()
-    output = results.output_folder(config.output)
+    here = study.begin("human_choices", config, console=console)
+    config, output, console = here.config, here.output, here.console
     worlds = {name: open_world(name, config) for name in config.datasets}
     found: dict[str, dict[tuple[int, str, float], list[ByPerson]]] = {}
     with Progress(console=console) as progress:
@@ -247,17 +242,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
             metrics |= _numbers(panel, world, splits)
         _print(config, name, world, found[name], metrics, console)
     _figure(config, worlds, found, output / "human_choices.png")
-    seconds = time.perf_counter() - began
-    path = results.write_results(
-        output,
-        name="human_choices",
-        config=config,
-        seeds=[config.seed],
-        seconds=seconds,
-        metrics=metrics,
-    )
-    console.print(f"{path} and human_choices.png beside it, in {seconds:.0f} s")
-    return path
+    return here.end(metrics, beside="human_choices.png")
 
 
 def _splits(
@@ -402,7 +387,4 @@ def _figure(
     plotting.save(figure, target)
 
 
-def cli() -> None:
-    """Entry of ``python -m experiments.human_choices``."""
-    with reported():
-        main(tyro.cli(Config, description=__doc__))
+cli = study.entry(main, Config, __doc__)

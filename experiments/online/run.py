@@ -14,21 +14,19 @@ every round.
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Array, Float, Key
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import plotting
+from experiments import plotting, study
 from jax_klrlhf import bandit, results
-from jax_klrlhf.errors import InputError, reported
+from jax_klrlhf.errors import InputError
 
 LEARNERS: dict[str, Callable[["Config"], bandit.Learner]] = {
     "GSHF": lambda c: bandit.gshf(radius=c.radius),
@@ -170,11 +168,8 @@ def first_below(
 
 def main(config: Config, *, console: Console | None = None) -> Path:
     """Run both parts, draw the figures, print the tables; returns the path of ``results.json``."""
-    console = console or Console()
-    began = time.perf_counter()
-    config = config.resized()
-    config.check()
-    output = results.output_folder(config.output)
+    here = study.begin("online", config, console=console)
+    config, output, console = here.config, here.output, here.console
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
     cells = [(name, m, d) for name in config.racers for m in config.batches for d in config.dims]
     race: dict[tuple[str, int, int], np.ndarray] = {}
@@ -208,17 +203,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     metrics |= _regret_numbers(config, curves, console)
     _race_figure(config, race, output / "target.png")
     _regret_figure(config, curves, output / "regret.png")
-    seconds = time.perf_counter() - began
-    path = results.write_results(
-        output,
-        name="online",
-        config=config,
-        seeds=[config.seed],
-        seconds=seconds,
-        metrics=metrics,
-    )
-    console.print(f"{path}, target.png and regret.png beside it, in {seconds:.0f} s")
-    return path
+    return here.end(metrics, beside="target.png and regret.png")
 
 
 def _play(keys: Array, name: str, config: Config, **sizes: int) -> np.ndarray:
@@ -392,7 +377,4 @@ def _regret_figure(config: Config, curves: Mapping[str, np.ndarray], target: Pat
     plotting.save(figure, target)
 
 
-def cli() -> None:
-    """Entry of ``python -m experiments.online``."""
-    with reported():
-        main(tyro.cli(Config, description=__doc__))
+cli = study.entry(main, Config, __doc__)

@@ -16,7 +16,6 @@ least radius for which T1 is a theorem: a bound violated there would be a wrong 
 
 import dataclasses
 import functools
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,18 +23,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Array, Bool, Float, Key
 from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import plotting
+from experiments import plotting, study
 from jax_klrlhf import bandit, results
 from jax_klrlhf.bandit import pessimism
 from jax_klrlhf.core import bounds, uncertainty
 from jax_klrlhf.core.numerics import Scalar
-from jax_klrlhf.errors import InputError, reported
+from jax_klrlhf.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,11 +229,8 @@ def sweep(config: Config, *, console: Console) -> tuple[dict[int, Measured], dic
 
 def main(config: Config, *, console: Console | None = None) -> Path:
     """Run the sweeps, draw the figure, print the tables; returns the path of ``results.json``."""
-    console = console or Console()
-    began = time.perf_counter()
-    config = config.resized()
-    config.check()
-    output = results.output_folder(config.output)
+    here = study.begin("rates", config, console=console)
+    config, output, console = here.config, here.output, here.console
     by_dim, by_bound = sweep(config, console=console)
     base = by_bound.get(config.bound) or by_dim[config.dim]
     metrics = _numbers(config, base, by_dim, by_bound)
@@ -249,17 +244,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         caption="95 % percentile bootstrap over seeds; theory: see experiments/rates/README.md",
     )
     _print_confidence(config, by_dim, by_bound, console)
-    seconds = time.perf_counter() - began
-    path = results.write_results(
-        output,
-        name="rates",
-        config=config,
-        seeds=[config.seed],
-        seconds=seconds,
-        metrics=metrics,
-    )
-    console.print(f"{path} and rates.png beside it, in {seconds:.0f} s")
-    return path
+    return here.end(metrics, beside="rates.png")
 
 
 SHRUNK = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
@@ -514,7 +499,4 @@ def _figure(
     plotting.save(figure, target)
 
 
-def cli() -> None:
-    """Entry of ``python -m experiments.rates``."""
-    with reported():
-        main(tyro.cli(Config, description=__doc__))
+cli = study.entry(main, Config, __doc__)
