@@ -388,9 +388,11 @@ def _unrolled(block, stacked, carry, layer, memory, tables, shared) -> Any:
     """The blocks one by one, from stacked weights and a list of caches: ``(x, caches)``."""
     x, caches = carry
     written = []
+    # Traced and lowered once, whatever the number of layers.
+    one = jax.jit(block.apply)
     for number, mine in enumerate(caches):
         variables, facts, read = jax.tree.map(operator.itemgetter(number), (stacked, layer, memory))
-        (x, mine), _ = block.apply(variables, (x, mine), facts, read, tables, shared)
+        (x, mine), _ = one(variables, (x, mine), facts, read, tables, shared)
         written.append(mine)
     return x, written
 

@@ -12,7 +12,7 @@ import safetensors.numpy
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import lora as lora_lib
-from jax_klrlhf.models import partition
+from jax_klrlhf.models import partition, pretrained
 from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.models.lora import Lora
 from jax_klrlhf.models.transformer import language_model
@@ -165,3 +165,112 @@ def test_adapters_are_sharded_like_what_they_adapt(params):
     assert specs["base"]["layers"]["query"]["kernel"][1:3] == ("fsdp", "tensor")
     assert specs["lora"]["layers"]["query"]["a"][1] == "fsdp"
     assert specs["lora"]["layers"]["query"]["b"][2] == "tensor"
+
+
+GPT2 = ModelConfig(
+    vocab_size=31,
+    hidden_size=12,
+    intermediate_size=20,
+    layers=2,
+    heads=3,
+    kv_heads=3,
+    head_dim=4,
+    max_length=32,
+    family="gpt2",
+    norm="layer",
+    gated=False,
+    activation="gelu_tanh",
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    learned_positions=True,
+    ropes=None,
+)
+
+
+@pytest.mark.parametrize(
+    "targets", [("query", "key", "value", "out", "up", "down"), ("query", "value"), ("down",)]
+)
+def test_gpt2_adapters_in_peft_files(tmp_path, targets):
+    """Its query, key and value are one matrix: PEFT's update of that is ours, column by column."""
+    lora = Lora(rank=2, alpha=3.0, targets=targets)
+    rng = np.random.default_rng(0)
+    adapter = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype),
+        lora_lib.init(jax.random.key(0), GPT2, lora),
+    )
+    folder = lora_lib.save(tmp_path / "adapter", GPT2, lora, adapter)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["fan_in_fan_out"]
+    tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    base = tiny.params(GPT2)
+    before, after = (
+        pretrained.save(tmp_path / name, GPT2, p) / "model.safetensors"
+        for name, p in (
+            ("base", base),
+            ("merged", lora_lib.merge({"base": base, "lora": adapter}, lora)),
+        )
+    )
+    before, after = safetensors.numpy.load_file(before), safetensors.numpy.load_file(after)
+    changed = set()
+    for name in before:
+        update = after[name].astype(float) - before[name]
+        module = name.removesuffix(".weight")
+        key = f"base_model.model.{module}.lora_{{}}.weight"
+        if key.format("A") not in tensors:
+            np.testing.assert_array_equal(update, 0)
+            continue
+        changed.add(module.partition(".h.")[2][2:])
+        short = next(t for t in settings["target_modules"] if module.endswith("." + t))
+        # What PEFT does: alpha / r of the module's own, times (B A) as [in, out].
+        rank = settings["rank_pattern"].get(short, settings["r"])
+        alpha = settings["alpha_pattern"].get(short, settings["lora_alpha"])
+        a, b = tensors[key.format("A")], tensors[key.format("B")]
+        assert a.shape[0] == b.shape[1] == rank
+        np.testing.assert_allclose(update, alpha / rank * (b @ a).T, atol=1e-5)
+    assert changed == set(settings["target_modules"])
+    again, found = lora_lib.load(folder, GPT2)
+    assert again == lora
+    jax.tree.map(np.testing.assert_array_equal, found, adapter)
+
+
+def test_a_gpt2_adapter_by_peft_shares_its_low_rank(tmp_path):
+    """PEFT's own ``c_attn`` has one A for query, key and value: three adapters with equal A."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 12)), rng.normal(size=(36, 2))
+    key = "base_model.model.transformer.h.{}.attn.c_attn.lora_{}.weight"
+    tensors = {
+        key.format(i, x): m.astype(np.float32) for i in (0, 1) for x, m in (("A", a), ("B", b))
+    }
+    (tmp_path / "a").mkdir()
+    safetensors.numpy.save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["c_attn"]}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings))
+    lora, adapter = lora_lib.load(tmp_path / "a", GPT2)
+    assert lora == Lora(rank=2, alpha=8.0, targets=("query", "key", "value"))
+    for i, name in enumerate(lora.targets):
+        part = adapter["layers"][name]
+        np.testing.assert_allclose(
+            np.asarray(part["a"][1] @ part["b"][1]), (b[12 * i : 12 * (i + 1)] @ a).T, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"r": "2"}, "r='2'"),
+        ({"r": 0}, "r=0"),
+        ({"target_modules": []}, "target_modules=[]"),
+        ({"target_modules": [["q_proj"]]}, "target_modules"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ],
+    ids=str,
+)
+def test_damaged_adapters_are_one_line(moved, tmp_path, change, words):
+    folder = lora_lib.save(tmp_path / "adapter", CONFIG, LORA, moved["lora"])
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError) as error:
+        lora_lib.load(folder, CONFIG)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)

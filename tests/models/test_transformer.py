@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.models import attention
 from jax_klrlhf.models.config import ModelConfig, Rope
 from jax_klrlhf.models.transformer import language_model
 from tests.models import tiny
@@ -127,6 +128,28 @@ def test_the_program_holds_one_block_however_deep(inputs):
         return str(jax.make_jaxpr(lambda p: whole(config, p, prompts, ids))(shapes)).count("\n")
 
     assert equations(2) == equations(20)
+
+
+def test_a_step_of_unrolled_layers_is_traced_once(inputs, monkeypatch):
+    """On CPU each layer reads a cache of its own; thirty of them must not cost thirty traces."""
+    params, prompts, ids = inputs
+    model, traces = language_model(CONFIG), []
+    step = attention.step
+
+    def counted(*args, **options):
+        traces.append(1)
+        return step(*args, **options)
+
+    monkeypatch.setattr(attention, "step", counted)
+
+    def decode(params):
+        prefix = model.prefill(params, prompts)
+        cache = model.start(params, prefix, K, C)
+        assert isinstance(cache, list)
+        return model.decode(params, prefix, cache, ids[..., 0], jnp.int32(0))[0]
+
+    jax.eval_shape(decode, params)
+    assert len(traces) == 1 < CONFIG.layers
 
 
 def test_in_bfloat16_logits_are_float32_and_near(inputs):
