@@ -120,6 +120,7 @@ def save(
 
     GPT-2 keeps query, key and value in one matrix. The three adapters become one of three times the
     rank, by blocks: the same function at the same scale.
+
     With several hosts every process calls this and the first writes.
     """
     path = Path(path)
