@@ -10,6 +10,8 @@ Accepted shapes of a record, by the columns it has:
 
 Text, chat messages (a list of ``{"role", "content"}``) and token ids serve everywhere. ``label``
 (probability that the first response is preferred) and ``weight`` are optional.
+
+Numbers end in float32: a score lies within 1e30 of 0; a weight is 0, or between 1e-12 and 1e12.
 """
 
 import math
@@ -17,11 +19,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+from jax_klrlhf.data.messages import short
 from jax_klrlhf.errors import InputError
 
 Message: TypeAlias = Mapping[str, Any]
 Content: TypeAlias = str | list[Message] | list[int]
 """Text, chat messages, or token ids."""
+
+
+_SCORE = 1e30  # differences and their squares must be finite in float32
+_WEIGHT = 1e12
+_COLUMNS = 12  # named in a message
 
 
 class Example(NamedTuple):
@@ -84,6 +92,11 @@ def parse(record: Mapping[str, Any], *, columns: Columns, where: str) -> Example
     weight = _number(record, has, columns.weight, 1.0, where)
     if weight < 0.0:
         raise InputError(f"{where}, column {columns.weight!r}: weight {weight} is negative")
+    if weight and not 1 / _WEIGHT <= weight <= _WEIGHT:
+        raise InputError(
+            f"{where}, column {columns.weight!r}: weight {weight} is out of range: give 0, or "
+            f"{1 / _WEIGHT:g} to {_WEIGHT:g} (only ratios of weights count)"
+        )
     return Example(prompt, responses, scores, label, weight, where)
 
 
@@ -139,13 +152,10 @@ def _scores(
             f"{where}, column {given[0]!r}: {len(values)} values for {count} responses: one each"
         )
     for value in values:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
+        if not _is_number(value) or abs(value) > _SCORE:
             raise InputError(
-                f"{where}, column {given[0]!r}: expected finite numbers, found {value!r}"
+                f"{where}, column {given[0]!r}: expected finite numbers within {_SCORE:g} of 0, "
+                f"found {short(value)}"
             )
     sign = 1.0 if given[0] == columns.scores else -1.0
     return [sign * float(value) for value in values]
@@ -153,6 +163,7 @@ def _scores(
 
 def _content(value: Any, place: str) -> Content:
     if isinstance(value, str):
+        _check_text(value, place)
         return value
     if hasattr(value, "tolist"):
         value = value.tolist()
@@ -166,13 +177,34 @@ def _content(value: Any, place: str) -> Content:
                 ):
                     raise InputError(
                         f"{place}: a chat message needs text under 'role' and 'content', found "
-                        f"keys {sorted(item)}"
+                        f"keys {_listed(item)}"
                     )
+                _check_text(item, place)
             return [dict(item) for item in value]
     raise InputError(
         f"{place}: expected text, a list of chat messages or a list of token ids, found "
-        f"{_short(value)}"
+        f"{short(value)}"
     )
+
+
+def _check_text(value: Any, place: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can hold and no tokenizer reads."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Mapping):
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            waiting += item
+        elif isinstance(item, str) and not item.isascii():
+            try:
+                item.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"{place}: character {error.start} is half of a surrogate pair "
+                    f"(U+{ord(item[error.start]):04X}), which is no text: write the file anew as "
+                    "UTF-8, or remove the character"
+                ) from None
 
 
 def _chat(
@@ -229,23 +261,34 @@ def _number(
     if name not in has:
         return default
     value = record[name]
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{where}, column {name!r}: expected a finite number, found {value!r}")
+    if not _is_number(value) and not isinstance(value, bool):
+        raise InputError(
+            f"{where}, column {name!r}: expected a finite number, found {short(value)}"
+        )
     return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Finite also as a float, which an integer of hundreds of digits is not."""
+    try:
+        return (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and math.isfinite(float(value))
+        )
+    except OverflowError:
+        return False
 
 
 def _list(value: Any, place: str) -> list[Any]:
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
-        raise InputError(f"{place}: expected a list, found {_short(value)}")
+        raise InputError(f"{place}: expected a list, found {short(value)}")
     return list(value)
 
 
 def _listed(record: Mapping[str, Any]) -> str:
-    return ", ".join(repr(name) for name in record) or "none"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    names = [short(name, 40) for name in record]
+    more = len(names) - _COLUMNS
+    return ", ".join(names[:_COLUMNS] + [f"and {more} more"] * (more > 0)) or "none"

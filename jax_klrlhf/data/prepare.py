@@ -30,14 +30,14 @@ from jax_klrlhf.data import buckets, records, tokenize
 from jax_klrlhf.data.arrange import Arrangement, as_is
 from jax_klrlhf.data.batch import Lengths, Loader, Own
 from jax_klrlhf.data.examples import Columns
+from jax_klrlhf.data.facts import PLACES, Facts
+from jax_klrlhf.data.messages import first_line, short
 from jax_klrlhf.data.rows import Dropped, Row, encode
 from jax_klrlhf.data.sources import Source, open_source
-from jax_klrlhf.data.tfds_folder import first_line, short
 from jax_klrlhf.errors import InputError
 
 _FORMAT = 2  # raised when the rules of tokenizing or the layout of the folder change
 _MANIFEST = "prepared.json"
-_PLACES = 5  # dropped examples named in the manifest, per reason
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,6 +103,8 @@ def build(
     *,
     max_prompt_length: int,
     max_response_length: int,
+    max_length: int | None = None,
+    control_tokens: bool = False,
     split: str | None = None,
     columns: Columns | None = None,
     arrange: Arrangement = as_is,
@@ -117,6 +119,9 @@ def build(
         folder: appears whole or not at all; its parent is made.
         max_prompt_length: tokens; longer prompts lose their beginning.
         max_response_length: tokens; longer responses lose their end.
+        max_length: tokens of prompt and longest response together, the model's context; see
+            :func:`rows.cut_to_context`.
+        control_tokens: read control tokens in a text as such; see :mod:`tokenize`, rule 9.
         split: of the source, where it has several.
         columns: what the columns are called.
         arrange: examples to examples, of :mod:`arrange` or one's own: a function with a name, by
@@ -132,7 +137,7 @@ def build(
     if not 0.0 <= test_fraction < 1.0:
         raise InputError(f"test_fraction {test_fraction}: a share of the prompts in [0, 1)")
     opened = source if isinstance(source, Source) else open_source(source, split=split)
-    encoder = tokenize.encoder(tokenizer)
+    encoder = tokenize.encoder(tokenizer, control_tokens=control_tokens)
     named = columns or Columns()
     folder = Path(folder)
     recipe = {
@@ -141,6 +146,8 @@ def build(
         "tokenizer": encoder.fingerprint(),
         "max_prompt_length": max_prompt_length,
         "max_response_length": max_response_length,
+        "max_length": max_length,
+        "control_tokens": control_tokens,
         "columns": asdict(named),
         "arrange": _name(arrange),
         "test_fraction": test_fraction,
@@ -152,6 +159,7 @@ def build(
             arrange(opened.examples(columns=named)),
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
+            max_length=max_length,
         )
         manifest = {
             "recipe": recipe,
@@ -220,15 +228,16 @@ def _write(
     splits = ["train", "test"] if test_fraction > 0 else ["train"]
     writer = records.Writer(folder, splits)
     lengths = {name: _Lengths() for name in splits}
+    facts = {name: Facts() for name in splits}
     dropped: dict[str, dict[str, Any]] = {}
-    cut = {"prompts": 0, "responses": 0}
+    cut = {"prompts": 0, "responses": 0, "to the context": 0}
     examples = 0
     for item in items:
         examples += 1
         if isinstance(item, Dropped):
             entry = dropped.setdefault(item.reason, {"count": 0, "first": []})
             entry["count"] += 1
-            entry["first"] = [*entry["first"], item.where][:_PLACES]
+            entry["first"] = [*entry["first"], item.where][:PLACES]
             continue
         testing = test_fraction > 0 and in_test_split(
             item.prompt, test_fraction=test_fraction, split_seed=split_seed
@@ -239,8 +248,10 @@ def _write(
         except Exception as error:  # of ArrayRecord, where the disk is full
             raise _NotWritten(first_line(error)) from error
         lengths[name].add(item)
+        facts[name].add(item)
         cut["prompts"] += item.lost[0] > 0
         cut["responses"] += item.lost[1] > 0
+        cut["to the context"] += item.cut_to_context
     try:
         writer.close()
     except Exception as error:
@@ -261,6 +272,7 @@ def _write(
         "splits": {name: len(lengths[name].prompts) for name in splits},
         "dropped": dropped,
         "rows_with_cut": cut,
+        "facts": {name: found.to_json() for name, found in facts.items()},
     }
 
 

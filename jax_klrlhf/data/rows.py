@@ -25,6 +25,10 @@ class Row(NamedTuple):
     """Place in the source, counted from 0, dropped examples counted too."""
     lost: tuple[int, int] = (0, 0)
     """Tokens that the cuts took from the prompt, and from all responses together."""
+    cut_to_context: bool = False
+    """Whether prompt and longest response together were longer than the context."""
+    where: str = ""
+    """File and line, for messages; records do not keep it."""
 
 
 class Dropped(NamedTuple):
@@ -40,8 +44,11 @@ def encode(
     *,
     max_prompt_length: int,
     max_response_length: int,
+    max_length: int | None = None,
 ) -> Iterator[Row | Dropped]:
     """Examples to rows of ids, in order, cut to the two lengths (both in tokens).
+
+    `max_length`: of prompt and longest response together, by :func:`cut_to_context`.
 
     Every example gives one item: its :class:`Row`, or :class:`Dropped` with the reason. Raises
     :class:`InputError` with the example's place where its content cannot be tokenized.
@@ -51,6 +58,8 @@ def encode(
             f"lengths of prompt and response must be at least 1 token, not {max_prompt_length} "
             f"and {max_response_length}"
         )
+    if max_length is not None and max_length < 2:
+        raise InputError(f"max_length {max_length}: a prompt and a response have 2 tokens at least")
     iterator = iter(examples)
     number = 0
     while chunk := list(islice(iterator, _CHUNK)):
@@ -69,6 +78,12 @@ def encode(
             uncut = len(prompt), sum(map(len, responses))
             prompt = cut_prompt(prompt, max_prompt_length, begin=encoder.begin)
             responses = [cut_response(response, max_response_length) for response in responses]
+            total = len(prompt) + max(map(len, responses), default=0)
+            beyond = max_length is not None and total > max_length
+            if beyond:
+                prompt, responses = cut_to_context(
+                    prompt, responses, max_length, begin=encoder.begin
+                )
             lost = uncut[0] - len(prompt), uncut[1] - sum(map(len, responses))
             if reason is None and len(responses) > 1 and _all_equal(responses):
                 reason = "identical responses after the cut"
@@ -81,6 +96,8 @@ def encode(
                     weight=example.weight,
                     number=number,
                     lost=lost,
+                    cut_to_context=beyond,
+                    where=example.where,
                 )
             else:
                 yield Dropped(reason, example.where)
@@ -109,6 +126,21 @@ def cut_response(ids: Sequence[int], max_length: int) -> list[int]:
     [5, 6, 7]
     """
     return list(ids[:max_length])
+
+
+def cut_to_context(
+    prompt: Sequence[int], responses: Sequence[Sequence[int]], max_length: int, *, begin: int | None
+) -> tuple[list[int], list[list[int]]]:
+    """Prompt and responses of `max_length` tokens together at most, the longest response counted.
+
+    The prompt gives first, down to half of the length; then the responses.
+
+    >>> cut_to_context([1, 5, 6, 7, 8, 9], [[5, 6, 7, 8, 9, 2], [5, 2]], 8, begin=1)
+    ([1, 7, 8, 9], [[5, 6, 7, 8], [5, 2]])
+    """
+    longest = max(map(len, responses), default=0)
+    kept = cut_prompt(prompt, max(max_length - longest, max_length // 2), begin=begin)
+    return kept, [cut_response(response, max_length - len(kept)) for response in responses]
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:

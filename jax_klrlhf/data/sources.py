@@ -13,10 +13,12 @@
 Only data is read: no script that comes with a data set is run.
 """
 
+import codecs
 import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,13 +29,16 @@ import numpy as np
 
 from jax_klrlhf.data import tfds_folder
 from jax_klrlhf.data.examples import Columns, Example, parse
-from jax_klrlhf.data.tfds_folder import first_line
+from jax_klrlhf.data.messages import first_line
 from jax_klrlhf.errors import InputError
 
 Record: TypeAlias = tuple[str, Mapping[str, Any]]
 """Place (file and line) and columns."""
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
+_LINE = 64 * 2**20
+_ARRAY = 512 * 2**20
 _SPLITS = {"train": ("train", "training"), "test": ("test", "testing", "eval", "evaluation")}
 _SPLITS["validation"] = ("validation", "valid", "val", "dev")
 
@@ -96,10 +101,23 @@ def _in_memory(records: list[Mapping[str, Any]]) -> Source:
             yield f"record {number}", record
 
     def fingerprint() -> str:
-        text = json.dumps([dict(record) for record in records], sort_keys=True)
+        content = [dict(record) for record in records]
+        try:
+            text = json.dumps(content, sort_keys=True, default=_listed)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"records in memory: not data ({first_line(error)}): give text, numbers and lists"
+            ) from error
         return hashlib.sha256(text.encode()).hexdigest()
 
     return Source(name="records in memory", records=read, fingerprint=fingerprint)
+
+
+def _listed(value: Any) -> Any:
+    """Arrays as the lists that they are read as."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} in a column")
 
 
 def _files(name: str, paths: Sequence[Path]) -> Source:
@@ -123,36 +141,89 @@ def hash_files(paths: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file with their numbers, blank ones left out; ``.gz`` is unpacked.
+
+    Raises :class:`InputError` naming the line that is not UTF-8, or too long to be one.
+    """
+    opened = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opened(path, "rb") as file:
+            while line := file.readline(_LINE + 1):
+                number += 1
+                if len(line) > _LINE:
+                    raise InputError(
+                        f"{path}, line {number}: longer than {_LINE >> 20} MiB: is it one record a "
+                        "line?"
+                    )
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)  # a byte order mark is no content
+                if line.strip():
+                    yield number, line.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}, line {number}, byte {error.start + 1}: not readable as UTF-8 "
+            f"({error.reason}): write the file anew as UTF-8"
+        ) from error
+    except _GZIP as error:
+        raise InputError(
+            f"{path}, after line {number}: not readable ({first_line(error)}): is it whole?"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path}: not readable ({error.strerror or error})") from error
+
+
 def _json(path: Path) -> Iterator[Record]:
+    if ".json" in path.suffixes and _begins_array(path):
+        yield from _array(path)
+        return
+    for number, line in lines(path):
+        where = f"{path}, line {number}"
+        yield _object(_parsed(line, where, "one object a line is expected"), where)
+
+
+def _begins_array(path: Path) -> bool:
+    return next((line.lstrip().startswith("[") for _, line in lines(path)), False)
+
+
+def _array(path: Path) -> Iterator[Record]:
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:  # a byte order mark is no content
-            array = ".json" in path.suffixes and file.read(256).lstrip().startswith("[")
-            file.seek(0)
-            if array:
-                try:
-                    items = json.load(file)
-                except json.JSONDecodeError as error:
-                    raise InputError(
-                        f"{path}, line {error.lineno}, column {error.colno}: not JSON "
-                        f"({error.msg}): the file begins as one array of objects"
-                    ) from error
-                for number, item in enumerate(items):
-                    yield _object(item, f"{path}, item {number}")
-                return
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    item = json.loads(line.rstrip("\r\n"))
-                except json.JSONDecodeError as error:
-                    raise InputError(
-                        f"{path}, line {number}, column {error.colno}: not JSON ({error.msg}): "
-                        "one object a line is expected"
-                    ) from error
-                yield _object(item, f"{path}, line {number}")
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: not readable as UTF-8 JSON ({error}): is it whole?") from error
+        with opened(path, "rb") as file:
+            content = file.read(_ARRAY + 1)
+            if len(content) > _ARRAY:
+                raise InputError(
+                    f"{path}: one array of more than {_ARRAY >> 20} MiB, which is held in memory "
+                    "whole: write one object a line (.jsonl)"
+                )
+            text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path}, line {number}: not readable as UTF-8 ({error.reason} at byte {error.start}): "
+            "write the file anew as UTF-8"
+        ) from error
+    except _GZIP as error:
+        raise InputError(f"{path}: not readable ({first_line(error)}): is it whole?") from error
+    items = _parsed(text, str(path), "the file begins as one array of objects", whole=True)
+    for number, item in enumerate(items):
+        yield _object(item, f"{path}, item {number}")
+
+
+def _parsed(text: str, where: str, expected: str, *, whole: bool = False) -> Any:
+    """JSON of a line, or of a whole file. Raises :class:`InputError` naming line and column."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if whole else ""
+        raise InputError(
+            f"{where}{line}, column {error.colno}: not JSON ({error.msg}): {expected}"
+        ) from error
+    except RecursionError as error:
+        raise InputError(f"{where}: nested too deeply to be data: {expected}") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise InputError(f"{where}: not readable ({first_line(error)}): {expected}") from error
 
 
 def _object(item: Any, where: str) -> Record:
@@ -165,16 +236,27 @@ def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
-                yield f"{path}, row {number}", record
-                number += 1
-        file.close()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not readable as Parquet ({error}): is it whole?") from error
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                try:
+                    records = batch.to_pylist()
+                except UnicodeDecodeError:  # one by one, up to the one that it is
+                    records = (batch.slice(k, 1).to_pylist()[0] for k in range(len(batch)))
+                for record in records:
+                    yield f"{path}, row {number}", record
+                    number += 1
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}, row {number}: a text is not readable as UTF-8 ({error.reason}): write the "
+            "file anew"
+        ) from error
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"{path}, after row {number}: not readable as Parquet ({first_line(error)}): is it "
+            "whole?"
+        ) from error
 
 
 def _split_files(folder: Path, split: str | None) -> list[Path]:

@@ -1,131 +1,37 @@
-"""What is in a data set, before any compute is spent on it.
+"""What is in a data set, before any compute is spent on it."""
 
->>> print(length_summary([1, 2, 3, 4]))
-LengthSummary(mean=2.5, median=2, p90=4, p99=4, max=4)
-"""
-
-import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jax_klrlhf.data import arrange, prepare, tokenize
+from jax_klrlhf.data import arrange, facts, prepare, tokenize
 from jax_klrlhf.data.examples import Columns
+from jax_klrlhf.data.facts import Description, LengthSummary, describe, length_summary
 from jax_klrlhf.data.prepare import Prepared
-from jax_klrlhf.data.rows import Row
 
-_CHUNK = 1000
-
-
-class LengthSummary(NamedTuple):
-    """Lengths in tokens."""
-
-    mean: float
-    median: int
-    p90: int
-    p99: int
-    max: int
-
-
-class Description(NamedTuple):
-    """Facts about rows. Shares are in [0, 1]; None where there is nothing to count."""
-
-    rows: int
-    prompts: int
-    """Different prompts."""
-    responses: Mapping[int, int]
-    """Number of responses -> rows that have it."""
-    duplicates: int
-    """Rows whose prompt and responses all repeat an earlier row's."""
-    contradictions: int
-    """Rows whose first two responses stand the other way round in another row of the prompt."""
-    ties: int
-    """Rows whose first two responses have equal scores."""
-    prompt_length: LengthSummary | None
-    first_length: LengthSummary | None
-    """Of the first (chosen) response."""
-    other_length: LengthSummary | None
-    """Of all other responses."""
-    first_longer: float | None
-    """Share of rows whose first response is longer than the second."""
-    first_shorter: float | None
-
-
-def length_summary(lengths: Sequence[int] | np.ndarray) -> LengthSummary | None:
-    """Mean and quantiles; None of no lengths."""
-    values = np.asarray(lengths)
-    if not values.size:
-        return None
-    median, p90, p99 = np.quantile(values, [0.5, 0.9, 0.99], method="inverted_cdf").tolist()
-    return LengthSummary(float(values.mean()), int(median), int(p90), int(p99), int(values.max()))
-
-
-def describe(rows: Iterable[Row]) -> Description:
-    """Count, measure and compare rows; reads each once, keeps hashes and lengths only."""
-    prompts: set[bytes] = set()
-    contents: set[bytes] = set()
-    pairs: Counter[tuple[bytes, bytes, bytes]] = Counter()
-    prompt_lengths: list[int] = []
-    first: list[int] = []
-    other: list[int] = []
-    longer: list[int] = []
-    responses: Counter[int] = Counter()
-    duplicates = ties = 0
-    for row in rows:
-        prompt = _digest(row.prompt)
-        each = [_digest(response) for response in row.responses]
-        content = b"".join([prompt, *each])
-        duplicates += content in contents
-        contents.add(content)
-        prompts.add(prompt)
-        responses[len(each)] += 1
-        prompt_lengths.append(len(row.prompt))
-        first.extend(len(response) for response in row.responses[:1])
-        other.extend(len(response) for response in row.responses[1:])
-        if len(each) > 1:
-            pairs[prompt, each[0], each[1]] += 1
-            longer.append(len(row.responses[0]) - len(row.responses[1]))
-            ties += row.scores[0] == row.scores[1]
-    return Description(
-        rows=len(prompt_lengths),
-        prompts=len(prompts),
-        responses=dict(sorted(responses.items())),
-        duplicates=duplicates,
-        contradictions=sum(n for (x, a, b), n in pairs.items() if (x, b, a) in pairs),
-        ties=ties,
-        prompt_length=length_summary(prompt_lengths),
-        first_length=length_summary(first),
-        other_length=length_summary(other),
-        first_longer=float(np.mean(np.array(longer) > 0)) if longer else None,
-        first_shorter=float(np.mean(np.array(longer) < 0)) if longer else None,
-    )
+__all__ = ["DataConfig", "Description", "LengthSummary", "describe", "describe_prepared"]
+__all__ += ["length_summary", "main", "table"]
 
 
 def describe_prepared(prepared: Prepared) -> Description:
-    """:func:`describe` for one split of a prepared folder."""
-
-    def rows() -> Iterator[Row]:
-        for start in range(0, len(prepared), _CHUNK):
-            yield from prepared.fetch(range(start, min(start + _CHUNK, len(prepared))))
-
-    return describe(rows())
+    """:func:`describe` for one split of a prepared folder, as it was counted when it was made."""
+    return facts.from_json(prepared.manifest["facts"][prepared.split])
 
 
 def table(prepared: Mapping[str, Prepared]) -> Table:
     """The splits of a prepared folder side by side, and what the preparation dropped and cut."""
-    facts = {name: describe_prepared(split) for name, split in prepared.items()}
+    found = {name: describe_prepared(split) for name, split in prepared.items()}
     manifest = next(iter(prepared.values())).manifest
-    columns = list(facts.values())
+    columns = list(found.values())
     result = Table(title=f"{manifest['source']}, tokens of {manifest['tokenizer']}")
     result.add_column("")
-    for name in facts:
+    for name in found:
         result.add_column(name, justify="right")
 
     def add(label: str, value: Callable[[Description], Any]) -> None:
@@ -171,6 +77,12 @@ class DataConfig:
     """Tokens; a longer prompt loses its beginning."""
     max_response_length: int = 512
     """Tokens; a longer response loses its end."""
+    max_length: int | None = None
+    """Tokens of prompt and response together; by default the context of the model, where
+    --tokenizer is the folder of one."""
+    control_tokens: bool = False
+    """Read control tokens such as <|im_end|> in the data's text as such, not as words: for data
+    that were put in a chat template before."""
     test_fraction: float = 0.0
     """Share of the prompts to hold out as the split `test`."""
     split_seed: int = 0
@@ -191,6 +103,8 @@ def main(config: DataConfig, *, console: Console | None = None) -> dict[str, Pre
             config.output or Path(temporary) / "prepared",
             max_prompt_length=config.max_prompt_length,
             max_response_length=config.max_response_length,
+            max_length=config.max_length or _context(config.tokenizer),
+            control_tokens=config.control_tokens,
             split=config.split,
             columns=config.columns,
             arrange=getattr(arrange, config.arrange),
@@ -201,8 +115,15 @@ def main(config: DataConfig, *, console: Console | None = None) -> dict[str, Pre
     return None if config.output is None else splits
 
 
-def _digest(ids: Sequence[int]) -> bytes:
-    return hashlib.sha256(np.asarray(ids, np.int64).tobytes()).digest()
+def _context(model: str) -> int | None:
+    """Context of the model in a folder, None where the folder does not say."""
+    path = Path(model).expanduser() / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        lengths = [found.get(name) for name in ("max_position_embeddings", "n_positions")]
+    except (OSError, ValueError, AttributeError):
+        return None
+    return next((length for length in lengths if isinstance(length, int) and length > 1), None)
 
 
 def _text(value: Any) -> str:

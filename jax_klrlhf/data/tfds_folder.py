@@ -12,6 +12,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
+from jax_klrlhf.data.messages import first_line, short
 from jax_klrlhf.errors import InputError
 
 _OWN = re.compile(r"tensorflow_datasets\.core\.features\.\w+\.\w+", re.ASCII)
@@ -83,18 +84,6 @@ def find(name: str) -> Path:
             f"{'tfds:' + name!r} is {', '.join(map(str, found))}: give one of these folders"
         )
     return found[0]
-
-
-def short(value: Any, length: int = 60) -> str:
-    """A value from a file, as a message has room for it."""
-    text = repr(value[: 2 * length] if isinstance(value, str) else value)
-    return text if len(text) <= length else text[: length - 3] + "..."
-
-
-def first_line(error: BaseException) -> str:
-    """An error's own words, as far as they fit on a line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
 
 
 def _folders(place: Path) -> Iterator[Path]:

@@ -46,7 +46,7 @@ def test_rows_read_are_the_rows_written(byte_level, folder):
         {"prompt": "only"},
     ]
     (split,) = prepare.build(records, byte_level, folder, **LENGTHS).values()
-    expected = [row._replace(lost=(0, 0)) for row in encoded(byte_level, records)]
+    expected = [row._replace(lost=(0, 0), where="") for row in encoded(byte_level, records)]
     assert split.fetch([0, 1, 2]) == expected
     assert split.fetch([2, 0]) == [expected[2], expected[0]]  # random access
     assert split.responses == 3
@@ -95,6 +95,8 @@ def test_same_recipe_is_reused_and_each_other_one_refused_by_name(byte_level, no
         "tokenizer ": {"tokenizer": no_begin},
         "test_fraction 0.0 .now 0.5.": {"test_fraction": 0.5},
         "split_seed 0 .now 1.": {"split_seed": 1},
+        "max_length None .now 20.": {"max_length": 20},
+        "tokenizer .* control_tokens False .now True.": {"control_tokens": True},
         "columns ": {"columns": prepare.Columns(label="other")},
     }.items():
         with pytest.raises(InputError, match=f"prepared: prepared with another {key}"):

@@ -180,6 +180,22 @@ def test_fingerprint_is_of_the_content(tmp_path):
     assert sources.open_source(RECORDS[::-1]).fingerprint() != memory
 
 
+def scored(number):
+    return f'{{"prompt": "p", "responses": ["a", "b"], "scores": [{number}, 0]}}'.encode()
+
+
+def weighted(number):
+    return f'{{"prompt": "p", "chosen": "a", "rejected": "b", "weight": {number}}}'.encode()
+
+
+def damaged_gzip():
+    random = np.random.default_rng(0)
+    lines = b"".join(b'{"prompt": "%d"}\n' % n for n in random.integers(0, 10**9, 2000))
+    packed = bytearray(gzip.compress(lines))
+    packed[len(packed) // 2 : len(packed) // 2 + 40] = bytes(40)
+    return bytes(packed)
+
+
 BAD = {
     "not JSON": (
         "a.jsonl",
@@ -190,10 +206,33 @@ BAD = {
     "bad array": ("a.json", b'[{"prompt": "p"},\n x]', "a.json, line 2, column 2: not JSON"),
     "array item": ("a.json", b'[{"prompt": "p"}, 3]', "a.json, item 1: expected an object"),
     "column": ("a.jsonl", b'{"prompt": "p"}\n{"chosen": "c"}\n', "line 2: column 'rejected'"),
-    "not gzip": ("a.jsonl.gz", b"{}", "a.jsonl.gz: not readable"),
+    "not gzip": ("a.jsonl.gz", b"{}", "a.jsonl.gz, after line 0: not readable"),
     "torn gzip": ("a.jsonl.gz", gzip.compress(b'{"prompt": "p"}' * 99)[:-12], "is it whole"),
-    "not UTF-8": ("a.jsonl", b'{"prompt": "\xff"}', "a.jsonl: not readable"),
-    "not Parquet": ("a.parquet", b"PAR1 nothing", "a.parquet: not readable as Parquet"),
+    "not UTF-8": ("a.jsonl", b'\n\n{"prompt": "\xff"}', "line 3, byte 13: not readable"),
+    "not UTF-8 in an array": ("a.json", b'[\n{"prompt": "\xff"}]', "line 2: not readable as UTF-8"),
+    "not Parquet": ("a.parquet", b"PAR1 nothing", "a.parquet, after row 0: not readable as"),
+    "lone surrogate": ("a.jsonl", rb'{"prompt": "ab\ud83d"}', "'prompt'.*character 2 .*U.D83D"),
+    "lone surrogate in a chat": (
+        "a.jsonl",
+        rb'{"prompt": [{"role": "user", "content": "a", "name": "\udc00"}]}',
+        "line 1, column 'prompt': character 0 .*U.DC00",
+    ),
+    "nested": ("a.jsonl", b'{"prompt": ' + b"[" * 100_000, "line 1: nested too deeply"),
+    "nested array": ("a.json", b"[" * 100_000, "a.json: nested too deeply"),
+    "score of 400 digits": ("a.jsonl", scored("1" * 400), "'scores': expected finite.*found 111"),
+    "score of 5000 digits": ("a.jsonl", scored("1" * 5000), "line 1: not readable .*4300"),
+    "score 1e300": ("a.jsonl", scored("1e300"), r"'scores': .*within 1e.30 of 0, found 1e.300"),
+    "score NaN": ("a.jsonl", scored("NaN"), "'scores': expected finite numbers"),
+    "weight 1e39": ("a.jsonl", weighted("1e39"), r"'weight': weight 1e.39 is out of range"),
+    "weight 1e38": ("a.jsonl", weighted("1e38"), r"'weight': weight 1e.38 is out of range"),
+    "weight 1e-50": ("a.jsonl", weighted("1e-50"), "'weight': weight 1e-50 is out of range"),
+    "weight of 400 digits": ("a.jsonl", weighted("1" * 400), "'weight': expected a finite number"),
+    "gzip damaged in the middle": (
+        "a.jsonl.gz",
+        damaged_gzip(),
+        r"a.jsonl.gz, (after )?line [0-9]+",
+    ),
+    "array after a mark": ("a.json", b"\xef\xbb\xbf[{}", "a.json, line 1, column 4: not JSON"),
     "suffix": ("a.csv", b"prompt,chosen\n", "a.csv: not a format read here.*parquet"),
 }
 
@@ -227,3 +266,46 @@ def test_arrays_in_parquet_are_token_ids(tmp_path):
     (example,) = sources.open_source(write(tmp_path / "a.parquet", ids)).examples()
     assert (example.prompt, example.responses) == ([1, 2], [[4, 5], [3]])
     assert np.all(np.diff(example.scores) <= 0)
+
+
+def test_invalid_text_in_parquet_is_named_with_its_row(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    data = [b"fine"] * 1500 + [b"\xff\xfe"]
+    text = pa.array(data, pa.binary()).view(pa.string())  # not validated, as other writers do
+    pyarrow.parquet.write_table(pa.table({"prompt": text}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet, row 1500: a text is not readable as UTF-8"):
+        list(sources.open_source(tmp_path / "a.parquet").examples())
+
+
+def test_line_too_long_to_be_one_is_refused_by_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_LINE", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "p"}\n' + "x" * 1001)
+    records = sources.open_source(path).records()
+    assert next(records)[1] == {"prompt": "p"}
+    with pytest.raises(InputError, match=r"line 2: longer than .*one record a line"):
+        next(records)
+    monkeypatch.setattr(sources, "_ARRAY", 100)
+    (tmp_path / "a.json").write_text("[" + '{"prompt": "p"},' * 60 + "{}]")
+    with pytest.raises(InputError, match=r"held in memory whole"):
+        list(sources.open_source(tmp_path / "a.json").records())
+
+
+def test_long_column_names_are_cut_and_many_are_counted(tmp_path):
+    record = {"x" * 100_000: 1, **{f"column {n}": n for n in range(500)}}
+    with pytest.raises(InputError, match="and 489 more") as caught:
+        list(sources.open_source([record]).examples())
+    assert len(str(caught.value)) < 600
+
+
+def test_records_in_memory_may_hold_arrays_and_odd_ones_are_refused():
+    arrays = [{"prompt": np.array([1, 2]), "response": np.array([3])}]
+    lists = [{"prompt": [1, 2], "response": [3]}]
+    assert sources.open_source(arrays).fingerprint() == sources.open_source(lists).fingerprint()
+    with pytest.raises(InputError, match="records in memory: not data"):
+        sources.open_source([{"prompt": print}]).fingerprint()
+    huge = {"prompt": "p", "responses": ["a", "b"], "scores": [10**5000, 0]}
+    with pytest.raises(InputError, match="found a number of 16610 bits"):
+        list(sources.open_source([huge]).examples())
