@@ -177,11 +177,11 @@ def _texts(encoder: Encoder, example: Example) -> _Texts:
         return _Texts([r for r in example.responses if isinstance(r, str)], [], False, [])
     if _is_chat(example.prompt):
         messages: Any = example.prompt
-        prompt = encoder.render(messages, add_generation_prompt=True)
+        prompt = encoder.framed(messages, add_generation_prompt=True)
         continuing, replies = [], []
         for response in example.responses:
             reply: Any = response
-            text = encoder.render([*messages, *reply], add_generation_prompt=False)
+            text = encoder.framed([*messages, *reply], add_generation_prompt=False)
             if not text.startswith(prompt):
                 raise InputError(
                     f"the chat template of {encoder.tokenizer.name_or_path!r} "

@@ -19,6 +19,11 @@ separately, and the two rows of ids are what every other module handles.
 8. An **implicit prompt** is the longest common prefix of the responses *in tokens*: prompt plus
    response is the tokenization of the whole text, whatever token spans the boundary of the
    characters. Shared first words of the responses fall to the prompt; they cancel in any margin.
+9. What a **user wrote** is text: ``<|im_end|>`` or ``</s>`` within it are words, not the tokens
+   that end a turn, in plain text and in chat messages alike; see :mod:`control`. (The option
+   ``control_tokens`` reads them as tokens, for data that were put in a chat template before.)
+
+Everyone who encodes text does so by an :class:`Encoder`.
 """
 
 import hashlib
@@ -31,6 +36,7 @@ from typing import Any
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from jax_klrlhf.data.control import Control
 from jax_klrlhf.data.examples import Message
 from jax_klrlhf.errors import InputError
 
@@ -48,6 +54,10 @@ class Encoder:
     """Tokenizes the first words of a text."""
     continuation: tokenizers.Tokenizer
     """The same without the space invented before a first word."""
+    control: Control | None
+    """None: control tokens in a user's text are read as such."""
+    digest: str
+    """SHA-256 of the tokenizer that `opening` and `continuation` were made of."""
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a prompt, begin token first where the tokenizer has one."""
@@ -59,8 +69,22 @@ class Encoder:
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to where the assistant is to speak."""
-        text = self.render(messages, add_generation_prompt=True)
+        text = self.framed(messages, add_generation_prompt=True)
         return ids_of(self.opening, [text])[0]
+
+    def framed(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """A conversation as `opening` and `continuation` are to read it.
+
+        Unlike :meth:`render` it tells the template's control tokens from the same words in a
+        message, which is not for people to read.
+        """
+
+        def write(given: Sequence[Message]) -> str:
+            return self.render(given, add_generation_prompt=add_generation_prompt)
+
+        if self.control is None:
+            return write(messages)
+        return self.control.render([dict(message) for message in messages], write)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
@@ -95,11 +119,11 @@ class Encoder:
     def fingerprint(self) -> str:
         """SHA-256 of what decides the ids: vocabulary, rules, template, begin and end."""
         parts = [
-            self.opening.to_str(),
-            self.continuation.to_str(),
+            self.digest,
             self.tokenizer.chat_template,
             self.begin,
             self.end,
+            self.control is None,
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -119,8 +143,10 @@ def load(path: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
+def encoder(tokenizer: PreTrainedTokenizerBase, *, control_tokens: bool = False) -> Encoder:
     """The rules of this module for a transformers tokenizer.
+
+    `control_tokens`: read ``<|im_end|>``, ``</s>`` and the like in a text as tokens (rule 9).
 
     Raises :class:`InputError` where it has no end token, or is not backed by `tokenizers`.
     """
@@ -140,14 +166,22 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     added = tokenizer("")["input_ids"]
     assert isinstance(added, list)
     begins = bool(added) and added[0] == tokenizer.bos_token_id
-    opening = _plain(backend, continuing=False)
+    spec = json.loads(backend.to_str())
+    spec["truncation"] = spec["padding"] = spec["post_processor"] = None
+    control = None
+    if not control_tokens:
+        special = tokenizer.all_special_tokens
+        control = Control(spec, special=special, frame=_frame(tokenizer))
+    named = spec if control is None else control.renamed(spec)
     return Encoder(
         tokenizer=tokenizer,
         vocab_size=len(tokenizer),
         begin=added[0] if begins else None,
         end=end,
-        opening=opening,
-        continuation=_plain(backend, continuing=True),
+        opening=tokenizers.Tokenizer.from_str(json.dumps(named)),
+        continuation=tokenizers.Tokenizer.from_str(json.dumps(_continuing(named))),
+        control=control,
+        digest=hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest(),
     )
 
 
@@ -214,14 +248,24 @@ def ids_of(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[i
     return [e.ids for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def _plain(backend: tokenizers.Tokenizer, *, continuing: bool) -> tokenizers.Tokenizer:
-    """A copy without truncation, padding and added tokens; `continuing`: without invented space."""
-    spec = json.loads(backend.to_str())
-    spec["truncation"] = spec["padding"] = spec["post_processor"] = None
-    if continuing:
-        spec["normalizer"] = _continue_normalizer(spec["normalizer"])
-        spec["pre_tokenizer"] = _continue_pre_tokenizer(spec["pre_tokenizer"])
-    return tokenizers.Tokenizer.from_str(json.dumps(spec))
+def _frame(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes around a user's message, if it has it to say."""
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "x"}], add_generation_prompt=True, tokenize=False
+        )
+    except Exception:  # no template, or one that wants other messages
+        return ""
+    return text if isinstance(text, str) else ""
+
+
+def _continuing(spec: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer without the space that it invents before a text."""
+    return {
+        **spec,
+        "normalizer": _continue_normalizer(spec["normalizer"]),
+        "pre_tokenizer": _continue_pre_tokenizer(spec["pre_tokenizer"]),
+    }
 
 
 def _continue_normalizer(step: dict[str, Any] | None) -> dict[str, Any] | None:

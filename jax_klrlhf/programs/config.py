@@ -62,7 +62,11 @@ class TrainingConfig:
     max_prompt_length: int = 512
     """Tokens; a longer prompt loses its beginning."""
     max_response_length: int = 512
-    """Tokens; a longer response loses its end."""
+    """Tokens; a longer response loses its end. Where both together exceed the model's context, the
+    prompt gives first."""
+    control_tokens: bool = False
+    """Read control tokens such as <|im_end|> in the data's text as such, not as words: for data
+    that were put in a chat template before."""
     columns: Columns = field(default_factory=Columns)
     """What the columns are called."""
     batch_size: int = 64

@@ -20,7 +20,9 @@ from rich.console import Console
 from jax_klrlhf import models, placement
 from jax_klrlhf.core import pairs
 from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.data import check as suits
 from jax_klrlhf.data import tokenize
+from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import pretrained, scoring, stopping
 from jax_klrlhf.programs import iterate_parts as parts
@@ -79,7 +81,7 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     tokenizer = pretrained.load_tokenizer(found)
     if tokenizer is None:
         raise InputError(f"{name}: the folder has no tokenizer, which prompts need.")
-    encoder = tokenize.encoder(tokenizer)
+    encoder = tokenize.encoder(tokenizer, control_tokens=config.control_tokens)
     stop = _stop(config, tokenizer, found)
     data = _read(config, encoder)
     options = {} if config.remat is None else {"remat": config.remat}
@@ -90,6 +92,8 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
         config=config, loaded=loaded, encoder=encoder, stop=stop, mesh=mesh, console=console
     )
     _check_room(place)
+    asked = [Row(list(ids), [], [], 1.0, 1.0, 0) for ids in (*data.prompts, *data.held_out, stop)]
+    suits.vocabulary([*(data.rows or ()), *asked], vocab_size=loaded.model.vocab_size, model=name)
     parts.check_batches(place)
     judge = parts.make_judge(place)
 

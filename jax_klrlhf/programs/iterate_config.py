@@ -182,6 +182,8 @@ class IterateConfig:
     """What the columns of both are called."""
     chat: bool = False
     """Prompts that are text are a user's message, put in the tokenizer's chat template."""
+    control_tokens: bool = False
+    """Read control tokens such as <|im_end|> in the data's text as such, not as words."""
     max_prompt_length: int = 512
     """Tokens; a longer prompt loses its beginning."""
     max_response_length: int = 512

@@ -22,7 +22,7 @@ from jax_klrlhf.core.pairs import PairRule
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import examples, tokenize
 from jax_klrlhf.data.rows import Dropped, Row, encode
-from jax_klrlhf.data.sources import open_source
+from jax_klrlhf.data.sources import lines, open_source
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import partition, pretrained
 from jax_klrlhf.models import reward as rewards
@@ -115,14 +115,9 @@ def read_rows(
     """
     path = Path(source).expanduser()
     if path.suffix == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not readable as UTF-8 text ({error}).") from None
         found = (
             examples.Example(line, [], [], where=f"{path}, line {number}")
-            for number, line in enumerate(lines, 1)
-            if line.strip()
+            for number, line in lines(path)
         )
     else:
         found = open_source(source, split=split).examples(columns=config.columns)

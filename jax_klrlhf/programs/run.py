@@ -7,7 +7,7 @@ again with the same configuration, a run goes on from its last checkpoint.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,12 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jax_klrlhf import placement
+from jax_klrlhf import models, placement
 from jax_klrlhf.core.sequence import Ragged
-from jax_klrlhf.data import packing, prepare, tokenize
+from jax_klrlhf.data import check as suits
+from jax_klrlhf.data import packing, prepare, statistics, tokenize
 from jax_klrlhf.data.batch import Lengths, Loader, Stream
+from jax_klrlhf.data.examples import Columns
 from jax_klrlhf.data.packing import PackedLoader
 from jax_klrlhf.data.prepare import Prepared
 from jax_klrlhf.data.rows import Row
@@ -116,40 +118,80 @@ def _plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=text))
 
 
-def open_data(run: Run, tokenizer: Any) -> Splits:
+def open_data(run: Run, loaded: models.Loaded, *, needs: Callable[[Prepared], None]) -> Splits:
     """The prepared data set: the one given, or one made in the run's folder.
+
+    ``needs`` refuses data that the program cannot learn from: :func:`check.pairs` or
+    :func:`check.responses`.
 
     Raises:
         InputError: naming file, line and column of what is wrong with the data.
     """
     config: TrainingConfig = run.config
+    model, tokenizer = loaded.model, loaded.tokenizer
     if tokenizer is None:
         raise InputError(f"{config.model}: the folder has no tokenizer, which data need.")
-    encoder = tokenize.encoder(tokenizer)
     source = Path(config.data).expanduser()
-    if (source / "prepared.json").is_file():
+    given = (source / "prepared.json").is_file()
+    if given:
         train = prepare.load(source, "train")
         splits = {"train": train}
         if "test" in train.manifest["splits"]:
             splits["test"] = prepare.load(source, "test")
-        if train.manifest["recipe"]["tokenizer"] != encoder.fingerprint():
+        recipe = train.manifest["recipe"]
+        encoder = tokenize.encoder(tokenizer, control_tokens=recipe["control_tokens"])
+        if recipe["tokenizer"] != encoder.fingerprint():
             raise InputError(
                 f"{config.data}: prepared with the tokenizer of {train.manifest['tokenizer']}, "
                 f"another than {config.model}'s; prepare it again."
             )
+        names = (
+            "max_prompt_length", "max_response_length", "control_tokens", "test_fraction", "split",
+            "columns",
+        )  # fmt: skip
+        asked, fields = _plain(config), {f.name: f for f in dataclasses.fields(config)}
+        usual = {name: fields[name].default for name in names}
+        usual["columns"] = dataclasses.asdict(Columns())
+        suits.options(train, {name: asked[name] for name in names}, usual)
     else:
+        encoder = tokenize.encoder(tokenizer, control_tokens=config.control_tokens)
         splits = prepare.build(
             config.data,
             tokenizer,
             run.folder / "data",
             max_prompt_length=config.max_prompt_length,
             max_response_length=config.max_response_length,
+            max_length=model.max_length,
+            control_tokens=config.control_tokens,
             split=config.split,
             columns=config.columns,
             test_fraction=config.test_fraction,
             split_seed=config.seed,
         )
+    for data in splits.values():
+        needs(data)
+        suits.context(data, max_length=model.max_length, model=config.model)
+        suits.vocabulary(data, vocab_size=model.vocab_size, model=config.model)
+    _say(run, splits, given=given, context=model.max_length)
     return Splits(splits["train"], splits.get("test"), encoder)
+
+
+def _say(run: Run, splits: Mapping[str, Prepared], *, given: bool, context: int) -> None:
+    """What the preparation cut, and what contradicts itself."""
+    manifest = splits["train"].manifest
+    cut = manifest["rows_with_cut"]["to the context"]
+    lines = (
+        [f"{cut} rows cut to the model's context of {context} tokens"] if cut and not given else []
+    )
+    for name, data in splits.items():
+        count = statistics.describe_prepared(data).contradictions
+        if count:
+            lines.append(
+                f"{name}: {count} of {len(data)} rows are contradicted by another row of their "
+                "prompt, which prefers the other response"
+            )
+    for line in lines:
+        run.console.print(line, highlight=False, markup=False)
 
 
 def loader(run: Run, data: Prepared, *, seed: int | None) -> Loader:

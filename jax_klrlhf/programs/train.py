@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from jax_klrlhf import models, placement
+from jax_klrlhf.data import check
 from jax_klrlhf.data.prepare import Prepared
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import lora, partition, pretrained
@@ -40,7 +41,7 @@ def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
     run = runs.begin(config, "dpo", console)
     options = runs.optional(config, frozen=config.lora.rank > 0)
     loaded = models.load(config.model, mesh=run.mesh, **options)
-    splits = runs.open_data(run, loaded.tokenizer)
+    splits = runs.open_data(run, loaded, needs=check.pairs)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     model, params, adapter = _adapted(key, loaded, config.lora)
     pi0 = {"base": loaded.params, "lora": {}} if adapter else loaded.params
@@ -99,7 +100,7 @@ def sft(config: SftConfig, *, console: Console | None = None) -> TrainState:
     else:
         options = runs.optional(config, frozen=config.lora.rank > 0)
         loaded = models.load(config.model, mesh=run.mesh, **options)
-    splits = runs.open_data(run, loaded.tokenizer)
+    splits = runs.open_data(run, loaded, needs=check.responses)
     model, params, adapter = _adapted(key, loaded, config.lora)
     task = tasks.likelihood(model, chunk=runs.chunk(run, model))
     whole, generation = loaded.config, loaded.generation
@@ -128,7 +129,7 @@ def reward(config: RewardConfig, *, console: Console | None = None) -> TrainStat
     """
     run = runs.begin(config, "reward", console)
     loaded = models.load(config.model, mesh=run.mesh, **runs.optional(config))
-    splits = runs.open_data(run, loaded.tokenizer)
+    splits = runs.open_data(run, loaded, needs=check.pairs)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     params = rewards.RewardParams(
         loaded.params, rewards.init_head(key, dim=loaded.config.hidden_size)

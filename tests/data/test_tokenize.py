@@ -147,7 +147,7 @@ def test_trap_begin_token_put_before_each_response(byte_level):
 
 
 def test_trap_begin_token_doubled(byte_level):
-    encoder = tokenize.encoder(byte_level)
+    encoder = tokenize.encoder(byte_level, control_tokens=True)
     (row,) = encode(encoder, pair("<s>is it?", " yes", " no"))
     assert row.prompt == encoder.prompt("is it?")
     (row,) = encode(encoder, {"chosen": "<s>is it? yes", "rejected": "<s>is it? no"})
@@ -177,6 +177,7 @@ def test_trap_no_end_token_appended(encoder):
 
 
 def test_trap_end_token_doubled(encoder):
+    encoder = tokenize.encoder(encoder.tokenizer, control_tokens=True)
     (row,) = encode(encoder, pair("is it", " yes</s>", " no"))
     assert row.responses[0] == encoder.response(" yes")
 
@@ -207,7 +208,6 @@ def test_trap_tokens_merged_across_the_boundary_trl_2054(byte_level):
     "record",
     [
         pair("is it?", "", " no"),
-        pair("is it?", " yes", "</s>"),
         {"chosen": "is it?", "rejected": "is it? no"},  # nothing after the implicit prompt
         pair([5, 6], [], [7]),
         pair([{"role": "user", "content": "is it?"}], "", "no"),
@@ -224,6 +224,12 @@ def test_trap_space_invented_before_a_response(sentence_piece):
     assert encoder.response("sea") != [*naive, encoder.end]
     ids = encoder.prompt("a poem about the ") + encoder.response("sea")
     assert encoder.decode(ids) == "a poem about the sea"
+
+
+def test_trap_response_of_an_end_token_alone_is_kept(byte_level):
+    encoder = tokenize.encoder(byte_level, control_tokens=True)
+    (dropped,) = encode(encoder, pair("is it?", " yes", "</s>"))
+    assert dropped == rows.Dropped("empty response", "record 0")
 
 
 # Identical responses and empty prompts
