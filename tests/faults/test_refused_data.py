@@ -104,7 +104,7 @@ REFUSED = {
     "one response in one of them": (
         [*pairs(9), {"prompt": "alone? ", "response": "yes"}, *pairs(3)],
         ("dpo", "reward"),
-        r"line 10: one response.*1 of 12 rows",
+        r"line 10: one response.*1 of 13 rows",
     ),
     "scores all equal": (
         [*ranked(5, [1, 0, 2]), *ranked(1, [2.5, 2.5, 2.5])],
