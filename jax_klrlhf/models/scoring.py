@@ -35,6 +35,8 @@ class Scores(NamedTuple):
     """Entropy of the law that the token was drawn from, exact over the vocabulary."""
     kl: Float[Array, "B K C"] | None
     """KL(policy || reference) of that law, exact over the vocabulary; None without a reference."""
+    ref_log_prob: Float[Array, "B K C"] | None = None
+    """The reference's; None without one."""
 
 
 def token_log_prob(
@@ -106,12 +108,13 @@ def score(
     def measure(hiddens, tokens):
         logits = model.unembed(params, hiddens[0])
         log_law = jax.nn.log_softmax(logits)
-        kl = None
+        kl = ref_log_prob = None
         if reference is not None:
-            log_reference = jax.nn.log_softmax(reference[0].unembed(frozen, hiddens[1]))
-            kl = divergence.categorical(log_law, log_reference)
+            ref_logits = reference[0].unembed(frozen, hiddens[1])
+            kl = divergence.categorical(log_law, jax.nn.log_softmax(ref_logits))
+            ref_log_prob = sequence.token_log_prob(ref_logits, tokens)
         log_prob = sequence.token_log_prob(logits, tokens)
-        return Scores(log_prob, -expectation(log_law, log_law), kl)
+        return Scores(log_prob, -expectation(log_law, log_law), kl, ref_log_prob)
 
     hiddens = [_predicting_hidden(model, params, prompts, responses)]
     if reference is not None:

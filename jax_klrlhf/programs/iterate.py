@@ -26,6 +26,7 @@ from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import pretrained, scoring, stopping
 from jax_klrlhf.programs import iterate_parts as parts
+from jax_klrlhf.programs import run as runs
 from jax_klrlhf.programs.iterate_config import FREE, IterateConfig, check
 from jax_klrlhf.programs.iterate_parts import Place
 from jax_klrlhf.results import mean, output_folder, print_table, write_json, write_results
@@ -63,6 +64,7 @@ class Data(NamedTuple):
     """Of --data."""
 
 
+@runs.alone
 def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome:
     """Run rounds of preference learning and leave the policy in ``output/model``.
 
@@ -75,6 +77,7 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     mesh = _devices(config)
     console = console or Console(quiet=not placement.leader())
     folder = output_folder(config.output)
+    runs.hold(folder)
     _claim(config, folder)
     name = config.model
     found = pretrained.find(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)

@@ -8,9 +8,11 @@ again with the same configuration, a run goes on from its last checkpoint.
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from contextlib import ExitStack
+from contextvars import ContextVar
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jax_klrlhf import models, placement
+from jax_klrlhf import folders, models, placement
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import check as suits
 from jax_klrlhf.data import packing, prepare, statistics, tokenize
@@ -45,6 +47,9 @@ FREE = {
     "output", "log_every", "save_every", "evaluate_every", "keep", "tensorboard", "wandb",
     "max_skipped", "mesh", "processes", "kl_prompts", "kl_samples", "reference_cache",
 }  # fmt: skip
+
+
+T = TypeVar("T")
 
 
 class Run(NamedTuple):
@@ -92,9 +97,45 @@ def begin(config: TrainingConfig, name: str, console: Console | None) -> Run:
         except ValueError as error:
             raise InputError(str(error)) from None
     folder = output_folder(config.output)
+    hold(folder)
     run = Run(config, name, folder, mesh, console or Console())
     _claim(run)
     return run
+
+
+_held: ContextVar[ExitStack | None] = ContextVar("held", default=None)
+
+
+def alone(program: Callable[..., T]) -> Callable[..., T]:
+    """A program of a configuration that has its folder to itself: it lets go of it at its end."""
+
+    @wraps(program)
+    def call(config: Any, *, console: Console | None = None) -> T:
+        with ExitStack() as stack:
+            token = _held.set(stack)
+            try:
+                return program(config, console=console)
+            finally:
+                _held.reset(token)
+
+    return call
+
+
+def hold(folder: Path) -> None:
+    """Take a run's folder, to the end of the program, and sweep up what killed ones left in it.
+
+    Raises:
+        InputError: naming the program that has it.
+    """
+    stack = _held.get()
+    assert stack is not None, "a program that holds a folder is decorated with `alone`"
+
+    def take() -> None:
+        stack.enter_context(folders.locked(folder))
+        for name in ("model", "adapter"):
+            folders.sweep(folder / name, alone=True)
+
+    placement.lead(take)
 
 
 def _claim(run: Run) -> None:
@@ -357,7 +398,7 @@ def fit(
     Args:
         run: from :func:`begin`.
         task: what is minimized.
-        params: whole parameters at the start.
+        params: whole parameters at the start; used up, unless they are the live reference.
         splits: the data.
         convert: data batch and table of the reference to training batch.
         picked: which responses of a row the packed layout holds (:func:`best_and_worst`).
@@ -385,6 +426,8 @@ def fit(
         "trainable": trainable,
         "ref_params": params if live else None,
         "fingerprint": fingerprint,
+        # Whoever holds the loaded parameters holds no memory once training begins.
+        "donate": not live,
     }
     key = jax.random.key(config.seed)
     shardings = None

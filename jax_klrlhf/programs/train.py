@@ -24,6 +24,7 @@ from jax_klrlhf.training import reference, state, tasks
 from jax_klrlhf.training.state import TrainState
 
 
+@runs.alone
 def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
     """Train a policy on preferences against the model it starts from.
 
@@ -61,10 +62,11 @@ def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
     )
 
     more = None
-    if config.kl_prompts and splits.held_out is not None:
-        stop = models.stop_tokens(splits.encoder.tokenizer, loaded.generation)
-        more = _divergence(run, model, splits, stop, adapted=bool(adapter))
     live = config.reference == "live" and not adapter and needs_reference
+    if config.kl_prompts and splits.held_out is not None:
+        kept = None if live or adapter else reference.on_host(pi0, run.compute_dtype)
+        stop = models.stop_tokens(splits.encoder.tokenizer, loaded.generation)
+        more = _divergence(run, model, splits, stop, kept=kept, adapted=bool(adapter))
     whole, generation = loaded.config, loaded.generation
     del loaded, pi0
     final = runs.fit(
@@ -84,6 +86,7 @@ def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
     return final
 
 
+@runs.alone
 def sft(config: SftConfig, *, console: Console | None = None) -> TrainState:
     """Train a model on the first response of each row by maximum likelihood.
 
@@ -118,6 +121,7 @@ def sft(config: SftConfig, *, console: Console | None = None) -> TrainState:
     return final
 
 
+@runs.alone
 def reward(config: RewardConfig, *, console: Console | None = None) -> TrainState:
     """Train a Bradley-Terry reward model on preferences.
 
@@ -220,9 +224,18 @@ def _reference_table(run: runs.Run, model: Any, pi0: Any, data: Prepared, name: 
 
 
 def _divergence(
-    run: runs.Run, model: Any, splits: runs.Splits, stop: tuple[int, ...], *, adapted: bool
+    run: runs.Run,
+    model: Any,
+    splits: runs.Splits,
+    stop: tuple[int, ...],
+    *,
+    kept: Callable[[], Any] | None,
+    adapted: bool,
 ) -> Callable[[TrainState], Any]:
-    """KL(policy || reference) on held-out prompts, by sampling from the policy."""
+    """KL(policy || reference) on held-out prompts, by sampling from the policy.
+
+    ``kept()`` brings the reference's parameters, where the state does not hold them.
+    """
     config: DpoConfig = run.config
     assert splits.held_out is not None
     loaded = runs.loader(run, splits.held_out, seed=None)
@@ -248,9 +261,9 @@ def _divergence(
         pi0 = carried.ref_params
         if adapted:
             pi0 = _base(carried.policy)
-        elif pi0 is None:
-            # With the reference cached it is not in memory; it is read for this and let go.
-            pi0 = models.load(config.model, mesh=run.mesh, **runs.optional(config)).params
+        elif kept is not None:
+            # With the reference cached its parameters are on no device; they come for this.
+            pi0 = kept()
         key = jax.random.fold_in(carried.key, carried.step)
         return measure(key, carried.policy, pi0, prompts.batches)
 

@@ -126,11 +126,11 @@ def make_divergence(
         scores = scoring.score(
             model, params, prompts, drawn.responses, reference=(model, ref_params), chunk=chunk
         )
-        reference = scoring.log_prob(model, ref_params, prompts, drawn.responses, chunk=chunk)
-        kl = cast(Array, scores.kl)  # never None beside a reference
+        # Never None beside a reference.
+        kl, reference = cast(Array, scores.kl), cast(Array, scores.ref_log_prob)
         return {
             "kl/ref": kl.sum(-1).mean(-1),
-            "kl/k1": (scores.log_prob.sum(-1) - reference).mean(-1),
+            "kl/k1": (scores.log_prob - reference).sum(-1).mean(-1),
             "entropy": scores.entropy.sum(-1).mean(-1),
             "length/sampled": drawn.responses.lengths.astype(reference.dtype).mean(-1),
             "perf/sampler_scorer_mismatch": sampling.mismatch(drawn, scores.log_prob).mean(-1),

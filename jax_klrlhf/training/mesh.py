@@ -105,19 +105,31 @@ def init(
     optimizer: optax.GradientTransformation,
     *,
     shardings: Any,
+    donate: bool = False,
     **options: Any,
 ) -> tuple[TrainState, Any]:
     """:func:`state.init` on a mesh: the state and its shardings, for :func:`.make_train_step`.
 
     Every part is computed where it belongs, so that no device holds the whole. ``shardings`` are
     those of the parameters, as in :func:`state_shardings`; ``options`` those of ``state.init``.
+    With ``donate`` all of ``params`` is used up at once.
     """
     options = {name: value for name, value in options.items() if value is not None}
     trainable = options.pop("trainable", None)
+    reference = options.pop("ref_params", None)
+    if reference is not None:
+        # Held, not copied: it does not pass through the program.
+        reference = jax.device_put(reference, shardings)
+        options["fingerprint"] = state_of.digest(reference)
 
     def make(key: Any, params: Any, arrays: Any) -> TrainState:
         return state_of.init(key, params, optimizer, trainable=trainable, **arrays)
 
+    params = jax.device_put(params, shardings)
     shapes = jax.eval_shape(make, key, params, options)
     laid = state_shardings(shapes, shardings)
-    return jax.jit(make, out_shardings=laid)(key, params, options), laid
+    made = jax.jit(make, out_shardings=laid, donate_argnums=(1,) if donate else ())
+    state = made(key, params, options)
+    if reference is None:
+        return state, laid
+    return state._replace(ref_params=reference), laid._replace(ref_params=shardings)

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
+
+from jax_klrlhf.training.state import path_name
 
 
 def schedule(
@@ -36,6 +39,16 @@ def linear(peak: float, steps: int) -> optax.Schedule:
     return optax.linear_schedule(peak, 0.0, steps)
 
 
+def decayed(path: str) -> bool:
+    """Whether weight decay acts on a parameter, by its path: on all but norms and biases.
+
+    A norm's scale and a bias have no scale of their own that a decay could bound; peers leave them
+    out too. Told by name, since the scales of stacked layers are matrices.
+    """
+    parts = path.lower().split("/")
+    return parts[-1] not in ("scale", "bias") and not any(part.endswith("norm") for part in parts)
+
+
 def adamw(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -43,11 +56,21 @@ def adamw(
     weight_decay: float = 0.0,
     b2: float = 0.999,
     mu_dtype: Any = None,
+    decay: Callable[[str], bool] = decayed,
 ) -> optax.GradientTransformation:
-    """AdamW behind clipping by the global norm; moments in float32, ``mu`` in ``mu_dtype``."""
-    return _clipped(
-        optax.adamw(learning_rate, b2=b2, weight_decay=weight_decay, mu_dtype=mu_dtype), clip
+    """AdamW behind clipping by the global norm; moments in float32, ``mu`` in ``mu_dtype``.
+
+    ``decay`` says of a parameter's path (:func:`.state.path_name`) whether ``weight_decay`` acts on
+    it.
+    """
+
+    def mask(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: decay(path_name(path)), params)
+
+    adam = optax.adamw(
+        learning_rate, b2=b2, weight_decay=weight_decay, mu_dtype=mu_dtype, mask=mask
     )
+    return _clipped(adam, clip)
 
 
 def adafactor(

@@ -123,6 +123,33 @@ def tabulate(
     return table
 
 
+def on_host(params: Any, compute_dtype: Any = None) -> Callable[[], Any]:
+    """Keep parameters in host memory; the function returned puts them back where they lay.
+
+    For what is needed now and then. They are kept in the type that they are computed in, and each
+    process keeps the parts that lie on its own devices.
+    """
+
+    def take(leaf: Any) -> Callable[[], Any]:
+        if not isinstance(leaf, jax.Array):
+            return lambda: leaf
+        shape, sharding = leaf.shape, leaf.sharding
+        kept: dict[str, np.ndarray] = {}
+        for shard in leaf.addressable_shards:
+            if str(shard.index) not in kept:
+                kept[str(shard.index)] = np.array(shard.data, copy=True)
+        places = [(shard.device, str(shard.index)) for shard in leaf.addressable_shards]
+
+        def put() -> Any:
+            parts = [jax.device_put(kept[index], device) for device, index in places]
+            return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+        return put
+
+    cast = jax.tree.map(take, cast_floating(params, compute_dtype))
+    return lambda: jax.tree.map(lambda put: put(), cast)
+
+
 class Identity(NamedTuple):
     """What a cache of reference log-probabilities is the cache of: a fingerprint of each."""
 

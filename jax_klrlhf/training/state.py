@@ -90,11 +90,12 @@ def init(
     trainable: Callable[[str], bool] | None = None,
     ref_params: Any = None,
     fingerprint: UInt32[Array, "8"] | None = None,
+    donate: bool = False,
 ) -> TrainState:
     """State at step 0.
 
-    The trained part is copied, since a step uses its state up: ``params`` stays usable (delete
-    it where memory is short). The frozen part and ``ref_params`` are held, never used up.
+    The trained part is copied, since a step uses its state up: ``params`` stays usable. The frozen
+    part and ``ref_params`` are held, never used up.
 
     Args:
         key: typed root key of the run.
@@ -105,12 +106,16 @@ def init(
             batches, or is the frozen base.
         fingerprint: of pi0, where that is neither ``ref_params`` nor ``params`` (a run that
             continues from a trained policy, with a cached reference).
+        donate: do not copy: the first step uses ``params`` up, so that whoever else holds them
+            holds no memory. Not where they are ``ref_params`` too.
     """
+    if donate and ref_params is params:
+        raise ValueError("init: parameters that are the reference too are not to be given away.")
     if ref_params is not None and fingerprint is not None:
         raise ValueError("init: ref_params has a fingerprint of its own; give one of the two.")
     pi0 = params if ref_params is None else ref_params
     trained, frozen = split(params, trainable or (lambda _: True))
-    trained = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), trained)
+    trained = jax.tree.map(lambda leaf: jnp.array(leaf, copy=not donate), trained)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=trained,

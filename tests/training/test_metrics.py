@@ -12,9 +12,11 @@ import optax
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from jax_klrlhf import models
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.results import Metric
 from jax_klrlhf.training import history, metrics, optimizers, reference, state, step
+from tests.models import tiny
 
 
 def moments(values, weights):
@@ -208,3 +210,72 @@ def test_a_cache_of_another_model_is_refused_by_name(tmp_path):
             reference.load_cache(path, ours)
     with pytest.raises(InputError, match="could not be written"):
         reference.save_cache(tmp_path / "reference.safetensors" / "x", table, ours)
+
+
+NORMS = {"attention_norm/scale", "mlp_norm/scale", "final_norm/scale"}
+POST = {"attention_post_norm/scale", "mlp_post_norm/scale"}
+QK = {"query_norm/scale", "key_norm/scale"}
+QKV_BIAS = {"query/bias", "key/bias", "value/bias"}
+MATRICES = {f"{n}/kernel" for n in ("query", "key", "value", "out", "up", "gate", "down")} | {
+    "embedding"
+}
+LAYER_NORMS = {name.replace("scale", "bias") for name in NORMS}
+FAMILIES = {
+    # The facts of a family; what must not decay; what must, besides the usual matrices.
+    "llama": ({"tied": False}, NORMS, {"unembedding"}),
+    "qwen2": ({"qkv_bias": True}, NORMS | QKV_BIAS, set()),
+    "qwen3": ({"qk_norm": True}, NORMS | QK, set()),
+    "gemma2": ({"norm": "rms_offset", "post_norms": True}, NORMS | POST, set()),
+    "gemma3_text": (
+        {"norm": "rms_offset", "post_norms": True, "qk_norm": True}, NORMS | POST | QK, set()
+    ),
+    "gpt2": (
+        {"norm": "layer", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "gated": False,
+         "learned_positions": True, "ropes": None},
+        NORMS | LAYER_NORMS | QKV_BIAS | {"out/bias", "up/bias", "down/bias"},
+        {"positions"},
+    ),
+}  # fmt: skip
+
+
+def moved_by_decay(params):
+    """Of each parameter whether decay alone moves it: the gradient is zero."""
+    optimizer = optimizers.adamw(0.1, weight_decay=0.5)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        zero = jax.tree.map(jnp.zeros_like, params)
+        updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    found = {}
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        name = state.path_name(path).removeprefix("layers/")
+        found[name] = bool(np.any(np.asarray(update) != 0))
+        value = params
+        for key in path:
+            value = value[key.key]
+        if found[name]:  # by the rate times the strength, no more
+            np.testing.assert_allclose(update, -0.05 * value, rtol=1e-5)
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decay_leaves_norms_and_biases_alone_leaf_by_leaf(name):
+    facts, still, more = FAMILIES[name]
+    config = models.ModelConfig(
+        vocab_size=8, hidden_size=4, intermediate_size=6, layers=2, heads=2, kv_heads=1,
+        head_dim=2, max_length=8, family=name, **facts,
+    )  # fmt: skip
+    found = moved_by_decay(jax.tree.map(lambda x: x + 0.3, tiny.params(config)))
+    matrices = MATRICES - (set() if config.gated else {"gate/kernel"})
+    assert found == dict.fromkeys(still, False) | dict.fromkeys(matrices | more, True)
+
+
+def test_decay_acts_on_adapters_and_a_rule_of_ones_own_replaces_it():
+    adapter = {"lora": {"layers": {"query": {"a": jnp.ones((2, 4)), "b": jnp.ones((4, 2))}}}}
+    assert all(moved_by_decay(adapter).values())
+    everything = optimizers.adamw(0.1, weight_decay=0.5, decay=lambda path: path == "bias")
+    params = {"bias": jnp.ones(2), "kernel": jnp.ones(2)}
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = everything.update(
+            jax.tree.map(jnp.zeros_like, params), everything.init(params), params
+        )
+    assert float(updates["bias"][0]) != 0
+    assert float(updates["kernel"][0]) == 0
