@@ -118,18 +118,17 @@ def init(
     trainable = options.pop("trainable", None)
     reference = options.pop("ref_params", None)
     if reference is not None:
-        # Held, not copied: it does not pass through the program.
-        reference = jax.device_put(reference, shardings)
         options["fingerprint"] = state_of.digest(reference)
 
     def make(key: Any, params: Any, arrays: Any) -> TrainState:
         return state_of.init(key, params, optimizer, trainable=trainable, **arrays)
 
-    params = jax.device_put(params, shardings)
     shapes = jax.eval_shape(make, key, params, options)
     laid = state_shardings(shapes, shardings)
     made = jax.jit(make, out_shardings=laid, donate_argnums=(1,) if donate else ())
-    state = made(key, params, options)
+    state = made(key, jax.device_put(params, shardings), options)
     if reference is None:
         return state, laid
+    # Held, not copied: the reference does not pass through the program.
+    reference = jax.device_put(reference, shardings)
     return state._replace(ref_params=reference), laid._replace(ref_params=shardings)
