@@ -44,6 +44,7 @@ from jax_klrlhf.bandit.problem import (
 from jax_klrlhf.bandit.rules import at_contexts, choices, from_rule, from_target, reference
 from jax_klrlhf.bandit.simulate import Round, Run, simulate
 from jax_klrlhf.bandit.staged import moving_reference, two_stage
+from jax_klrlhf.core import records
 
 __all__ = [
     "Comparisons",
@@ -97,3 +98,5 @@ __all__ = [
     "value",
     "xpo",
 ]
+
+records.document(__name__)

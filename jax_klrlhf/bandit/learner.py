@@ -42,12 +42,24 @@ class Proposal(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """An algorithm: see the contract at the head of this file."""
+    """An algorithm, as four pure functions over a state of its own.
+
+    ``simulate`` plays them; :func:`linear`, ``from_rule`` and ``from_target`` make them of less. A
+    learner sees the :class:`~jax_klrlhf.bandit.problem.Setting`, never the reward.
+    """
 
     init: Callable[..., Any]
+    """``init(setting, capacity=n) -> state`` before any data: a pytree of arrays whose shapes
+    depend on the setting's and on ``capacity``, the comparisons that the run can hold."""
     propose: Callable[[Key[Array, ""], Setting, Any, Int[Array, " batch"]], Proposal]
+    """``propose(key, setting, state, context) -> Proposal``: two actions in play at each context.
+    """
     update: Callable[[Setting, Any, Comparisons], Any]
+    """``update(setting, state, data) -> state``, of the same structure; rows of weight 0 change
+    nothing."""
     policy: Callable[[Setting, Any], Float[Array, "contexts actions"]]
+    """``policy(setting, state) -> log_prob``: what would be deployed now, normalized, -inf at
+    masked actions."""
 
 
 class Estimate(NamedTuple):

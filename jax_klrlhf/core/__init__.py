@@ -18,6 +18,7 @@ from jax_klrlhf.core import (
     numerics,
     objectives,
     pairs,
+    records,
     rejection,
     sequence,
     targets,
@@ -42,3 +43,5 @@ __all__ = [
     "targets",
     "uncertainty",
 ]
+
+records.document(__name__)

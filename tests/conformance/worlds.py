@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_klrlhf import bandit
-from jax_klrlhf.bandit import history
 from jax_klrlhf.core import choices as choice_sets
 from jax_klrlhf.core import ellipsoid
 from jax_klrlhf.core.sequence import Ragged
@@ -43,15 +42,14 @@ def problem():
     )
 
 
+def ball():
+    return ellipsoid.Ellipsoid(jnp.array(SIGMA, "float32"), jnp.ones(()))
+
+
 def estimate(theta=THETA):
     """What a learner of the bandit knows: theta_hat, Sigma, and no data."""
-    state = ellipsoid.Ellipsoid(jnp.array(SIGMA, "float32"), jnp.ones(()))
-    return bandit.Estimate(
-        history.init(problem().setting, capacity=4),
-        jnp.array(theta, "float32"),
-        state,
-        jnp.ones((), bool),
-    )
+    empty = bandit.greedy().init(problem().setting, capacity=4)
+    return empty._replace(theta=jnp.array(theta, "float32"), ellipsoid=ball())
 
 
 def gibbs(reward, log_pi0=None):
@@ -88,7 +86,7 @@ class Language:
             reference=self.base,
             reward=jnp.array(self.phi @ THETA, "float32"),
             features=jnp.array(self.phi, "float32"),
-            ellipsoid=ellipsoid.Ellipsoid(jnp.array(SIGMA, "float32"), jnp.ones(())),
+            ellipsoid=ball(),
         )
         self.sets = [
             Set(

@@ -1,5 +1,6 @@
 """Rounds of preference learning: :func:`iterate`, and the parts it is handed."""
 
+from jax_klrlhf.core import records
 from jax_klrlhf.training.rounds import oracle, pairing, rejection, settings
 from jax_klrlhf.training.rounds.beliefs import (
     centred,
@@ -109,3 +110,5 @@ __all__ = [
     "weighted_likelihood",
     "worst",
 ]
+
+records.document(__name__)

@@ -1,0 +1,24 @@
+"""The core serves both worlds: counted, so that it stays so."""
+
+from tests import callers
+
+
+def test_most_of_the_core_is_reached_from_both_worlds_and_nothing_from_neither():
+    found = callers.reached()
+    assert sum(len(by) == 2 for by in found.values()) >= 40
+    nowhere = {name for name, by in found.items() if not by}
+    listed = set(callers.UNREACHED)
+    assert not nowhere - listed, f"reached by neither world: {sorted(nowhere - listed)}"
+    assert not listed - set(found), f"no such function: {sorted(listed - set(found))}"
+
+
+def test_the_walk_follows_names_through_the_core():
+    """Controls: through a value and a default, and not to what merely has the same name."""
+    trees = callers.modules()
+    edges = callers.graph(trees)
+    assert "enhancer.option_one" in edges["pairs.enhancer"]  # a default value
+    assert "ellipsoid.whiten" in edges["ellipsoid.norm"]
+    assert "ellipsoid.init" not in edges["ellipsoid.norm"]
+    found = callers.reached()
+    assert found["pairs.best_worst"] == {callers.BANDIT, callers.LANGUAGE}
+    assert found["sequence.token_log_prob"] == {callers.LANGUAGE}
