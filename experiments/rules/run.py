@@ -9,21 +9,20 @@ language model can do at this price.
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Array, Key
 from rich.console import Console
 from rich.progress import Progress
 
+from experiments import study
 from jax_klrlhf import bandit, results
 from jax_klrlhf.core import bradley_terry, enhancer, pairs
-from jax_klrlhf.errors import InputError, reported
+from jax_klrlhf.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +53,17 @@ class Config:
     """Of the enhancer's confidence set."""
     smoke: bool = False
     """A few seeds and rounds, to see that it runs."""
+
+    def resized(self) -> "Config":
+        """This, or the small size if smoke was asked for."""
+        if not self.smoke:
+            return self
+        return dataclasses.replace(self, seeds=2, rounds=2, contexts=2, batch=4)
+
+    def check(self) -> None:
+        """Refuse what cannot run."""
+        if self.seeds < 2:
+            raise InputError(f"--seeds {self.seeds}: a standard error needs at least two seeds.")
 
 
 def learners(config: Config) -> dict[str, Callable[[], bandit.Learner]]:
@@ -104,13 +114,8 @@ def gap(key: Key[Array, ""], learner: bandit.Learner, config: Config) -> Array:
 
 def main(config: Config, *, console: Console | None = None) -> Path:
     """Run every rule, print the table; returns the path of ``results.json``."""
-    console = console or Console()
-    began = time.perf_counter()
-    if config.smoke:
-        config = dataclasses.replace(config, seeds=2, rounds=2, contexts=2, batch=4)
-    if config.seeds < 2:
-        raise InputError(f"--seeds {config.seeds}: a standard error needs at least two seeds.")
-    output = results.output_folder(config.output)
+    here = study.begin("rules", config, console=console)
+    config, console = here.config, here.console
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
     made = learners(config)
     gaps: dict[str, np.ndarray] = {}
@@ -122,18 +127,16 @@ def main(config: Config, *, console: Console | None = None) -> Path:
             gaps[name] = np.asarray(found, np.float64)
             progress.advance(task)
     base = gaps["two draws"]
-    rows = {
-        name: {
-            "gap": results.mean(found),
-            "less two draws'": results.mean(found - base) if name != "two draws" else "",
-        }
-        for name, found in sorted(gaps.items(), key=lambda item: item[1].mean())
-    }
+    rows: dict[str, dict[str, results.Metric | str]] = {}
+    for name, found in sorted(gaps.items(), key=lambda item: item[1].mean()):
+        rows[name] = {"gap": results.mean(found)}
+        if name != "two draws":
+            rows[name]["less two draws'"] = results.mean(found - base)
     results.print_table(
         f"{config.rounds} rounds of {config.batch}, {config.samples} draws each",
         rows,
         console=console,
-        caption="± one standard error over problems; the difference is paired",
+        caption=f"{config.seeds} problems; ± one standard error; the difference is paired",
     )
     metrics = {
         f"rules/{name}/{metric}": number
@@ -141,19 +144,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         for metric, number in row.items()
         if isinstance(number, results.Metric)
     }
-    path = results.write_results(
-        output,
-        name="rules",
-        config=config,
-        seeds=[config.seed],
-        seconds=time.perf_counter() - began,
-        metrics=metrics,
-    )
-    console.print(f"{path}, in {time.perf_counter() - began:.0f} s")
-    return path
+    return here.end(metrics, beside="nothing else")
 
 
-def cli() -> None:
-    """Entry of ``python -m experiments.rules``."""
-    with reported():
-        main(tyro.cli(Config, description=__doc__))
+cli = study.entry(main, Config, __doc__)
