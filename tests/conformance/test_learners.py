@@ -5,6 +5,7 @@ Chi-squared of 20,000 pairs in each of two contexts, both agents jointly, at a f
 fault that went unseen before (a sign, a transposed root, one draw for two agents, swapped stages).
 """
 
+import inspect
 from functools import partial
 
 import jax
@@ -279,7 +280,9 @@ def test_a_bonus_is_a_choice_set_with_another_reward():
 
 def test_what_is_no_learner_is_refused_by_name():
     problem = worlds.problem()
+    # As a user has it: without the types that the session checks.
+    simulate = inspect.unwrap(bandit.simulate)
     with pytest.raises(ValueError, match=r"got the function greedy; call it: greedy\(\.\.\.\)"):
-        bandit.simulate(jax.random.key(0), problem, bandit.greedy, rounds=1, batch=1)
+        simulate(jax.random.key(0), problem, bandit.greedy, rounds=1, batch=1)
     with pytest.raises(ValueError, match=r"got the function best_worst"):
-        bandit.simulate(jax.random.key(0), problem, pairs.best_worst, rounds=1, batch=1)
+        simulate(jax.random.key(0), problem, pairs.best_worst, rounds=1, batch=1)
