@@ -17,7 +17,10 @@ import pytest
 
 from jax_klrlhf import results
 from jax_klrlhf.errors import InputError
+from jax_klrlhf.results import Metric
 from jax_klrlhf.training import checkpoint, state
+from jax_klrlhf.training.rounds import journal
+from jax_klrlhf.training.rounds.journal import ANY
 
 slow = pytest.mark.skipif(
     not os.environ.get("KLRLHF_FAULTS"), reason="slow: set KLRLHF_FAULTS=1 to run it"
@@ -193,6 +196,86 @@ def test_json_that_is_absent_or_a_folder_is_one_line(tmp_path):
         results.write_json(tmp_path, {})
     with pytest.raises(InputError, match="cannot be written"):
         results.write_json(tmp_path / "absent" / "run.json", {})
+
+
+LIKE = (ANY, ANY)
+
+
+def phases(folder, *, first=1.0):
+    """Two phases of a round, computed or read: their values and metrics."""
+    written = journal.Journal(folder, {"pi0": "a", "data": "b"})
+    found = []
+    for name, value in (("sample", first), ("fit", 2.0)):
+
+        def compute(value=value):
+            rows = np.arange(6, dtype=np.float32).reshape(2, 3) * np.float32(value)
+            return (rows, rows.astype(np.int32)), {"loss": Metric(value, 0.5, 3)}
+
+        found.append(written.phase(1, name, compute, like=LIKE))
+    return found, written.computed
+
+
+@pytest.fixture(scope="module")
+def journaled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rounds")
+    whole, computed = phases(folder)
+    assert computed == ["1/sample", "1/fit"]
+    return folder, whole
+
+
+def unharmed(folder, whole):
+    """The phases as they were, or one line."""
+    try:
+        found, computed = phases(folder)
+    except InputError as error:
+        return "refused" if str(folder) in str(error) and "\n" not in str(error) else str(error)
+    jax.tree.map(np.testing.assert_array_equal, found, whole)
+    return "computed again" if computed else "as if nothing had happened"
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty, remove, scribble])
+def test_a_damaged_journal_is_one_line_or_computed_again(damage, journaled, tmp_path):
+    folder, whole = journaled
+    rng = np.random.default_rng(7)
+    for number in range(40):
+        place = tmp_path / str(number)
+        shutil.copytree(folder, place)
+        paths = files(place)
+        path = paths[number % len(paths)]
+        damage(path, rng)
+        seen = unharmed(place, whole)
+        assert seen in ("refused", "computed again", "as if nothing had happened")
+        if damage is empty:  # a cut may take the last line break alone
+            assert seen == "refused", path
+        if damage is remove:
+            assert seen == {".json": "computed again"}.get(path.suffix, "refused") or (
+                path.name == "run.json"
+            )
+
+
+def test_edited_metrics_and_other_inputs_are_refused(journaled, tmp_path):
+    folder, whole = journaled
+    shutil.copytree(folder, tmp_path / "a")
+    path = tmp_path / "a" / "round-001" / "fit.json"
+    path.write_text(path.read_text().replace('"value": 2.0', '"value": 3.0'))
+    with pytest.raises(InputError, match=r"fit\.json: damaged or edited.*to compute them again"):
+        phases(tmp_path / "a")
+    shutil.copytree(folder, tmp_path / "b")
+    for left in (tmp_path / "b" / "round-001").glob("sample.*"):
+        left.unlink()
+    assert unharmed(tmp_path / "b", whole) == "computed again"
+    for left in (tmp_path / "b" / "round-001").glob("sample.*"):
+        left.unlink()
+    with pytest.raises(InputError, match="made of other inputs"):
+        phases(tmp_path / "b", first=5.0)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\xff"])
+def test_a_cut_run_json_is_one_line(content, journaled, tmp_path):
+    shutil.copytree(journaled[0], tmp_path / "a")
+    (tmp_path / "a" / "run.json").write_bytes(content.encode("latin1"))
+    with pytest.raises(InputError, match=r"run\.json: damaged.*name another folder"):
+        phases(tmp_path / "a")
 
 
 FULL = """

@@ -174,7 +174,7 @@ def test_another_run_and_a_damaged_result_are_refused_by_name(tmp_path, offline)
     assert resumed.computed == ["1/pair"]
     path = tmp_path / "round-001" / "score.json"
     path.write_text(path.read_text().replace('"inputs": "', '"inputs": "x'))
-    with pytest.raises(InputError, match="made of other inputs"):
+    with pytest.raises(InputError, match="damaged or edited"):
         run(tmp_path, offline)
 
 

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ import safetensors.numpy
 
 from jax_klrlhf import placement
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.results import Metric, output_folder, write_json
+from jax_klrlhf.results import Metric, output_folder, read_json, write_json
 from jax_klrlhf.training import state as states
 from jax_klrlhf.training.metrics import Metrics
 from jax_klrlhf.training.state import path_name
@@ -93,7 +94,7 @@ class Journal:
         assert self.folder is not None
         path = self.folder / "run.json"
         if path.exists():
-            there = json.loads(path.read_text())
+            there = read_json(path, remedy=f"name another folder, or delete {self.folder}")
             for part in sorted(identity.keys() | there.keys()):
                 if identity.get(part) != there.get(part):
                     raise InputError(
@@ -110,7 +111,7 @@ class Journal:
             "inputs": self._chain,
             "content": content,
             "seconds": round(seconds, 3),
-            "metrics": {key: metric._asdict() for key, metric in metrics.items()},
+            "metrics": {key: _plain(metric) for key, metric in metrics.items()},
         }
         placement.lead(lambda: base.parent.mkdir(parents=True, exist_ok=True))
         try:
@@ -127,10 +128,18 @@ class Journal:
                 f"{base}: could not be written ({' '.join(str(error).split())[:200]}); make room, "
                 "or name another folder, and start again: the phases before it are kept."
             ) from None
-        placement.lead(lambda: write_json(base.with_suffix(".json"), manifest))
+        placement.lead(
+            lambda: write_json(base.with_suffix(".json"), manifest | {"seal": _seal(manifest)})
+        )
 
     def _read(self, base: Path, like: T) -> tuple[T, Metrics, str]:
-        manifest = json.loads(base.with_suffix(".json").read_text())
+        path = base.with_suffix(".json")
+        remedy = f"delete it and {base.name}'s arrays, and what comes after, to compute them again"
+        manifest = read_json(path, remedy=remedy)
+        if manifest.pop("seal", None) != _seal(manifest):
+            raise InputError(
+                f"{path}: damaged or edited, its content is not what was written; {remedy}."
+            )
         if manifest["inputs"] != self._chain:
             raise InputError(
                 f"{base}: made of other inputs than this run's ({manifest['inputs'][:12]} there, "
@@ -308,6 +317,17 @@ def _damaged(base: Path, reason: str) -> InputError:
         f"{base}.safetensors: damaged ({reason}); delete it and its .json, and what comes after "
         "it, to compute them again."
     )
+
+
+def _plain(metric: Metric) -> dict[str, Any]:
+    """A metric as JSON has it, which has no NaN."""
+    value, stderr, n = metric
+    finite = lambda x: None if x is None or not math.isfinite(x) else float(x)  # noqa: E731
+    return {"value": finite(value), "stderr": finite(stderr), "n": None if n is None else int(n)}
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return _text_digest(json.dumps(manifest, sort_keys=True))
 
 
 def _text_digest(text: str) -> str:
