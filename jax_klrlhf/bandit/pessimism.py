@@ -17,13 +17,12 @@ Axes: ``contexts``, ``actions``, ``dim``.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_klrlhf.bandit.learner import Estimate
 from jax_klrlhf.bandit.problem import Setting
-from jax_klrlhf.core import ellipsoid, gibbs, numerics, uncertainty
+from jax_klrlhf.core import ellipsoid, gibbs, numerics, saddle, uncertainty
 from jax_klrlhf.core.numerics import Scalar
 
 
@@ -104,95 +103,21 @@ def option_one(
     .. math:: \min_{\|u\| \le 1} D(u) = E_x\, \eta \log Z_x(u), \qquad
         \pi_u = \mathrm{Gibbs}\big(\langle\hat\theta, \phi\rangle - \beta \langle u, w\rangle\big)
 
-    in ``dim`` variables. It is solved by Newton steps on the quadratic model *inside the ball*, the
-    length the best of a grid that holds the self-concordant one. The value of pi_u is within
-    :math:`D(u) - P(\pi_u) = \beta (\|m\| - \langle u, m\rangle)`, m = E w(pi_u), of the optimum:
-    this duality gap is returned. Iteration ends when it is at the level of rounding.
+    in ``dim`` variables: :func:`core.saddle.ball`, whose duality gap is the certificate.
 
     ``nu`` enters by its mean over contexts only. Source: arXiv 2312.11456, Algorithm 1, Option I.
     ValueError on a negative radius, where the problem is not convex.
     """
     numerics.check_positive("radius", radius, or_zero=True)
-    kl_coef, dtype = setting.kl_coef, setting.features.dtype
-    radius = jnp.asarray(radius, dtype)
-    eps = jnp.finfo(dtype).eps
     shift = setting.context_prob @ nu_of_contexts(setting, nu)
     white = ellipsoid.whiten(estimate.ellipsoid, setting.features - shift[None, None, :])
-    reward = setting.reward(estimate.theta)
-    identity = jnp.eye(white.shape[-1], dtype=dtype)
-
-    def policy(u: Float[Array, " dim"]) -> Float[Array, "contexts actions"]:
-        return gibbs.log_prob(
-            reward - radius * (white @ u),
-            setting.ref_log_prob,
-            kl_coef=kl_coef,
-            where=setting.where,
-        )
-
-    def dual(u: Float[Array, " dim"]) -> Float[Array, ""]:
-        return setting.context_prob @ gibbs.free_energy(
-            reward - radius * (white @ u),
-            setting.ref_log_prob,
-            kl_coef=kl_coef,
-            where=setting.where,
-        )
-
-    def certificate(u: Float[Array, " dim"], mean: Float[Array, " dim"]) -> Float[Array, ""]:
-        return radius * (numerics.safe_sqrt(mean @ mean) - u @ mean)
-
-    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        u, _, iterations = state
-        conditional = jnp.exp(policy(u))
-        prob = setting.context_prob[:, None] * conditional
-        per_context = jnp.einsum("xa,xad->xd", conditional, white)
-        centred = white - per_context[:, None, :]
-        mean = setting.context_prob @ per_context
-        gradient = -radius * mean
-        hessian = jnp.einsum("xa,xad,xae->de", prob, centred, centred) * radius**2 / kl_coef
-        hessian = hessian + (eps * jnp.trace(hessian) + jnp.finfo(dtype).tiny) * identity
-        move = _ball_minimum(hessian, hessian @ u - gradient) - u
-        size = jnp.max(jnp.abs(centred @ move)) * 2 * radius / kl_coef
-        safe = jnp.where(size > 0, jnp.log1p(size) / jnp.where(size > 0, size, 1), 1)
-        lengths = jnp.append(2.0 ** -jnp.arange(8, dtype=dtype), safe)
-        values = jax.vmap(lambda length: dual(u + length * move))(lengths)
-        now = dual(u)
-        better = jnp.min(values) < now
-        # So near the end values are rounding, and the full step is better than comparing them.
-        decrease = -(gradient @ move + 0.5 * move @ hessian @ move)
-        small = decrease <= 100 * eps * (1 + jnp.abs(now))
-        length = jnp.where(small, 1, jnp.where(better, lengths[jnp.argmin(values)], 0))
-        return u + length * move, small | ~better, iterations + 1
-
-    def unfinished(state: tuple[Array, Array, Array]) -> Array:
-        _, done, iterations = state
-        return ~done & (iterations < max_iterations)
-
-    start = (jnp.zeros(white.shape[-1], dtype), jnp.zeros((), bool), jnp.zeros((), jnp.int32))
-    u, _, iterations = jax.lax.while_loop(unfinished, step, start)
-    log_prob = policy(u)
-    mean = setting.context_prob @ jnp.einsum("xa,xad->xd", jnp.exp(log_prob), white)
-    return Saddle(log_prob, u, certificate(u, mean), iterations)
-
-
-def _ball_minimum(
-    model: Float[Array, "dim dim"], target: Float[Array, " dim"]
-) -> Float[Array, " dim"]:
-    r"""Minimize :math:`\tfrac12 u^\top M u - b^\top u` over the unit ball.
-
-    u = (M + mu I)^-1 b with the least mu >= 0 that makes it fit: Newton on 1/||u(mu)||, which is
-    concave, rises to the root from the left (Moré and Sorensen, 1983).
-    """
-    curvature, axes = jnp.linalg.eigh(model)
-    curvature = jnp.maximum(curvature, jnp.finfo(model.dtype).tiny)
-    along = axes.T @ target
-
-    def rise(_: Array, mu: Array) -> Array:
-        scaled = along / (curvature + mu)
-        square = scaled @ scaled
-        slope = scaled @ (scaled / (curvature + mu))
-        change = (jnp.sqrt(square) - 1) * square / jnp.where(slope > 0, slope, 1)
-        return jnp.maximum(mu + change, 0)
-
-    mu = jax.lax.fori_loop(0, 25, rise, jnp.zeros((), model.dtype))
-    u = axes @ (along / (curvature + mu))
-    return u / jnp.maximum(jnp.sqrt(u @ u), 1)
+    found = saddle.ball(
+        -jnp.asarray(radius, white.dtype) * jnp.moveaxis(white, -1, 0),
+        setting.ref_log_prob,
+        kl_coef=setting.kl_coef,
+        context_prob=setting.context_prob,
+        nominal=setting.reward(estimate.theta),
+        where=setting.where,
+        max_iterations=max_iterations,
+    )
+    return Saddle(found.log_prob, found.weight, found.duality_gap, found.iterations)

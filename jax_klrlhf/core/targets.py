@@ -68,8 +68,13 @@ def best_of(choices: Choices, *, n: int) -> Float[Array, "*batch choices"]:
     low = lax.cummax(jnp.where(starts, below, 0), axis=last)
     high = lax.cummin(jnp.where(ends, upto, 2), axis=last, reverse=True)
     # (h^n - l^n) / (h - l) as the sum of h^i l^(n-1-i): no cancellation where the jump is small.
-    power = sum(high**i * low ** (n - 1 - i) for i in range(n))
-    law = jnp.log(prob) + jnp.log(power)
+
+    def horner(_: int | Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        total, power = state
+        return total * low + power, power * high
+
+    total, _ = lax.fori_loop(0, n, horner, (jnp.zeros_like(high), jnp.ones_like(high)))
+    law = jnp.log(prob) + jnp.log(total)
     return jnp.take_along_axis(law, back, axis=-1)
 
 

@@ -323,7 +323,7 @@ def make_belief(key: Key[Array, ""], place: Place, judge: Judge | None, prompts:
     if belief.length_penalty:
         found = rounds.length_penalty(found, belief.length_penalty)
     if belief.transform != "none":
-        change = {"centred": rounds.centred, "log-sigmoid": rounds.log_sigmoid}
+        change = {"centred": rounds.centred, "log-sigmoid": rounds.log_sigmoid()}
         found = rounds.transformed(found, change[belief.transform])
     return found
 

@@ -25,11 +25,13 @@ from functools import partial
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from jax_klrlhf import placement
+from jax_klrlhf.core import measure
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import sampling, scoring
 from jax_klrlhf.models.base import LanguageModel
@@ -83,13 +85,10 @@ def calibration_error(margin: np.ndarray, *, bins: int = 10) -> float:
 
     The predictions are cut into ``bins`` equal intervals of [1/2, 1]; the mean over pairs of
     |share right - mean prediction| of their interval. Positive even for a calibrated model, by
-    about the square root of bins over pairs. (arXiv 1706.04599, eq. 3.)
+    about the square root of bins over pairs. :func:`core.measure.calibration` of certain labels.
     """
-    confidence = 1 / (1 + np.exp(-np.abs(margin.astype(np.float64))))
-    right = np.where(margin == 0, 0.5, margin > 0)
-    place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    gaps = np.bincount(place, right - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / max(margin.size, 1))
+    margins = jnp.asarray(margin, jnp.float32)
+    return float(measure.calibration(margins, jnp.ones_like(margins), bins=bins))
 
 
 def make_divergence(

@@ -347,22 +347,68 @@ def test_beliefs_are_combined_as_their_formulas_say(drawn):
     ask = lambda reward: reward.score(  # noqa: E731
         reward.init, world.policies(), drawn.prompts, drawn.responses
     )
+    level = both.mean(-1, keepdims=True)
+    centred = both - level
     for combine, expected in (
         (None, both.mean(0)),
-        (rounds.worst, both.min(0)),
-        (rounds.uncertainty_weighted(0.7), both.mean(0) - 0.7 * both.var(0)),
+        (rounds.worst, centred.min(0) + level.mean(0)),
+        (rounds.uncertainty_weighted(0.7), both.mean(0) - 0.7 * centred.var(0)),
     ):
         found = ask(rounds.ensemble(members, combine=combine))
         np.testing.assert_allclose(found.reward, expected, rtol=1e-5, atol=1e-6)
-        centred = both - both.mean(-1, keepdims=True)
         np.testing.assert_allclose(found.uncertainty, centred.std(0, ddof=1), rtol=1e-4)
     found = ask(rounds.length_penalty(members[0], 0.3)).reward
     np.testing.assert_allclose(found, one - 0.3 * drawn.responses.lengths, rtol=1e-5, atol=1e-6)
     shifted = one - one.mean(-1, keepdims=True)
     found = ask(rounds.transformed(members[0], rounds.centred)).reward
     np.testing.assert_allclose(found, shifted, rtol=1e-5, atol=1e-6)
-    found = ask(rounds.transformed(members[0], rounds.log_sigmoid)).reward
-    np.testing.assert_allclose(found, np.log(sigmoid(shifted)), rtol=1e-5, atol=1e-6)
+    found = ask(rounds.transformed(members[0], rounds.log_sigmoid(0.75))).reward
+    bar = np.sort(one, -1)[:, 2:3]  # three of the four are at most this
+    np.testing.assert_allclose(found, np.log(sigmoid(one - bar)), rtol=1e-5, atol=1e-6)
+    found = ask(rounds.transformed(members[0], rounds.win_rate)).reward
+    beats = sigmoid(one[:, :, None] - one[:, None, :]).mean(-1)
+    np.testing.assert_allclose(found, beats, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pi0", [False, True])
+def test_offsets_of_members_and_prompts_change_no_combined_difference(drawn, pi0):
+    """Preferences do not identify them; uncentred members were reordered by them."""
+    rng = np.random.default_rng(5)
+    both, origin = rng.normal(size=(3, 6, 4)), rng.normal(size=(3, 6, 2))
+    offset = 2 * rng.normal(size=(3, 6, 1))
+    offset -= offset.mean(0)
+
+    def judge(at_draws, at_pi0):
+        return rounds.known(
+            lambda _, rows: np.float32(at_draws if np.shape(rows.lengths)[1] == 4 else at_pi0)
+        )
+
+    def ask(shift, combine):
+        members = [judge(*rows) for rows in zip(both + shift, origin + shift, strict=True)]
+
+        def from_pi0(policies, prompts):
+            del policies, prompts
+            return ragged(drawn.responses.ids[:, :2], drawn.responses.lengths[:, :2])
+
+        found = rounds.ensemble(members, combine=combine, origin=from_pi0 if pi0 else None)
+        return found.score(found.init, world.policies(), drawn.prompts, drawn.responses)
+
+    for combine in (rounds.worst, rounds.uncertainty_weighted(0.7)):
+        for plain, moved in zip(ask(0, combine)[:2], ask(offset, combine)[:2], strict=True):
+            np.testing.assert_allclose(moved, plain, rtol=1e-4, atol=1e-5)
+    beside = origin if pi0 else both
+    least = (both - beside.mean(-1, keepdims=True)).min(0)
+    found = ask(0, rounds.worst).reward
+    np.testing.assert_allclose(np.diff(found), np.diff(least), rtol=1e-4, atol=1e-5)
+
+
+def test_pi0_draws_come_from_pi0_and_are_the_same_each_time(drawn):
+    draw = rounds.Draw(model=world.MODEL, samples=3, max_new_tokens=2)
+    origin = rounds.pi0_draws(jax.random.key(4), draw)
+    other = jax.tree.map(lambda x: -x, world.PARAMS)
+    found = origin(world.policies(other), drawn.prompts)
+    expected = draw(jax.random.key(4), world.policies().base, drawn.prompts)
+    np.testing.assert_array_equal(found.ids, expected.ids)
 
 
 def test_the_implicit_reward_is_the_scaled_log_ratio(drawn):
@@ -429,7 +475,8 @@ def test_members_of_one_fitting_are_one_program_and_fits_of_their_own(drawn, com
     state = both.fit(key, both.init, [comparisons], hand)
     found = both.score(state, hand, drawn.prompts, drawn.responses)
     assert len(traced) == count
-    np.testing.assert_array_equal(found.reward, expected)
+    level = lambda rewards: rewards - rewards.mean(-1, keepdims=True)  # noqa: E731
+    np.testing.assert_allclose(level(found.reward), level(expected), atol=1e-6)
     assert np.all(found.uncertainty.max(1) > 0)  # the other member is another
 
 

@@ -10,10 +10,12 @@ from jax_klrlhf.training.rounds.beliefs import (
     length_penalty,
     log_sigmoid,
     mean,
+    pi0_draws,
     resampled,
     reward_model,
     transformed,
     uncertainty_weighted,
+    win_rate,
     worst,
 )
 from jax_klrlhf.training.rounds.features import Linear, hidden_features, linear
@@ -94,6 +96,7 @@ __all__ = [
     "pairing",
     "pessimistic_dpo",
     "pi0",
+    "pi0_draws",
     "pool",
     "preference",
     "previous",
@@ -108,6 +111,7 @@ __all__ = [
     "transformed",
     "uncertainty_weighted",
     "weighted_likelihood",
+    "win_rate",
     "worst",
 ]
 

@@ -3,19 +3,21 @@ r"""What the learner believes of responses: rewards that are given, fitted, impl
 Each is a :class:`Reward`. Those here that wrap others (an ensemble, a length penalty, a transform)
 learn exactly as what they wrap.
 
-Axes: ``B`` prompts, ``K`` responses, ``M`` members of an ensemble.
+Axes: ``B`` prompts, ``K`` responses, ``R`` reference responses, ``M`` members of an ensemble.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
-from jax_klrlhf.core import bradley_terry, gibbs
+from jax_klrlhf.core import aggregate, gibbs, reshape
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models import scoring
@@ -25,8 +27,12 @@ from jax_klrlhf.training import tasks
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.fitting import Fitting
 from jax_klrlhf.training.rounds.parts import Comparisons, Judge, Mixture, Policies, Reward, Scored
+from jax_klrlhf.training.rounds.samplers import Draw
 
-Combine = Callable[[Float[np.ndarray, "M B K"]], Float[np.ndarray, "B K"]]
+Combine = Callable[[Float[Array, "M B K"]], Float[Array, "B K"]]
+Transform = Callable[[Float[Array, "B K"], Float[Array, "B R"]], Float[Array, "B K"]]
+Origin = Callable[[Policies, Ragged], Ragged]
+"""Responses ``[B, R, C]`` to each prompt that a reward is measured from."""
 
 
 def known(judge: Judge) -> Reward:
@@ -105,16 +111,23 @@ def reward_model(
     return Reward(init=params, fit=fit, score=score)
 
 
-def ensemble(members: Sequence[Reward], *, combine: Combine | None = None) -> Reward:
+def ensemble(
+    members: Sequence[Reward], *, combine: Combine | None = None, origin: Origin | None = None
+) -> Reward:
     """Several beliefs, each fitted with a key of its own, combined to one.
 
     ``combine`` makes one reward of the members' ``[M, B, K]``: :func:`mean` by default,
-    :func:`worst`, :func:`uncertainty_weighted` of a number, or another. The uncertainty is the
-    members' standard deviation once each is centred on the prompt, since a constant per prompt is
-    not identified. Members differ by their initial parameters, their data's order, or
-    :func:`resampled` data. They are fitted one after the other, so that one alone is in memory with
-    its optimizer; reward models made of one ``Fitting`` compile once.
-    Sources: arXiv 2310.02743, 2312.09244.
+    :func:`worst`, :func:`uncertainty_weighted` of a number, or another rule of
+    :mod:`core.aggregate`. **It is handed members that are centred at each prompt**, since a
+    constant per prompt is not identified and must not decide who is least; what was taken off is
+    given back as one constant of the prompt, the members' mean, so that :func:`mean` is exactly
+    theirs. The origin is the mean over the prompt's own responses or, with ``origin``
+    (:func:`pi0_draws`), over draws from pi0, which makes it the same for all responses to a prompt.
+    The uncertainty is the standard deviation of the centred members.
+
+    Members differ by their initial parameters, their data's order, or :func:`resampled` data. They
+    are fitted one after the other, so that one alone is in memory with its optimizer; reward models
+    made of one ``Fitting`` compile once. Sources: arXiv 2310.02743, 2312.09244.
 
     Raises:
         ValueError: for fewer than two members.
@@ -131,31 +144,41 @@ def ensemble(members: Sequence[Reward], *, combine: Combine | None = None) -> Re
         )
 
     def score(belief: Any, policies: Policies, prompts: Ragged, responses: Ragged) -> Scored:
-        found = np.stack(
-            [
-                member.score(state, policies, prompts, responses).reward
-                for member, state in zip(members, belief, strict=True)
-            ]
-        )
-        centred_at_prompt = found - found.mean(-1, keepdims=True)
-        return Scored(combine(found), centred_at_prompt.std(0, ddof=1))
+        def ask(responses: Ragged) -> np.ndarray:
+            pairs = zip(members, belief, strict=True)
+            rewards = [m.score(b, policies, prompts, responses).reward for m, b in pairs]
+            return np.stack(rewards)
+
+        found = ask(responses)
+        beside = found if origin is None else ask(origin(policies, prompts))
+        offset = beside.mean(-1, keepdims=True)
+        combined = np.asarray(combine(jnp.asarray(found - offset)))
+        return Scored(combined + offset.mean(0), (found - offset).std(0, ddof=1))
 
     return Reward(init=tuple(member.init for member in members), fit=fit, score=score)
 
 
-def mean(rewards: Float[np.ndarray, "M B K"]) -> Float[np.ndarray, "B K"]:
+def pi0_draws(key: Key[Array, ""], draw: Draw) -> Origin:
+    """Draws from pi0 to measure rewards from, the same ones each time a prompt is seen in its row.
+
+    They cost what sampling ``draw.samples`` responses and scoring them does.
+    """
+    return lambda policies, prompts: draw(key, policies.base, prompts)
+
+
+def mean(rewards: Float[Array, "M B K"]) -> Float[Array, "B K"]:
     """The members' mean."""
-    return rewards.mean(0)
+    return aggregate.mean(rewards)
 
 
-def worst(rewards: Float[np.ndarray, "M B K"]) -> Float[np.ndarray, "B K"]:
+def worst(rewards: Float[Array, "M B K"]) -> Float[Array, "B K"]:
     """The least of the members' rewards (worst-case optimization, arXiv 2310.02743, eq. 3)."""
-    return rewards.min(0)
+    return aggregate.minimum(rewards)
 
 
 def uncertainty_weighted(coef: float) -> Combine:
     """The mean less ``coef`` times the members' variance (arXiv 2310.02743, eq. 4)."""
-    return lambda rewards: rewards.mean(0) - coef * rewards.var(0)
+    return partial(aggregate.penalized, variance=coef)
 
 
 def resampled(reward: Reward) -> Reward:
@@ -185,32 +208,47 @@ def length_penalty(reward: Reward, coef: float) -> Reward:
     return dataclasses.replace(reward, score=score)
 
 
-def transformed(
-    reward: Reward, function: Callable[[Float[np.ndarray, "B K"]], Float[np.ndarray, "B K"]]
-) -> Reward:
-    """``reward`` through a function of one prompt's rewards: :func:`centred`, :func:`log_sigmoid`.
+def transformed(reward: Reward, function: Transform, *, origin: Origin | None = None) -> Reward:
+    """``reward`` through ``function(reward [B, K], reference [B, R])``, prompt by prompt.
 
-    The uncertainty stays that of the reward before.
+    :func:`centred`, :func:`log_sigmoid` of a quantile, :func:`win_rate`, or another. ``reference``
+    are the rewards of draws from pi0 (``origin``, :func:`pi0_draws`); without it the prompt's own
+    responses stand in for them, which is pi0 only where they were drawn from it. The uncertainty
+    stays that of the reward before.
     """
 
     def score(belief: Any, policies: Policies, prompts: Ragged, responses: Ragged) -> Scored:
         scored = reward.score(belief, policies, prompts, responses)
-        return scored._replace(reward=np.asarray(function(scored.reward), np.float32))
+        beside = scored.reward
+        if origin is not None:
+            drawn = origin(policies, prompts)
+            beside = reward.score(belief, policies, prompts, drawn).reward
+        found = function(jnp.asarray(scored.reward), jnp.asarray(beside))
+        return scored._replace(reward=np.asarray(found, np.float32))
 
     return dataclasses.replace(reward, score=score)
 
 
-def centred(reward: Float[np.ndarray, "B K"]) -> Float[np.ndarray, "B K"]:
-    """Rewards less their mean at the prompt, which preferences do not identify."""
-    return reward - reward.mean(-1, keepdims=True)
+def centred(reward: Float[Array, "B K"], reference: Float[Array, "B R"]) -> Float[Array, "B K"]:
+    """Rewards less the reference's mean at the prompt, which preferences do not identify."""
+    return reward - jnp.mean(reference, -1, keepdims=True)
 
 
-def log_sigmoid(reward: Float[np.ndarray, "B K"]) -> Float[np.ndarray, "B K"]:
-    """Log-probability of beating the prompt's mean reward: saturates above, not below.
+def log_sigmoid(level: float = 0.85) -> Transform:
+    """:func:`core.reshape.log_sigmoid` against the reference's quantile (arXiv 2402.00742)."""
+    if not 0 <= level <= 1:
+        raise ValueError(f"level must be in [0, 1], a quantile, got {level}")
 
-    Source: arXiv 2402.00742, eq. 4, with the mean of the responses as the reference.
-    """
-    return np.asarray(bradley_terry.log_likelihood(jax.numpy.asarray(centred(reward))))
+    def transform(reward: Array, reference: Array) -> Array:
+        bar = reshape.quantile(reference, jnp.zeros_like(reference), level=level)
+        return reshape.log_sigmoid(reward, reference=bar)
+
+    return transform
+
+
+def win_rate(reward: Float[Array, "B K"], reference: Float[Array, "B R"]) -> Float[Array, "B K"]:
+    """The chance to beat a reference response: PAR (arXiv 2502.18770), in [0, 1]."""
+    return jax.nn.sigmoid(reward[..., :, None] - reference[..., None, :]).mean(-1)
 
 
 def _certain(reward: Any) -> Scored:

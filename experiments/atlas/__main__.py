@@ -1,0 +1,3 @@
+from experiments.atlas.run import cli
+
+cli()

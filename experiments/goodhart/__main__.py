@@ -1,0 +1,3 @@
+from experiments.goodhart.run import cli
+
+cli()

@@ -1,0 +1,3 @@
+from experiments.pluralism.run import cli
+
+cli()
