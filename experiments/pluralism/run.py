@@ -89,9 +89,9 @@ class Config:
 class People(NamedTuple):
     """Comparisons by person, padded; ``weight`` 0 where there is none."""
 
-    differences: Float[np.ndarray, "people rows dim"]
-    label: Float[np.ndarray, "people rows"]
-    weight: Float[np.ndarray, "people rows"]
+    differences: Float[Array, "people rows dim"]
+    label: Float[Array, "people rows"]
+    weight: Float[Array, "people rows"]
 
 
 def open_people(name: str, config: Config) -> People:
@@ -116,15 +116,13 @@ def open_people(name: str, config: Config) -> People:
     rows = [np.flatnonzero(person == p) for p in known]
     longest = max(map(len, rows))
     shape = (len(rows), longest)
-    out = People(
-        np.zeros((*shape, z.shape[1]), np.float32), np.zeros(shape, np.float32),
-        np.zeros(shape, np.float32),
-    )  # fmt: skip
+    differences = np.zeros((*shape, z.shape[1]), np.float32)
+    labels, weights = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     for k, index in enumerate(rows):
-        out.differences[k, : len(index)] = z[index]
-        out.label[k, : len(index)] = label[index]
-        out.weight[k, : len(index)] = weight[index]
-    return out
+        differences[k, : len(index)] = z[index]
+        labels[k, : len(index)] = label[index]
+        weights[k, : len(index)] = weight[index]
+    return People(jnp.asarray(differences), jnp.asarray(labels), jnp.asarray(weights))
 
 
 class Learned(NamedTuple):
@@ -242,7 +240,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     output = results.output_folder(config.output)
     found: dict[str, dict[int, list[Score]]] = {}
     for name in config.datasets:
-        people = jax.tree.map(jnp.asarray, open_people(name, config))
+        people = open_people(name, config)
         # Cars have one choice a person: nothing can be revealed and something be left.
         labels = config.labels if name == "train_tickets" else (0,)
         first = max(labels)

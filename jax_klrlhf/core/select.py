@@ -40,9 +40,10 @@ def value(choices: Choices, *, score: Score = posterior.information) -> Float[Ar
     white = ellipsoid.whiten(shape, jnp.where(keep[..., None], features, 0))
     shift = white[..., :, None, :] - white[..., None, :, :]
     margin = reward[..., :, None] - reward[..., None, :]
-    worth = score(margin, jnp.sum(shift**2, -1))
-    differ = ~jnp.eye(keep.shape[-1], dtype=bool)
-    both = keep[..., :, None] & keep[..., None, :] & jnp.broadcast_to(differ, worth.shape)
+    variance = jnp.sum(shift**2, -1)
+    worth = score(margin, variance)
+    # Of equal features a label tells nothing; the score's quadrature would leave rounding.
+    both = keep[..., :, None] & keep[..., None, :] & (variance > 0)
     return jnp.where(both, worth, 0)
 
 

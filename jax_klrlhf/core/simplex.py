@@ -145,5 +145,5 @@ def least_square(gram: Float[Array, "members members"]) -> Float[Array, " member
         return Model(weight @ gradient / 2, gradient, unit, flat)
 
     start = jnp.full(members, 1 / members, gram.dtype)
-    last = 4 * jnp.finfo(gram.dtype).eps
+    last = float(4 * jnp.finfo(gram.dtype).eps)
     return minimize(model, start, barrier=1.0, last_barrier=last).weight

@@ -105,7 +105,7 @@ def test_asking_by_distance_is_no_better_than_random_at_large_margins_and_by_inf
             fit = estimation.fit(z[asked], y, ridge=1.0, weights=heard, init=estimate, iterations=6)
             return (asked, y, fit.theta), None
 
-        start = (jnp.zeros(n, jnp.int32), jnp.zeros(n), jnp.zeros(dim))
+        start = (jnp.zeros(n, int), jnp.zeros(n), jnp.zeros(dim))
         (_, _, estimate), _ = jax.lax.scan(step, start, jnp.arange(n))
         return jnp.sqrt(jnp.sum((estimate - theta) ** 2)) / 10
 
