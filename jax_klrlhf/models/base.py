@@ -2,8 +2,9 @@
 
 A model is a :class:`LanguageModel`: functions of ``(params, arrays)`` and nothing else. Scoring,
 sampling and training are written on these six, so a Flax module, an Equinox module or a plain
-pytree serve alike. Parameters are any pytree. Two more are optional: ``grow``, for a quicker
-sampler, and ``pack``, without which there are no batches without padding (:mod:`.packed`).
+pytree serve alike. Parameters are any pytree. Three more are optional: ``grow``, for a quicker
+sampler, ``together``, for a step that gathers each weight once, and ``pack``, without which there
+are no batches without padding (:mod:`.packed`).
 
 The layout is *a prompt once and K responses to it*: ``prefill`` reads each prompt a single time
 and returns a :class:`Prefix`; ``extend`` (teacher forcing) and ``decode`` (one token at a time)
@@ -67,6 +68,20 @@ class LanguageModel:
     makes all the room there will be."""
     unembed: Callable[[Any, Array], Array]
     """``unembed(params, hidden [..., D]) -> logits [..., V]``, float32 (or float64)."""
+    together: Callable[[Any, Ragged, Array], tuple[Array, Array]] | None = None
+    """``together(params, prompts [B, P], ids [B, K, C]) -> (hidden [B, D], hidden [B, K, C, D])``:
+    what ``prefill(...).hidden`` and ``extend`` are, in one pass through the layers, so that weights
+    cut over devices are gathered once for prompts and responses. None: two passes."""
     pack: Callable[[Any, Any], Array] | None = None
     """``pack(params, packed) -> hidden [R, T, D]``: the hidden state after reading each token of
     the streams of a :class:`.packed.Packed`. None: the model scores rectangles alone."""
+
+
+def read(
+    model: LanguageModel, params: Any, prompts: Ragged, ids: Int[Array, "B K C"]
+) -> tuple[Float[Array, "B D"], Float[Array, "B K C D"]]:
+    """Hidden states at each prompt's last token, and after each response token."""
+    if model.together is not None:
+        return model.together(params, prompts, ids)
+    prefix = model.prefill(params, prompts)
+    return prefix.hidden, model.extend(params, prefix, ids)

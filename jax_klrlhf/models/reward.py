@@ -30,7 +30,7 @@ from jax_klrlhf.core.numerics import at_least_float32
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import pretrained
-from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.models.base import LanguageModel, read
 from jax_klrlhf.models.config import ModelConfig
 
 CLASSIFIER = {
@@ -95,9 +95,8 @@ def features(
     ``prompts`` are ``[B, P]``, ``responses`` ``[B, K, C]``; ``pooling`` is :func:`last`,
     :func:`mean`, or another function of (prompt's last state, hidden states, mask).
     """
-    prefix = model.prefill(params, prompts)
-    hidden = model.extend(params, prefix, responses.ids)
-    return pooling(at_least_float32(prefix.hidden), at_least_float32(hidden), responses.mask)
+    first, hidden = read(model, params, prompts, responses.ids)
+    return pooling(at_least_float32(first), at_least_float32(hidden), responses.mask)
 
 
 def init_head(key: Array, *, dim: int, scale: float | None = None) -> Float[Array, " D"]:

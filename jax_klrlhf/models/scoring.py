@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from jax_klrlhf.core import divergence, sequence
 from jax_klrlhf.core.numerics import expectation
 from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.models import base
 from jax_klrlhf.models.base import LanguageModel
 
 CHUNK = 1024
@@ -133,10 +134,8 @@ def _predicting_hidden(
             f"responses must be [prompts, responses, length] with {rows} prompts, got shape "
             f"{responses.ids.shape}; a single response per prompt is ids[:, None]"
         )
-    prefix = model.prefill(params, prompts)
-    ids = jnp.where(responses.mask, responses.ids, 0)
-    after = model.extend(params, prefix, ids)
-    first = jnp.broadcast_to(prefix.hidden[:, None, None], (*after.shape[:2], 1, after.shape[3]))
+    last, after = base.read(model, params, prompts, jnp.where(responses.mask, responses.ids, 0))
+    first = jnp.broadcast_to(last[:, None, None], (*after.shape[:2], 1, after.shape[3]))
     return jnp.concatenate([first, after], axis=2)[:, :, :-1]
 
 

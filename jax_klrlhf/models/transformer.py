@@ -227,7 +227,7 @@ def language_model(
     constrain: Callable[[Array], Array] = partition.constrain,
     lora_scale: float | None = None,
 ) -> LanguageModel:
-    """The decoder as seven pure functions of ``(params, arrays)``.
+    """The decoder as nine pure functions of ``(params, arrays)``.
 
     ``constrain`` is applied to the activations ``[B, K, T, E]`` after every residual sum. With
     ``lora_scale`` the parameters are ``{"base": ..., "lora": ...}``, low-rank updates are added
@@ -329,6 +329,40 @@ def language_model(
         hidden, _, _ = run(params, read, ids, positions, None, prefix.cache, prefix.lengths)
         return hidden
 
+    def together(params, prompts: Ragged, ids: Int[Array, "B K C"]):
+        """Every layer takes prompts and responses as one row of tokens; attention alone tells them
+        apart."""
+        (rows, width), (_, samples, length) = prompts.ids.shape, ids.shape
+        lengths = prompts.lengths.astype(jnp.int32)
+
+        def attend(query, own, layer, cache, memory, shared):
+            def apart(x, axis):
+                first, then = jnp.split(x, [width], axis=axis)
+                cut = (*then.shape[:axis], samples, length, *then.shape[axis + 1 :])
+                # [B, 1, ..., K, C, ...] to [B, K, ..., C, ...]
+                return first, jnp.moveaxis(then.reshape(cut), axis, 1)[:, :, 0]
+
+            queries = apart(query, 2)
+            (prompt, mine) = (
+                Keys(*both)
+                for both in zip(apart(own.key, 3), apart(own.value, 3), strict=True)
+            )
+            first, _, _ = read(queries[0], prompt, layer, None, None, None)
+            alone = jax.tree.map(lambda x: x[:, 0], prompt)
+            then, _, _ = read(queries[1], mine, layer, None, alone, lengths)
+            then = then.reshape(rows, 1, samples * length, *then.shape[3:])
+            return jnp.concatenate([first, then], axis=2), cache, None
+
+        place = jnp.arange(width, dtype=jnp.int32)
+        after = lengths[:, None, None] + jnp.arange(length, dtype=jnp.int32)[None, None]
+        after = jnp.broadcast_to(after, ids.shape).reshape(rows, -1)
+        positions = jnp.concatenate([jnp.broadcast_to(place, (rows, width)), after], axis=1)
+        tokens = jnp.concatenate([prompts.ids, ids.reshape(rows, -1)], axis=1)
+        hidden, _, _ = run(params, attend, tokens[:, None], positions[:, None])
+        last = jnp.maximum(lengths - 1, 0)[:, None, None]
+        prompt = jnp.take_along_axis(hidden[:, 0, :width], last, axis=1)[:, 0]
+        return prompt, hidden[:, 0, width:].reshape(*ids.shape, -1)
+
     def start(params, prefix: Prefix, samples: int, max_new_tokens: int) -> Keys | list[Keys]:
         del params
         rows = prefix.lengths.shape[0]
@@ -376,6 +410,7 @@ def language_model(
         init=init,
         prefill=prefill,
         extend=extend,
+        together=together,
         start=start,
         grow=grow,
         decode=decode,
