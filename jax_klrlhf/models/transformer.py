@@ -344,8 +344,7 @@ def language_model(
 
             queries = apart(query, 2)
             (prompt, mine) = (
-                Keys(*both)
-                for both in zip(apart(own.key, 3), apart(own.value, 3), strict=True)
+                Keys(*both) for both in zip(apart(own.key, 3), apart(own.value, 3), strict=True)
             )
             first, _, _ = read(queries[0], prompt, layer, None, None, None)
             alone = jax.tree.map(lambda x: x[:, 0], prompt)
