@@ -213,8 +213,7 @@ def make_judge(place: Place) -> Judge | None:
     """The reward that the annotator has in mind; None where labels are recorded.
 
     Raises:
-        InputError: where --reward names neither a reward model nor two heaps of sentences, or the
-            model reads other tokens than the policy writes.
+        InputError: where --reward names neither a reward model nor two heaps of sentences.
     """
     config = place.config
     if config.recorded:
@@ -234,15 +233,26 @@ def make_judge(place: Place) -> Judge | None:
 
 def _model_judge(place: Place, path: str) -> Judge:
     folder = pretrained.find(Path(path).expanduser() if Path(path).is_dir() else path)
-    tokenizer = pretrained.load_tokenizer(folder)
+    tokenizer, translate = pretrained.load_tokenizer(folder), None
     if tokenizer is not None:
         theirs = tokenize.encoder(tokenizer).continuation.get_vocab()
-        if theirs != place.encoder.continuation.get_vocab():
-            raise InputError(
-                f"{path}: a reward model with another vocabulary than {place.config.model}'s; it "
-                "reads token ids, so give one of the same tokenizer."
-            )
-    return oracle.reward_model(folder, rows=place.config.rows, mesh=place.mesh)
+        # Tokens that it has besides (a pad token, say) do not change what it reads.
+        if not place.encoder.continuation.get_vocab().items() <= theirs.items():
+            translate = translation(place.encoder, tokenize.encoder(tokenizer))
+    return oracle.reward_model(folder, rows=place.config.rows, mesh=place.mesh, translate=translate)
+
+
+def translation(ours: tokenize.Encoder, theirs: tokenize.Encoder) -> oracle.Translate:
+    """From the ids of one tokenizer to another's, by the text; an end stays an end, a response that
+    was cut off stays without one."""
+
+    def translate(prompt: Sequence[int], response: Sequence[int]) -> tuple[list[int], list[int]]:
+        answer = theirs.response(ours.decode(response))
+        if not response or response[-1] != ours.end:
+            answer = answer[:-1]
+        return theirs.prompt(ours.decode(prompt)), answer
+
+    return translate
 
 
 def make_oracle(config: IterateConfig, judge: Judge | None, data: Comparisons | None) -> Oracle:

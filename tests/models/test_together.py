@@ -73,7 +73,7 @@ def test_every_weight_is_gathered_once_in_each_pass():
         with jax.set_mesh(mesh):
             text = slope.lower(given).compile().as_text()
         runs = collections.Counter()
-        for one in cost(hlo.parse(text)).collectives:
+        for one in cost(hlo.parse(text or "")).collectives:
             if one.kind == "all-gather":
                 runs[one.elements] += one.runs
         return {size: count for size, count in runs.items() if size in kernels}
@@ -90,6 +90,7 @@ def test_activations_are_constrained_after_both_sums_of_a_layer():
     seen = lambda x: checkpoint_name(x, "cut")  # noqa: E731
     model = language_model(dataclasses.replace(CONFIG, remat=None), constrain=seen)
     params = jax.eval_shape(model.init, jax.random.key(0))
+    assert model.together is not None
     text = str(jax.make_jaxpr(model.together)(params, PROMPTS, RESPONSES.ids))
     # Of the embedding, and in the one body of the scan after attention and after the feed-forward.
     assert text.count("name=cut") == 3

@@ -26,8 +26,19 @@ from jaxtyping import Array, Key
 from jax_klrlhf.core import bradley_terry as bt
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import reward as rewards
+from jax_klrlhf.models import sampling
 from jax_klrlhf.training.rounds.compute import mapped
-from jax_klrlhf.training.rounds.parts import Comparisons, Judge, Labels, Oracle, token_rows
+from jax_klrlhf.training.rounds.parts import (
+    Comparisons,
+    Judge,
+    Labels,
+    Oracle,
+    ragged,
+    token_rows,
+)
+
+Translate = Callable[[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+"""``translate(prompt, response)``: ids of the policy's to ids of the judge's."""
 
 
 def bradley_terry(judge: Judge, *, noise: float = 0.0, tie: float = 0.0) -> Oracle:
@@ -123,11 +134,12 @@ def reward_model(
     pooling: Callable[[Array, Array, Array], Array] = rewards.last,
     rows: int = 64,
     mesh: Mesh | None = None,
+    translate: Translate | None = None,
 ) -> Judge:
     """The reward model in a folder, or of a hub id, as a judge (:func:`models.reward.load`).
 
-    It reads token ids: its tokenizer must be the policy's. Raises ``InputError`` where the folder
-    holds no reward model.
+    It reads the policy's token ids, or, where its tokenizer is another, what ``translate`` makes of
+    them (:func:`retokenized`). Raises ``InputError`` where the folder holds no reward model.
     """
     loaded = rewards.load(path, mesh=mesh)
     score = mapped(
@@ -137,7 +149,46 @@ def reward_model(
         rows=rows,
         mesh=mesh,
     )
-    return lambda prompts, responses: score(loaded.params, prompts, responses)
+    judge = lambda prompts, responses: score(loaded.params, prompts, responses)  # noqa: E731
+    if translate is None:
+        return judge
+    return retokenized(judge, translate, longest=loaded.model.max_length)
+
+
+def retokenized(judge: Judge, translate: Translate, *, longest: int) -> Judge:
+    """A judge of another vocabulary: it reads the same text in its own tokens.
+
+    A row that has more than its context of ``longest`` tokens loses the beginning of its prompt,
+    and, if that is not enough, the end of its response.
+    """
+
+    def translated(prompts: Ragged, responses: Ragged) -> np.ndarray:
+        shape = np.asarray(responses.lengths).shape
+        ids = np.asarray(responses.ids).reshape(-1, np.asarray(responses.ids).shape[-1])
+        answers = token_rows(ragged(ids, np.asarray(responses.lengths).reshape(-1)))
+        asked = [row for row in token_rows(prompts) for _ in range(shape[1])]
+        both = [translate(prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
+        then = [list(answer)[: longest - 1] for _, answer in both]
+        first = [
+            list(prompt)[-(longest - len(answer)) :]
+            for (prompt, _), answer in zip(both, then, strict=True)
+        ]
+        # Each response beside its own prompt: what is cut of a prompt depends on the response.
+        found = judge(_rows(first, longest), _each(_rows(then, longest)))
+        return np.asarray(found, np.float32).reshape(shape)
+
+    return translated
+
+
+def _rows(rows: Sequence[Sequence[int]], longest: int) -> Ragged:
+    """Rows of ids, padded to one of a few widths."""
+    width = min(sampling.bucket(max(1, *map(len, rows))), longest)
+    ids = [[*row, *[0] * (width - len(row))] for row in rows]
+    return ragged(ids, [len(row) for row in rows])
+
+
+def _each(rows: Ragged) -> Ragged:
+    return ragged(np.asarray(rows.ids)[:, None], np.asarray(rows.lengths)[:, None])
 
 
 def _margin(judge: Judge, prompts: Ragged, responses: Ragged) -> np.ndarray:
