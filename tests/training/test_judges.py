@@ -12,11 +12,14 @@ TEXTS = ["the cat sat on the mat", "a bat ate the rat", "no, never", "that hat"]
 
 
 @pytest.fixture(scope="module")
-def encoders():
-    return [
-        tokenize.encoder(tokenize.train_tokenizer(texts, vocab_size=size))
-        for texts, size in ((TEXTS, 300), (TEXTS[::-1] * 3 + ["that bat"], 275))
-    ]
+def encoders(tmp_path_factory):
+    made = []
+    for texts, size in ((TEXTS, 300), (TEXTS[::-1] * 3 + ["that bat"], 275)):
+        folder = tmp_path_factory.mktemp("tokenizer")
+        made.append(
+            tokenize.encoder(tokenize.train_tokenizer(texts, vocab_size=size, folder=folder))
+        )
+    return made
 
 
 def rows(lists):
