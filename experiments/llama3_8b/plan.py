@@ -25,7 +25,7 @@ from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.models.transformer import language_model
 from jax_klrlhf.plan import report
 from jax_klrlhf.plan.chips import read_topology
-from jax_klrlhf.plan.command import read_mesh, tpu_attention
+from jax_klrlhf.plan.command import read_mesh
 from jax_klrlhf.plan.presets import read_model
 from jax_klrlhf.plan.program import (
     Program,
@@ -82,7 +82,7 @@ def main(config: Config) -> list[report.Plan]:
         dtype=jnp.dtype(run.dtype),
         param_dtype=jnp.float32,
         remat=run.remat,
-        attention=None if topology.chip is None else tpu_attention,
+        platform="cpu" if topology.chip is None else "tpu",
     )
     plans = []
     for phase in config.phases:

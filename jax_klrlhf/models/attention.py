@@ -299,13 +299,10 @@ def by_platform(
     window: Int[Array, ""],
     windows: Sequence[int | None] = (None,),
     softcap: float | None = None,
+    platform: str | None = None,
 ) -> Float[Array, "B K T H D"]:
-    """The implementation for JAX's default backend and these shapes.
-
-    A program compiled ahead of time for another platform names its implementation in
-    ``ModelConfig.attention`` instead.
-    """
-    platform, size = jax.default_backend(), query.shape[-1]
+    """The implementation for a platform (JAX's default backend, where None) and these shapes."""
+    platform, size = platform or jax.default_backend(), query.shape[-1]
     chosen = xla
     if platform == "tpu" and query.shape[2] >= 128 and query.dtype.itemsize <= 4:
         chosen = splash

@@ -108,6 +108,9 @@ class ModelConfig:
     a policy or its name in ``jax.checkpoint_policies``."""
     attention: Callable[..., jax.Array] | None = None
     """One of :mod:`~jax_klrlhf.models.attention`'s implementations; None: by platform."""
+    platform: str | None = None
+    """What it will run on (``cpu``, ``gpu``, ``tpu``), where that is not what it is traced on: a
+    program compiled ahead of time. None: JAX's default backend."""
     init_scale: float = 0.02
 
     def __post_init__(self) -> None:

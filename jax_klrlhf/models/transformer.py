@@ -252,7 +252,9 @@ def language_model(
     def read(query, own, layer, cache, memory, shared):
         """Whole rows: a prompt by itself, or responses after their prompt (``memory``)."""
         prompt = None if memory is None else Prompt(memory, shared)
-        implementation = config.attention or attention.by_platform
+        implementation = config.attention or functools.partial(
+            attention.by_platform, platform=config.platform
+        )
         out = implementation(query, own, prompt, window=layer.window, windows=kinds, **settings)
         kept = jax.tree.map(lambda x: x[:, 0], own) if memory is None else None
         return out, cache, kept
@@ -366,7 +368,7 @@ def language_model(
         del params
         rows = prefix.lengths.shape[0]
         shape = (rows, config.kv_heads, samples, max_new_tokens, config.head_dim)
-        if jax.default_backend() == "cpu":
+        if (config.platform or jax.default_backend()) == "cpu":
             # XLA's CPU compiler copies a layer out of a stacked cache, and a layer's prompt out of
             # the stacked prompts, at every step. Layers unrolled over arrays of their own read in
             # place; elsewhere the scan keeps the program small.

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.models import attention
 from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.models.lora import Lora
 from jax_klrlhf.plan import report
@@ -68,7 +67,8 @@ def main(config: PlanConfig) -> list[report.Plan]:
     """Compile, print and return the plans.
 
     Raises:
-        InputError: for a model, topology or mesh that there is not, and without libtpu.
+        InputError: for a model, topology or mesh that there is not, and without libtpu; after all
+            plans are printed and written, where a program does not fit.
     """
     for name in ("pairs", "prompt", "response", "micro_batches", "samples", "lora", "chunk"):
         value = getattr(config, name)
@@ -83,7 +83,7 @@ def main(config: PlanConfig) -> list[report.Plan]:
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.float32,
         remat=config.remat,
-        attention=None if topology.chip is None else tpu_attention,
+        platform="cpu" if topology.chip is None else "tpu",
     )
     if config.prompt + config.response > model.max_length:
         raise InputError(
@@ -109,13 +109,34 @@ def main(config: PlanConfig) -> list[report.Plan]:
                 continue  # There is no compiled program.
             name = plan.program.name.replace(" ", "_")
             (path.parent / f"{name}.hlo.txt").write_text(plan.text)
+    refused = [plan.program.name for plan in plans if plan.refusal is not None]
+    if refused:
+        raise InputError(
+            f"{' and '.join(refused)} on {topology.name}: does not fit. {advice(config, mesh)}"
+        )
     return plans
 
 
-def tpu_attention(query: Any, *args: Any, **settings: Any) -> Any:
-    """What :func:`models.attention.by_platform` chooses on a TPU, which this machine is not."""
-    chosen = attention.splash if query.shape[2] >= 128 else attention.xla
-    return chosen(query, *args, **settings)
+def advice(config: PlanConfig, mesh: jax.sharding.Mesh) -> str:
+    """What would need less memory, of what this configuration does not do yet."""
+    found = []
+    if config.program != "sample":
+        rows = config.pairs // (meshes.rows(mesh) * config.micro_batches)
+        if config.remat != "full":
+            found.append("--remat full")
+        if rows > 1:
+            found.append(f"--micro-batches up to {config.micro_batches * rows}")
+        if config.lora is None:
+            found.append("--lora 16")
+            if config.optimizer == "adamw":
+                found.append("--optimizer adafactor")
+        if config.reference == "live" and config.lora is None:
+            found.append("--reference cached")
+    if mesh.shape["data"] > 1:
+        found.append("more fsdp or tensor in place of data in --mesh")
+    if config.program != "train":
+        found.append("fewer --samples or --pairs")
+    return f"Try {', '.join(found)}, shorter --prompt and --response, or more chips."
 
 
 def read_mesh(text: str, topology: Slice) -> jax.sharding.Mesh:

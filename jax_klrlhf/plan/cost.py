@@ -113,7 +113,7 @@ def trips(module: Module, computation: dict[str, Instruction], loop: Instruction
         if left.opcode != "get-tuple-element" or right.opcode != "constant":
             continue
         index, bound = int(left.attributes.split("index=")[1].split(",")[0]), _integer(right)
-        start, step = _start(computation, loop, index), _step(module, body, index)
+        start, step = _start(module, computation, loop, index), _step(module, body, index)
         if bound is not None and step > 0:
             last = bound + 1 if direction.group(1) in ("LE", "GE") else bound
             bounds.append(max(0, -(-(last - start) // step)))
@@ -322,9 +322,19 @@ def _read(module: Module, inner: dict[str, Instruction], name: str) -> int:
                 i for i in deeper.values() if i.opcode == "parameter" and i.inside == number
             )
             size += _read(module, deeper, parameter.name)
+            if _passes(deeper, parameter.name):
+                size += _read(module, inner, user.name)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
             return inner[name].bytes
     return size
+
+
+def _passes(inner: dict[str, Instruction], name: str) -> bool:
+    """Whether a fusion's result is one of its values in another shape: to be read by its users."""
+    root = next(i for i in inner.values() if i.root)
+    while root.opcode == "bitcast" and root.operands[0] in inner:
+        root = inner[root.operands[0]]
+    return root.name == name
 
 
 def _fusion_written(inner: dict[str, Instruction], line: Instruction) -> int:
@@ -373,12 +383,22 @@ def _integer(line: Instruction) -> int | None:
     return int(line.inside) if re.fullmatch(r"-?\d+", line.inside) else None
 
 
-def _start(computation: dict[str, Instruction], loop: Instruction, index: int) -> int:
-    """First value of a loop's counter: 0, which it nearly always is, unless a constant is seen."""
+def _start(
+    module: Module, computation: dict[str, Instruction], loop: Instruction, index: int
+) -> int:
+    """First value of a loop's counter: a constant, or where the loop before it left it; else 0."""
     first = computation.get(loop.operands[0])
     if first is None or first.opcode != "tuple":
         return 0
     value = _resolve(computation, first.operands[index], None)
+    if value is not None and value.opcode == "get-tuple-element":
+        before = computation.get(value.operands[0])
+        if before is not None and before.opcode == "while":
+            place = int(value.attributes.split("index=")[1].split(",")[0])
+            body = module.computations[before.called("body") or ""]
+            turns = trips(module, computation, before) or 0
+            begun = _start(module, computation, before, place)
+            return begun + turns * _step(module, body, place)
     number = _integer(value) if value is not None and value.opcode == "constant" else None
     return number or 0
 

@@ -61,7 +61,7 @@ class Program:
     useful_flops: float
     """Of the mathematics over all devices: no recomputation, no padding, no masked product."""
     attention_flops: float
-    """Of the attention in one forward pass over all devices."""
+    """Of the attention in one forward pass over all devices, of one piece of the batch."""
     layers: int
     vocabulary: int
     """Entries of the vocabulary projection."""
@@ -157,7 +157,7 @@ def train_step(
         lower=lower,
         arguments={kind: tree for kind, tree in kinds.items() if jax.tree.leaves(tree)},
         useful_flops=useful + (sum(forward) if live_reference else 0.0),
-        attention_flops=forward.attention,
+        attention_flops=forward.attention / micro_batches,
         **_landmarks(config, params),
     )
 

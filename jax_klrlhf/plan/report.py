@@ -51,6 +51,9 @@ class Plan:
     arguments: dict[str, int]
     """Bytes of the arguments, by kind."""
     refusal: Refusal | None = None
+    peak: int = 0
+    """Bytes that the compiler says are in use at one time; 0: it does not say. Less than the sum of
+    ``memory``, whose kinds share buffers."""
     memory: dict[str, int] | None = None
     """Bytes by kind, of a program that fits: the arguments, what else comes out, temporaries and
     the program itself."""
@@ -86,10 +89,10 @@ class Plan:
 
     @property
     def total(self) -> float:
-        """Bytes that a chip needs."""
+        """Bytes that a chip needs: the compiler's peak, or the sum where it tells none."""
         if self.refusal is not None:
             return self.refusal.needs
-        return float(sum((self.memory or {}).values()))
+        return float(self.peak or sum((self.memory or {}).values()))
 
     @property
     def roofs(self) -> dict[str, float] | None:
@@ -175,10 +178,19 @@ def compile_program(program: Program, topology: Slice) -> Plan:
         topology=topology,
         seconds=seconds,
         arguments=arguments,
+        peak=_peak(stats),
         memory=memory,
         work=cost(hlo.parse(text)),
         text=text,
     )
+
+
+def _peak(stats: Any) -> int:
+    """The compiler's peak, the program itself included; 0 where it tells too little."""
+    peak = int(getattr(stats, "peak_memory_in_bytes", 0))
+    if peak < stats.argument_size_in_bytes:
+        return 0
+    return peak + stats.generated_code_size_in_bytes
 
 
 def read_refusal(message: str) -> Refusal | None:
@@ -217,7 +229,7 @@ def table(plan: Plan) -> str:
     lines += [f"    {kind:<32}{size / GIB:>10.3f}" for kind, size in kinds.items()]
     if plan.work is None:
         return "\n".join(lines) + "\n"
-    lines.append(f"    {'total':<32}{plan.total / GIB:>10.3f}")
+    lines.append(f"    {'at one time':<32}{plan.total / GIB:>10.3f}")
     lines += ["", f"  {'work per chip':<34}{'':>10}"]
     useful = plan.program.useful_flops / plan.topology.size
     lines.append(f"    {'TFLOP':<32}{plan.flops / 1e12:>10.2f}")

@@ -102,6 +102,46 @@ def test_a_loop_that_may_end_early_counts_to_its_bound():
     assert counted(program, jnp.ones((8, 8))).flops == 11 * 2 * 8**3
 
 
+def test_a_loop_goes_on_where_the_one_before_it_left_off():
+    """A sampler's caches grow: a loop for each size, with one counter through all of them."""
+    sizes = (8, 16, 30)
+
+    def program(x):
+        def turn(carry):
+            return carry[0] + 1, carry[1] @ carry[1]
+
+        carry = (jnp.int32(1), x)
+        for size in sizes:
+            go_on = lambda c, size=size: (c[0] < size) & (c[1].sum() < 1e6)  # noqa: E731
+            carry = jax.lax.while_loop(go_on, turn, carry)
+            carry = (carry[0], jnp.sin(carry[1]))
+        return carry[1]
+
+    assert counted(program, jnp.ones((8, 8))).flops == (sizes[-1] - 1) * 2 * 8**3
+
+
+def test_bytes_read_through_a_nested_view_are_counted():
+    text = """HloModule m
+
+%view (q: f32[10,64]) -> f32[640] {
+  %q = f32[10,64]{1,0} parameter(0)
+  ROOT %flat = f32[640]{0} bitcast(%q)
+}
+
+%outer (p: f32[10,64]) -> f32[] {
+  %p = f32[10,64]{1,0} parameter(0)
+  %inner = f32[640]{0} fusion(%p), kind=kLoop, calls=%view
+  ROOT %sum = f32[] negate(%inner)
+}
+
+ENTRY %main (a: f32[10,64]) -> f32[] {
+  %a = f32[10,64]{1,0} parameter(0)
+  ROOT %one = f32[]{:S(1)} fusion(%a), kind=kLoop, calls=%outer
+}
+"""
+    assert cost(hlo.parse(text)).bytes == 640 * F32
+
+
 def test_collectives_by_kind_size_group_and_runs():
     """Eight devices as 4 x 2; each collective inside a loop of five turns."""
     mesh = meshes.make(fsdp=4, tensor=2)
