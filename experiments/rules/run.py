@@ -126,6 +126,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
             found = jax.jit(jax.vmap(lambda key, one=one: one(key)))(keys)
             gaps[name] = np.asarray(found, np.float64)
             progress.advance(task)
+            progress.console.print(f"{name}: {results.mean(gaps[name])}", highlight=False)
     base = gaps["two draws"]
     rows: dict[str, dict[str, results.Metric | str]] = {}
     for name, found in sorted(gaps.items(), key=lambda item: item[1].mean()):

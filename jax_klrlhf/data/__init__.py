@@ -14,10 +14,12 @@ from jax_klrlhf.data import (
     statistics,
     tokenize,
 )
+from jax_klrlhf.data.texts import batch_of_texts
 
 __all__ = [
     "arrange",
     "batch",
+    "batch_of_texts",
     "buckets",
     "check",
     "examples",

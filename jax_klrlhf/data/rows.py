@@ -63,17 +63,7 @@ def encode(
     iterator = iter(examples)
     number = 0
     while chunk := list(islice(iterator, _CHUNK)):
-        texts = [_placed_texts(encoder, example) for example in chunk]
-        opened = iter(ids_of(encoder.opening, [t for e in texts for t in e.opening]))
-        continued = iter(ids_of(encoder.continuation, [t for e in texts for t in e.continuing]))
-        for example, text in zip(chunk, texts, strict=True):
-            prompt, responses = _assemble(
-                encoder,
-                example,
-                text,
-                list(islice(opened, len(text.opening))),
-                list(islice(continued, len(text.continuing))),
-            )
+        for example, (prompt, responses, text) in zip(chunk, assemble(encoder, chunk), strict=True):
             reason = _reason_to_drop(encoder, prompt, responses, text)
             uncut = len(prompt), sum(map(len, responses))
             prompt = cut_prompt(prompt, max_prompt_length, begin=encoder.begin)
@@ -102,6 +92,24 @@ def encode(
             else:
                 yield Dropped(reason, example.where)
             number += 1
+
+
+def assemble(
+    encoder: Encoder, examples: Sequence[Example]
+) -> Iterator[tuple[list[int], list[list[int]], "Texts"]]:
+    """Ids of prompt and responses of each example, uncut; all texts are tokenized at one time."""
+    texts = [_placed_texts(encoder, example) for example in examples]
+    opened = iter(ids_of(encoder.opening, [t for e in texts for t in e.opening]))
+    continued = iter(ids_of(encoder.continuation, [t for e in texts for t in e.continuing]))
+    for example, text in zip(examples, texts, strict=True):
+        prompt, responses = _assemble(
+            encoder,
+            example,
+            text,
+            list(islice(opened, len(text.opening))),
+            list(islice(continued, len(text.continuing))),
+        )
+        yield prompt, responses, text
 
 
 def cut_prompt(ids: Sequence[int], max_length: int, *, begin: int | None) -> list[int]:
@@ -155,7 +163,7 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return int(different[0]) if different.size else shortest
 
 
-class _Texts(NamedTuple):
+class Texts(NamedTuple):
     """What of an example the tokenizer has to read; ids given by the user bypass it."""
 
     opening: list[str]
@@ -165,16 +173,16 @@ class _Texts(NamedTuple):
     """The words of each chat reply alone: empty where the reply is."""
 
 
-def _placed_texts(encoder: Encoder, example: Example) -> _Texts:
+def _placed_texts(encoder: Encoder, example: Example) -> Texts:
     try:
         return _texts(encoder, example)
     except InputError as error:
         raise InputError(f"{example.where}: {error}") from error
 
 
-def _texts(encoder: Encoder, example: Example) -> _Texts:
+def _texts(encoder: Encoder, example: Example) -> Texts:
     if example.prompt is None:
-        return _Texts([r for r in example.responses if isinstance(r, str)], [], False, [])
+        return Texts([r for r in example.responses if isinstance(r, str)], [], False, [])
     if _is_chat(example.prompt):
         messages: Any = example.prompt
         prompt = encoder.framed(messages, add_generation_prompt=True)
@@ -190,15 +198,15 @@ def _texts(encoder: Encoder, example: Example) -> _Texts:
                 )
             continuing.append(text[len(prompt) :].rstrip())
             replies.append("".join(message["content"] for message in reply))
-        return _Texts([prompt], continuing, True, replies)
+        return Texts([prompt], continuing, True, replies)
     opening = [example.prompt] if isinstance(example.prompt, str) else []
-    return _Texts(opening, [r for r in example.responses if isinstance(r, str)], False, [])
+    return Texts(opening, [r for r in example.responses if isinstance(r, str)], False, [])
 
 
 def _assemble(
     encoder: Encoder,
     example: Example,
-    text: _Texts,
+    text: Texts,
     opened: list[list[int]],
     continued: list[list[int]],
 ) -> tuple[list[int], list[list[int]]]:
@@ -230,7 +238,7 @@ def _assemble(
 
 
 def _reason_to_drop(
-    encoder: Encoder, prompt: list[int], responses: list[list[int]], text: _Texts
+    encoder: Encoder, prompt: list[int], responses: list[list[int]], text: Texts
 ) -> str | None:
     if len(responses) > 1 and _all_equal(responses):
         return "identical responses"

@@ -32,7 +32,7 @@ from jax_klrlhf.programs.iterate_parts import Place
 from jax_klrlhf.results import mean, output_folder, print_table, write_json, write_results
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import metrics as sinks
-from jax_klrlhf.training import rounds
+from jax_klrlhf.training import processes, rounds
 from jax_klrlhf.training import state as states
 from jax_klrlhf.training.metrics import Metrics
 from jax_klrlhf.training.rounds.compute import mapped
@@ -287,13 +287,7 @@ def _offline(
 
 def _devices(config: IterateConfig) -> Any:
     """Join the processes; the mesh over all devices, None for one."""
-    if config.processes.auto:
-        jax.distributed.initialize()
-    elif config.processes.coordinator is not None:
-        given = config.processes
-        jax.distributed.initialize(given.coordinator, given.count, given.index)
-    elif config.processes.count != 1:
-        raise InputError("--processes.count needs --processes.coordinator, such as host0:1234.")
+    processes.join(**dataclasses.asdict(config.processes))
     if jax.device_count() == 1:
         return None
     try:

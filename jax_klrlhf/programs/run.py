@@ -33,7 +33,7 @@ from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import LanguageModel, partition
 from jax_klrlhf.programs.config import TrainingConfig, check, steps_of
 from jax_klrlhf.results import Metric, output_folder, write_json, write_results
-from jax_klrlhf.training import defaults, health, loop, metrics, optimizers
+from jax_klrlhf.training import defaults, health, loop, metrics, optimizers, processes
 from jax_klrlhf.training import evaluate as evaluation
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import state as states
@@ -82,14 +82,7 @@ def begin(config: TrainingConfig, name: str, console: Console | None) -> Run:
         InputError: where the folder cannot be written, or holds a run of another configuration.
     """
     check(config)
-    if config.processes.auto:
-        jax.distributed.initialize()
-    elif config.processes.coordinator is not None:
-        jax.distributed.initialize(
-            config.processes.coordinator, config.processes.count, config.processes.index
-        )
-    elif config.processes.count != 1:
-        raise InputError("processes.count needs processes.coordinator, such as host0:1234.")
+    processes.join(**dataclasses.asdict(config.processes))
     mesh = None
     if jax.device_count() > 1:
         try:
@@ -115,6 +108,10 @@ def alone(program: Callable[..., T]) -> Callable[..., T]:
             token = _held.set(stack)
             try:
                 return program(config, console=console)
+            except Exception as error:
+                if processes.lost(error):
+                    processes.leave()
+                raise
             finally:
                 _held.reset(token)
 

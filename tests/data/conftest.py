@@ -42,13 +42,15 @@ def sentence_piece() -> PreTrainedTokenizerBase:
     import tokenizers
 
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    # Learned word by word: no piece ends in a space, which the decoder would lose.
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first", split=False)
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False
     )
     letters = "abcdefghijklmnopqrstuvwxyz"
     backend.train_from_iterator([*TEXTS, letters, letters.upper(), " ".join(letters)], trainer)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
     )

@@ -5,6 +5,7 @@ The default part breaks a few things by seed; with ``KLRLHF_FAULTS=1`` the slow 
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from jax_klrlhf import results
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.results import Metric
-from jax_klrlhf.training import checkpoint, state
+from jax_klrlhf.training import checkpoint, processes, state
 from jax_klrlhf.training.rounds import journal
 from jax_klrlhf.training.rounds.journal import ANY
 
@@ -309,3 +310,63 @@ def test_a_full_disk_is_one_line_and_nothing_around_it(tmp_path):
     (line,) = done.stderr.splitlines()
     assert "step 2 could not be written" in line
     assert "step 1 is whole and kept" in line
+
+
+TWO = """
+import sys, time
+import jax, numpy as np
+from jax_klrlhf.training import processes
+
+index, address, waits = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "waits"
+processes.join(auto=False, coordinator=address, count=2, index=index)
+mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+whole = jax.NamedSharding(mesh, jax.P())
+ones = jax.make_array_from_callback(
+    (2,), jax.NamedSharding(mesh, jax.P("x")), lambda at: np.ones(2, np.float32)[at]
+)
+total = jax.jit(lambda x: x.sum(), out_shardings=whole)
+print("a word of its own", file=sys.stderr)
+while True:
+    try:
+        float(total(ones))
+    except Exception as error:
+        if waits:
+            time.sleep(600)  # as a collective on a TPU would
+        assert processes.lost(error), error
+        processes.leave()
+    print("ready", flush=True)
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("victim", "waits"),
+    [(1, "raises"), (0, "waits"), pytest.param(1, "waits", marks=slow)],
+    ids=["another", "the coordinator, in a collective without end", "another, likewise"],
+)
+def test_the_survivor_of_two_processes_ends_in_one_line(victim, waits):
+    assert processes.HEARTBEAT < 20  # seconds: by then the runtime has ended the process
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, str(index), address, waits],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
+        )
+        for index in (0, 1)
+    ]  # fmt: skip
+    try:
+        for process in both:
+            while "ready" not in process.stdout.readline():
+                assert process.poll() is None, process.stderr.read()
+        both[victim].kill()
+        _, told = both[1 - victim].communicate(timeout=120)
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+    assert both[1 - victim].returncode != 0
+    assert told.splitlines() == ["a word of its own", processes.LOST]
