@@ -1,0 +1,106 @@
+"""Sphinx: built by ``make docs``, offline, with warnings as errors."""
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = str(ROOT)  # of the kernels that run the pages
+
+project = "jax_klrlhf"
+copyright = "the authors of jax_klrlhf; Apache-2.0"
+author = "the authors of jax_klrlhf"
+
+extensions = [
+    "sphinx.ext.apidoc",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinx-mathjax-offline",
+    "myst_nb",
+]
+
+# API pages are written from the packages themselves, so a new module has its page at once.
+apidoc_modules = [
+    {
+        "path": str(ROOT / "jax_klrlhf"),
+        "destination": "api",
+        "separate_modules": True,
+        "module_first": True,
+        "max_depth": 3,
+        "automodule_options": {"members", "show-inheritance"},
+        "exclude_patterns": ["**/programs/*", "**/__main__.py"],
+    }
+]
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # shapes stand in the signatures' strings; the docstrings say the rest
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+python_display_short_literal_types = True
+python_maximum_signature_line_length = 88
+
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "fieldlist"]
+myst_heading_anchors = 3
+nb_execution_mode = "force"
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_execution_excludepatterns = ["tutorials/*"]  # executed when they are made (colab.build)
+nb_merge_streams = True
+
+templates_path: list[str] = []
+exclude_patterns = ["_build", "**/.ipynb_checkpoints", "api/modules.rst"]
+html_theme = "sphinx_book_theme"
+html_title = "jax_klrlhf"
+html_static_path = ["_static"]
+html_theme_options = {
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+}
+suppress_warnings = ["mystnb.unknown_mime_type"]
+
+
+def _notebooks() -> None:
+    """The notebooks of ``colab/``, with the outputs they were built with."""
+    target = HERE / "tutorials"
+    target.mkdir(exist_ok=True)
+    for path in sorted((ROOT / "colab").glob("*.ipynb")):
+        shutil.copy(path, target / path.name)
+
+
+def _readmes() -> None:
+    """The README of every experiment as a page of the gallery; links into the tree stay text."""
+    target = HERE / "gallery"
+    target.mkdir(exist_ok=True)
+    names = []
+    for path in sorted((ROOT / "experiments").glob("*/README.md")):
+        text = re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", path.read_text())
+        (target / f"{path.parent.name}.md").write_text(text)
+        names.append(path.parent.name)
+    head = (
+        "# Gallery\n\nEvery experiment: its command, what it measures, and what was found, with "
+        "spread, machine and date.\n\n```{toctree}\n:maxdepth: 1\n\n"
+    )
+    (target / "index.md").write_text(head + "\n".join(names) + "\n```\n")
+    shutil.copy(ROOT / "CHANGELOG.md", HERE / "changelog.md")
+
+
+_notebooks()
+_readmes()
+
+
+def _skip(app, what, name, found, skip, options):
+    """The function ``bandit.simulate`` has its module's name: it is described there, once."""
+    return True if what == "module" and name == "simulate" and callable(found) else None
+
+
+def setup(app):
+    app.connect("autodoc-skip-member", _skip)
