@@ -103,4 +103,5 @@ def _skip(app, what, name, found, skip, options):
 
 
 def setup(app):
+    """Sphinx calls this."""
     app.connect("autodoc-skip-member", _skip)
