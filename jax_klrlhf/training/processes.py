@@ -69,9 +69,12 @@ def join(*, auto: bool, coordinator: str | None, count: int, index: int) -> None
             raise InputError("--processes.count needs --processes.coordinator, such as host0:1234.")
         return
     _relay()
-    facts = () if auto else (coordinator, count, index)
+    facts = {"heartbeat_timeout_seconds": HEARTBEAT}
     try:
-        jax.distributed.initialize(*facts, heartbeat_timeout_seconds=HEARTBEAT)
+        if auto:
+            jax.distributed.initialize(**facts)
+        else:
+            jax.distributed.initialize(coordinator, count, index, **facts)
     except (RuntimeError, ValueError) as error:
         text = " ".join(str(error).split())[:200]
         raise InputError(f"--processes: they could not be joined ({text}).") from None
