@@ -2,16 +2,21 @@
 
 ``--config FILE`` reads a configuration (JSON or YAML, such as the ``config.json`` that every run
 leaves); options beside it change single values. Bad input is one line on standard error and exit
-status 2; a run that was stopped is one line and status 3.
+status 2; a run that was stopped is one line and status 3; a run that is finished is left alone.
 """
 
 import importlib
+import inspect
+import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jax_klrlhf.errors import InputError
+from jax_klrlhf import __version__
+from jax_klrlhf.errors import InputError, meant
 
 
 class Command(NamedTuple):
@@ -23,18 +28,35 @@ class Command(NamedTuple):
     function: str
     """Name of its program, a function of the configuration."""
     summary: str
+    run: bool = False
+    """It leaves a run's folder, which may be finished."""
 
 
+_PROGRAMS = "jax_klrlhf.programs"
 COMMANDS = {
     "data": Command("jax_klrlhf.data.statistics", "DataConfig", "main", "prepare and describe"),
-    "dpo": Command("jax_klrlhf.programs", "DpoConfig", "dpo", "train a policy on preferences"),
+    "dpo": Command(_PROGRAMS, "DpoConfig", "dpo", "train a policy on preferences", run=True),
+    "eval": Command(
+        f"{_PROGRAMS}.evaluate", "EvalConfig", "evaluate", "a policy against another, by a judge"
+    ),
+    "generate": Command(
+        f"{_PROGRAMS}.generate", "GenerateConfig", "generate", "answers of policies; --chat to talk"
+    ),
     "iterate": Command(
-        "jax_klrlhf.programs.iterate", "IterateConfig", "iterate", "rounds of sample, compare, fit"
+        f"{_PROGRAMS}.iterate",
+        "IterateConfig",
+        "iterate",
+        "rounds of sample, compare, fit",
+        run=True,
     ),
     "plan": Command("jax_klrlhf.plan", "PlanConfig", "main", "will it fit on a TPU slice?"),
-    "reward": Command("jax_klrlhf.programs", "RewardConfig", "reward", "train a reward model"),
-    "sft": Command("jax_klrlhf.programs", "SftConfig", "sft", "train on demonstrations"),
+    "reward": Command(_PROGRAMS, "RewardConfig", "reward", "train a reward model", run=True),
+    "sft": Command(_PROGRAMS, "SftConfig", "sft", "train on demonstrations", run=True),
 }
+_CONFIG = """--config FILE reads these options from JSON or YAML, such as the config.json that a run
+leaves; options beside it change single values."""
+# What the library says of its own arguments, in the words of the command line.
+_WORDS = {"name yours with columns=": "name yours with --columns.prompt, --columns.chosen, ..."}
 
 
 def usage() -> str:
@@ -42,7 +64,11 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
-        ["usage: klrlhf <command> [options]", *lines, "options: klrlhf <command> --help"]
+        [
+            "usage: klrlhf <command> [options]",
+            *lines,
+            "options: klrlhf <command> --help; from a file: --config FILE; klrlhf --version",
+        ]
     )
 
 
@@ -59,7 +85,11 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any]:
     module = importlib.import_module(command.module)
     kind = getattr(module, command.config)
     path, rest = _take_config(list(arguments))
-    options: dict[str, Any] = {"prog": f"klrlhf {name}", "args": rest}
+    options: dict[str, Any] = {
+        "prog": f"klrlhf {name}",
+        "args": rest,
+        "description": f"{inspect.getdoc(kind)}\n\n{_CONFIG}",
+    }
     if path is not None:
         from jax_klrlhf.programs.config import read
 
@@ -83,24 +113,65 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return _main(given)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone, as in `| head`. What is flushed at exit has to go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _main(given: list[str]) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(usage())
         return 0 if given else 2
+    if given == ["--version"]:
+        print(f"klrlhf {__version__}")
+        return 0
     name, rest = given[0], given[1:]
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         if name not in COMMANDS:
-            raise InputError(f"no command {name!r}; there are {', '.join(COMMANDS)}.")
+            raise InputError(
+                f"no command {name!r}{meant(name, COMMANDS)}; there are {', '.join(COMMANDS)}."
+            )
         program, config = parse(name, rest)
+        if COMMANDS[name].run:
+            from jax_klrlhf.programs.finished import finished
+
+            if (said := finished(name, config)) is not None:
+                print(said)
+                return 0
         program(config)
     except InputError as error:
-        print(f"klrlhf: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        for ours, theirs in _WORDS.items():
+            text = text.replace(ours, theirs)
+        print(f"klrlhf: {text}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        by = str(error) or "SIGINT"
+        print(
+            f"klrlhf: stopped by {by}; what was saved is kept, start again to go on from it.",
+            file=sys.stderr,
+        )
+        return 3
     except RuntimeError as error:
         if type(error).__name__ != "Stopped":
             raise
         print(f"klrlhf: stopped: {error}", file=sys.stderr)
         return 3
     return 0
+
+
+def _terminated(number: int, frame: Any) -> None:
+    """SIGTERM outside of the training loop, which has its own way of ending."""
+    del frame
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 if __name__ == "__main__":

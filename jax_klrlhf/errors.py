@@ -1,8 +1,9 @@
 """The one error that a user of the programs is meant to see, and how a program reports it."""
 
 import contextlib
+import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class InputError(ValueError):
@@ -10,6 +11,16 @@ class InputError(ValueError):
 
     Programs print the message and exit with status 2, without a traceback.
     """
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean x?"`` where one of ``known`` is close to ``name``, else nothing.
+
+    >>> meant("sigmoit", ["hinge", "sigmoid"])
+    '; did you mean sigmoid?'
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 @contextlib.contextmanager

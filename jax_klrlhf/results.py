@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from numpy.typing import ArrayLike
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jax_klrlhf.errors import InputError
@@ -162,14 +164,25 @@ def print_table(
     console: Console | None = None,
     caption: str | None = None,
 ) -> None:
-    """Print ``rows[method][metric]`` as a table, columns in order of first appearance."""
+    """Print ``rows[method][metric]`` as a table, columns in order of first appearance.
+
+    Names may be a user's: nothing in them is read as markup.
+    """
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(
+        title=escape(title),
+        caption=None if caption is None else escape(caption),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
     table.add_column("method")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(escape(column), justify="right")
     for method, row in rows.items():
-        table.add_row(method, *(str(row.get(column, "")) for column in columns))
+        table.add_row(escape(method), *(escape(str(row.get(column, ""))) for column in columns))
     (console or Console()).print(table)
 
 

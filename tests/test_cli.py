@@ -1,6 +1,8 @@
 """The command line: what it writes, what it refuses, and that a file says what the shell said."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import jax_klrlhf
 from jax_klrlhf import cli, models
 from jax_klrlhf.core.objectives import Scores
 from jax_klrlhf.data import tokenize
@@ -15,6 +18,7 @@ from jax_klrlhf.errors import InputError
 from jax_klrlhf.programs import DpoConfig
 from jax_klrlhf.programs import config as configs
 
+ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "under", "mat", "tree"]
 
 
@@ -160,17 +164,79 @@ def test_the_saved_configuration_is_the_run(dpo_run, tmp_path, capsys):
 
 def test_a_run_goes_on_or_refuses_another_configuration(dpo_run, capsys):
     output, arguments = dpo_run
-    before = (output / "metrics.jsonl").read_text()
-    assert cli.main(["dpo", *arguments]) == 0  # finished already: nothing is trained again
-    assert "going on from step 4 of 4" in capsys.readouterr().out
-    after = (output / "metrics.jsonl").read_text().splitlines()
-    assert [line for line in after if '"loss"' in line] == [
-        line for line in before.splitlines() if '"loss"' in line
-    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load", None)  # nothing is loaded, let alone trained
+        before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+        arguments = [*arguments, "--tensorboard"]
+        assert cli.main(["dpo", *arguments]) == 0
+        said = capsys.readouterr().out
+        assert "finished already" in said
+        assert str(output / "model") in said
+        # What a finished run would not read is refused by name.
+        assert cli.main(["dpo", *arguments, "--kl-prompts", "9"]) == 2
+        assert "--kl-prompts would be read by nothing" in capsys.readouterr().err
+        assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
     assert cli.main(["dpo", *arguments, "--learning-rate", "1e-4"]) == 2
     error = capsys.readouterr().err
     assert "started with learning_rate 0.001, now it is 0.0001" in error
     assert error.count("\n") == 1
+
+
+def test_a_finished_run_takes_more_steps(tiny, pairs, tmp_path, capsys):
+    output = tmp_path / "run"
+    arguments = options(tiny, pairs, output, **{"kl-prompts": 0, "test-fraction": 0})
+    assert cli.main(["dpo", *arguments]) == 0
+    assert f"The result is in {output / 'model'}" in " ".join(capsys.readouterr().out.split())
+    first = models.load(output / "model").params
+    more = [*arguments, "--steps", "6"]
+    assert cli.main(["dpo", *more]) == 0
+    assert "going on from step 4 of 6" in capsys.readouterr().out
+    assert [row["step"] for row in history(output)] == [2, 4, 6]
+    moved = jax.tree.map(
+        lambda a, b: float(abs(a - b).max()), first, models.load(output / "model").params
+    )
+    assert max(jax.tree.leaves(moved)) > 0
+    assert cli.main(["dpo", *more]) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert cli.main(["dpo", *arguments]) == 2
+    assert "has taken 6 steps already" in capsys.readouterr().err
+
+
+def test_an_objective_of_ones_own(tiny, pairs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine_objective.py").write_text(
+        "import jax\n"
+        "def squared(chosen_log_ratio, rejected_log_ratio, *, kl_coef, goal=1.0):\n"
+        "    return (kl_coef * (chosen_log_ratio - rejected_log_ratio) - goal) ** 2\n"
+        "def of_scores(scores):\n"
+        "    return jax.nn.softplus(-scores.log_ratio[..., 0])\n"
+        "def scalar(scores):\n"
+        "    return scores.log_prob.sum()\n"
+        "def other(temperature):\n"
+        "    return temperature\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    scores = Scores(
+        jax.numpy.array([[-3.0, -5.0]]),
+        jax.numpy.array([[-4.0, -4.0]]),
+        jax.numpy.array([[3, 4]]),
+    )
+    name = "mine_objective:squared"
+    loss, needs = configs.objective(name, kl_coef=0.5, options={"goal": 3.0})
+    assert needs
+    np.testing.assert_allclose(loss(scores), [(0.5 * 2 - 3) ** 2])
+    loss, needs = configs.objective("mine_objective:of_scores", kl_coef=0.5, options={})
+    np.testing.assert_allclose(loss(scores), np.log1p(np.exp([-1.0])), rtol=1e-6)
+    assert needs
+    for function, message in {
+        "scalar": "a loss is [pairs]",
+        "other": "its argument 'temperature' is nothing that a pair has",
+        "absent": "mine_objective has no function 'absent'",
+    }.items():
+        given = ["dpo", *options(tiny, pairs, tmp_path / "run")]
+        assert cli.main([*given, "--objective", f"mine_objective:{function}"]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main([*given, "--objective", "absent_module:f"]) == 2
+    assert "absent_module cannot be imported" in capsys.readouterr().err
 
 
 def test_another_models_reference_cache_is_refused_by_name(dpo_run, tiny, pairs, tmp_path, capsys):
@@ -250,7 +316,21 @@ BAD = {
     "warmup": (["--warmup", "1"], "a share of the steps"),
     "decay": (["--optimizer", "adafactor", "--weight-decay", "0.1"], "adafactor has none"),
     "mesh": (["--mesh.fsdp", "3"], "mesh data=8, fsdp=3, tensor=1"),
-    "batch": (["--batch-size", "12"], "batch_size 12 must be a multiple of 8"),
+    "kl": (["--kl-coef", "0"], "--kl-coef is 0.0; it must be positive"),
+    "negative kl": (["--kl-coef", "-0.1"], "--kl-coef is -0.1; it must be positive"),
+    "nan": (["--kl-coef", "nan"], "--kl-coef is nan; it must be positive"),
+    "rate": (["--learning-rate", "nan"], "--learning-rate is nan"),
+    "clip": (["--clip", "0"], "--clip is 0.0; it must be positive"),
+    "smoothing": (["--options", "label_smoothing", "0.6"], "label_smoothing is 0.6"),
+    "no number": (["--options", "label_smoothing", "nan"], "label_smoothing is nan"),
+    "seed": (["--seed", "-1"], "--seed is -1"),
+    "for ever": (["--epochs", "inf"], "--epochs is inf"),
+    "both": (["--epochs", "2"], "--epochs: --steps says how long"),
+    "samples": (["--kl-samples", "0"], "--kl-samples must be at least 1"),
+    "fraction": (["--test-fraction", "1"], "--test-fraction is 1.0"),
+    "misspelt": (["--objective", "sigmoit"], "did you mean sigmoid?"),
+    "misspelt command": (["dop"], "did you mean dpo?"),
+    "batch": (["--batch-size", "12"], "--batch-size 12 must be a multiple of 8"),
     "model": (["--model", "absent/folder"], "absent/folder"),
     "data": (["--data", "absent.jsonl"], "absent.jsonl"),
 }
@@ -273,6 +353,7 @@ FILES = {
     "[]": "expected an object",
     '{"model": "m", "data": "d"}': "key 'output' is missing",
     '{"model": "m", "data": "d", "output": "o", "kl": 1}': "unknown key 'kl'",
+    '{"model": "m", "data": "d", "output": "o", "batchsize": 1}': r"did you mean batch_size\?",
     '{"model": "m", "data": "d", "output": "o", "kl_coef": "big"}': "kl_coef: expected float",
     '{"model": "m", "data": "d", "output": "o", "schedule": "x"}': "is none of cosine, linear",
     '{"model": "m", "data": "d", "output": "o", "steps": 1.5}': "steps: expected int",
@@ -317,4 +398,55 @@ def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["dpo", "--help"])
     assert stopped.value.code == 0
-    assert "--kl-coef" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "--kl-coef" in text
+    assert "--config FILE" in text
+    with pytest.raises(SystemExit):
+        cli.main(["dpo", "--kl-coeff", "1"])
+    assert "--kl-coef" in capsys.readouterr().err  # the parser's own suggestion
+
+
+def test_version_module_and_a_reader_that_goes_away():
+    run = lambda line: subprocess.run(  # noqa: E731
+        ["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    klrlhf = f"{sys.executable} -m jax_klrlhf"
+    done = run(f"{klrlhf} --version")
+    assert (done.stdout, done.returncode) == (f"klrlhf {jax_klrlhf.__version__}\n", 0)
+    # The reader has gone before a word is written.
+    done = run(f"(sleep 0.5; {klrlhf} -h; echo status $? >&2) | true")
+    assert done.stderr == "status 0\n"
+
+
+def test_help_and_version_load_nothing_heavy():
+    heavy = ("jax", "flax", "transformers", "tensorflow_datasets", "orbax", "tyro")
+    program = (
+        "import sys; from jax_klrlhf import cli; cli.main(['--help']); cli.main(['--version']);"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_options_that_prepared_data_would_ignore_are_refused(tiny, pairs, tmp_path, capsys):
+    data = tmp_path / "data"
+    given = ["--data", str(pairs), "--tokenizer", str(tiny), "--output", str(data)]
+    assert cli.main(["data", *given, "--max-prompt-length", "16"]) == 0
+    arguments = options(tiny, data, tmp_path / "run", **{"max-prompt-length": 20})
+    for name in ("max-response-length", "test-fraction"):
+        at = arguments.index(f"--{name}")
+        del arguments[at : at + 2]
+    capsys.readouterr()
+    assert cli.main(["dpo", *arguments]) == 2
+    assert "--max-prompt-length 20: " in capsys.readouterr().err
+    arguments[arguments.index("20")] = "16"
+    assert cli.main(["dpo", *arguments, "--columns.prompt", "question"]) == 2
+    assert "--columns " in capsys.readouterr().err
+
+
+def test_remedies_are_in_the_words_of_the_shell(tiny, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "good": "b"}\n')
+    assert cli.main(["dpo", *options(tiny, tmp_path / "rows.jsonl", tmp_path / "run")]) == 2
+    assert "--columns.prompt" in capsys.readouterr().err

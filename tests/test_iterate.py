@@ -11,7 +11,7 @@ import safetensors.numpy
 from jax_klrlhf import cli, models
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.models import reward as rewards
-from jax_klrlhf.programs import iterate, iterate_config, iterate_parts
+from jax_klrlhf.programs import finished, iterate, iterate_config, iterate_parts
 from jax_klrlhf.training.rounds import journal
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "under", "mat", "tree"]
@@ -131,7 +131,7 @@ def test_the_saved_configuration_is_the_run(online):
     assert config.belief == iterate_config.Belief(kind="linear")
     assert config.pairs.rule == "enhancer"
     assert config.prompts_per_round == 8
-    assert iterate._plain(config) | {"command": "iterate"} == json.loads(
+    assert finished.plain(config) | {"command": "iterate"} == json.loads(
         (online / "config.json").read_text()
     )
 
@@ -347,6 +347,11 @@ BAD = {
     "mesh": ({"mesh.data": 3}, "mesh data=3"),
     "rounds": ({"rounds": 0}, "--rounds is 0"),
     "kl": ({"kl-coef": 0}, "--kl-coef is 0.0; it must be positive"),
+    "nan": ({"kl-coef": "nan"}, "--kl-coef is nan; it must be positive"),
+    "for ever": ({"temperature": "inf"}, "--temperature is inf"),
+    "clip": ({"fit.clip": -1}, "--fit.clip is -1.0; it must be positive"),
+    "ridge": ({"belief.kind": "linear", "belief.ridge": 0}, "--belief.ridge is 0.0"),
+    "random": ({"seed": -1}, "--seed is -1"),
     "unread": ({"belief.members": 4}, "--belief.members is read by no run with --belief.kind rew"),
     "offline": ({"setting": "offline"}, "--rounds is read by no run with --setting offline"),
     "share": ({"offline-share": 0.5}, "--offline-share is read by no run with --setting online"),
@@ -382,6 +387,39 @@ def test_bad_input_is_one_line_and_status_two(case, place, tmp_path, capsys, mon
     assert error.count("\n") == 1
     assert message in error
     assert not (tmp_path / "run" / "rounds").exists()
+
+
+def test_default_lengths_are_cut_to_the_models_context_and_said(
+    place, tmp_path, monkeypatch, capsys
+):
+    def taking(key, policy, **given):
+        raise Killed
+
+    monkeypatch.setattr(iterate.rounds, "iterate", taking)
+    free = {"max-prompt-length": None, "max-response-length": None, "held-out": 0}
+    given = options(place, tmp_path / "run", **free, **{"eval-samples": None})
+    with pytest.raises(Killed):
+        cli.main(given)
+    said = "context is 32 tokens: --max-prompt-length is 16, --max-response-length 16"
+    assert said in capsys.readouterr().out
+    with pytest.raises(Killed):
+        cli.main([*given, "--max-response-length", "6", "--output", str(tmp_path / "other")])
+    assert "--max-prompt-length is 26, --max-response-length 6" in capsys.readouterr().out
+    # Nothing is left for a prompt.
+    given = [*given, "--max-response-length", "32", "--output", str(tmp_path / "third")]
+    assert cli.main(given) == 2
+    assert "exceed the model's context of 32" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_left_alone_and_loses_no_round(online, place, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load", None)
+    before = {path: path.read_bytes() for path in online.rglob("*") if path.is_file()}
+    arguments = options(place, online, **ONLINE, **{"best-of": 2})
+    assert cli.main(arguments) == 0
+    assert "finished already, nothing to do" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in online.rglob("*") if path.is_file()} == before
+    assert cli.main([*arguments, "--rounds", "1"]) == 2
+    assert "2 rounds are done, --rounds asks for 1" in capsys.readouterr().err
 
 
 def test_help_says_what_is_for_python_alone(capsys):

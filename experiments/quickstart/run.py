@@ -6,20 +6,14 @@ to a gold reward, offline and then online. Source: Xiong et al., arXiv 2312.1145
 """
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from experiments.progress import Told
 from experiments.quickstart import practice, theory, world
 from experiments.quickstart.practice import Config as PracticeConfig
 from experiments.quickstart.theory import Config as TheoryConfig
@@ -77,14 +71,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         place = world.real(config.model, config.prompts, config.gold)
         practice.check(config.practice, place)
     metrics: dict[str, results.Metric] = {}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with Told(console) as progress:
         shared = {"output": output, "console": console, "progress": progress}
         if "theory" in config.panels:
             metrics |= theory.run(config.theory, choices, **shared)
@@ -110,7 +97,29 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     return path
 
 
+EMBEDDED = Config(
+    seeds=3,
+    theory=TheoryConfig(seeds=64),
+    practice=PracticeConfig(
+        train_prompts=256,
+        held_out_prompts=128,
+        new_tokens=40,
+        pair_samples=8,
+        eval_samples=8,
+        learning_rate=1e-3,
+        steps=32,
+        batch=32,
+        evaluations=2,
+        stories=2000,
+        sft_steps=200,
+    ),
+)
+"""Sizes of the embedded default, for two minutes on two cores."""
+
+
 def cli() -> None:
-    """Entry of ``python -m experiments.quickstart``."""
+    """Entry of ``python -m experiments.quickstart``. Sizes that are not given are those of a real
+    model where one is named, else the embedded default's."""
+    real = any(argument.split("=")[0] == "--model" for argument in sys.argv[1:])
     with reported():
-        main(tyro.cli(Config, description=__doc__))
+        main(tyro.cli(Config, description=__doc__, default=Config() if real else EMBEDDED))

@@ -27,6 +27,11 @@ from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.models.transformer import language_model
 from jax_klrlhf.training import Batch, make_step, state, tasks
 
+VOCABULARY = 768
+"""Largest vocabulary of the embedded default: every word of the grammar is one token."""
+BATCH = 32
+"""Stories in a step of maximum likelihood."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World:
@@ -77,7 +82,7 @@ def embedded(*, stories: int, steps: int, progress: Progress) -> World:
     rows = grammar.stories(stories, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = tokenize.train_tokenizer(
-            (prompt + response for prompt, response in rows), vocab_size=384, folder=folder
+            (prompt + response for prompt, response in rows), vocab_size=VOCABULARY, folder=folder
         )
     encoder = tokenize.encoder(tokenizer)
     # Openings of their own: pi0 has not seen the stories that it will be asked to tell.
@@ -88,13 +93,13 @@ def embedded(*, stories: int, steps: int, progress: Progress) -> World:
         model=language_model(
             ModelConfig(
                 vocab_size=encoder.vocab_size,
-                hidden_size=96,
-                intermediate_size=256,
+                hidden_size=64,
+                intermediate_size=128,
                 layers=2,
                 heads=4,
                 kv_heads=2,
-                head_dim=24,
-                max_length=128,
+                head_dim=16,
+                max_length=96,
             )
         ),
         params=None,
@@ -114,17 +119,17 @@ def _fit(world: World, rows: list[tuple[str, str]], *, steps: int, progress: Pro
     answers = Ragged(answers.ids[:, None], answers.lengths[:, None])
     # On the host, where picking the rows of a step costs nothing.
     data = jax.tree.map(np.asarray, (questions, answers))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 4e-3, steps // 20, steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 8e-3, steps // 20, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
     train_step = make_step(tasks.likelihood(world.model), optimizer)
     key_init, key_order = jax.random.split(jax.random.key(0))
-    current = state.init(key_order, world.model.init(key_init), optimizer)
+    current = state.init(key_order, jax.jit(world.model.init)(key_init), optimizer)
     order = np.random.default_rng(0)
     bar = progress.add_task("pi0: maximum likelihood", total=steps)
     for _ in range(steps):
-        chosen = order.choice(len(rows), 64, replace=False)
+        chosen = order.choice(len(rows), BATCH, replace=False)
         picked = jax.tree.map(lambda x, at=chosen: x[at], data)
-        batch = Batch(*picked, weight=jnp.ones(64))
+        batch = Batch(*picked, weight=jnp.ones(BATCH))
         current, _ = train_step(current, batch)
         progress.advance(bar)
     return current.policy

@@ -1,26 +1,37 @@
 """Configuration of the training programs: frozen records that a file holds and the shell sets."""
 
 import dataclasses
+import importlib
 import inspect
 import json
 import math
+import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from jax_klrlhf.core import objectives
 from jax_klrlhf.core.objectives import Scores
 from jax_klrlhf.data.examples import Columns
-from jax_klrlhf.errors import InputError
+from jax_klrlhf.errors import InputError, meant
 from jax_klrlhf.training import defaults
 
 Config = TypeVar("Config")
 Layout = Literal["bucketed", "packed"]
+
+
+# What may change between a run and its continuation: how often it reports, and on what it runs.
+FREE = {
+    "output", "log_every", "save_every", "evaluate_every", "keep", "tensorboard", "wandb",
+    "max_skipped", "mesh", "processes", "kl_prompts", "kl_samples", "reference_cache",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +140,9 @@ class DpoConfig(TrainingConfig):
     """Preference training: DPO and its relatives, against the model it starts from."""
 
     objective: str = "sigmoid"
-    """Name of a loss in jax_klrlhf.core.objectives: sigmoid, ipo, hinge, simpo, ..."""
+    """Name of a loss in jax_klrlhf.core.objectives: sigmoid, ipo, hinge, simpo, ...; or
+    module:function of your own, whose positional arguments are named like those of the losses there
+    (chosen_log_ratio [B], ..., or scores), and which returns a loss [B]."""
     kl_coef: float = 0.1
     """Strength of the KL regularization (beta of DPO, eta of Xiong et al.)."""
     options: dict[str, float] = field(default_factory=dict)
@@ -192,9 +205,15 @@ def objective(name: str, *, kl_coef: float, options: Mapping[str, float]) -> tup
     Raises:
         InputError: where there is no such name, or an option is unknown, missing or ignored.
     """
-    if name not in OBJECTIVES:
-        raise InputError(f"objective {name!r}: there are {', '.join(OBJECTIVES)}.")
-    function = OBJECTIVES[name]
+    if ":" in name:
+        function = load_function(name, option="--objective")
+    elif name in OBJECTIVES:
+        function = OBJECTIVES[name]
+    else:
+        raise InputError(
+            f"objective {name!r}: there are {', '.join(OBJECTIVES)}, and module:function for one "
+            f"of your own{meant(name, OBJECTIVES)}"
+        )
     fixed = function.keywords if isinstance(function, partial) else {}
     parameters = inspect.signature(function).parameters.values()
     arrays = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -203,18 +222,62 @@ def objective(name: str, *, kl_coef: float, options: Mapping[str, float]) -> tup
         for p in parameters
         if p.kind is p.KEYWORD_ONLY and p.name not in {*fixed, "kl_coef"}
     }
+    strength = {"kl_coef": kl_coef} if any(p.name == "kl_coef" for p in parameters) else {}
+    for array in arrays:
+        if array != "scores" and not hasattr(Scores, array):
+            raise InputError(
+                f"objective {name}: its argument {array!r} is nothing that a pair has; there are "
+                f"scores, {', '.join(n for n in dir(Scores) if n.startswith(('chosen', 'rej')))}."
+            )
     accepted = ", ".join(numbers) or "none"
-    for option in options:
+    for option, value in options.items():
         if option not in numbers:
             raise InputError(f"options: {name} takes no {option!r}; it takes {accepted}.")
+        if math.isnan(value):
+            raise InputError(f"options: {option} is {value}; give a number.")
     for option, default in numbers.items():
         if default is inspect.Parameter.empty and option not in options:
             raise InputError(f"options: {name} needs a number for {option!r}.")
+    if not 0 <= options.get("label_smoothing", 0.0) <= 0.5:
+        raise InputError(
+            f"options: label_smoothing is {options['label_smoothing']}; it is the share of wrong "
+            "labels, in [0, 1/2]: above it labels would be turned round."
+        )
 
     def loss(scores: Scores) -> Array:
-        return function(*(getattr(scores, a) for a in arrays), kl_coef=kl_coef, **options)
+        given = (scores if a == "scores" else getattr(scores, a) for a in arrays)
+        return function(*given, **strength, **options)
 
-    return loss, any("ratio" in a for a in arrays)
+    # Numbers out of range and losses of another shape are refused here, before any compute.
+    number, count = (jax.ShapeDtypeStruct((3, 2), t) for t in (jnp.float32, jnp.int32))
+    example: Any = Scores(*cast(Any, (number, number, count)))
+    try:
+        shape = jax.eval_shape(loss, example).shape
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"objective {name}: {error}") from None
+    if shape != (3,):
+        raise InputError(f"objective {name}: a loss is [pairs], one number each; got {shape}.")
+    return loss, any("ratio" in a or a == "scores" for a in arrays)
+
+
+def load_function(spec: str, *, option: str) -> Callable[..., Any]:
+    """The function that ``module:function`` names; the module may lie in the current folder.
+
+    Raises:
+        InputError: where there is no such module or function.
+    """
+    module, _, name = spec.partition(":")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise InputError(f"{option} {spec}: {module} cannot be imported ({error}).") from None
+    finally:
+        sys.path.remove(here)
+    if not callable(found):
+        raise InputError(f"{option} {spec}: {module} has no function {name!r}.")
+    return found
 
 
 def read(path: Path, kind: type[Config], *, command: str | None = None) -> Config:
@@ -256,7 +319,10 @@ def _build(found: Any, kind: Any, where: str) -> Any:
         fields = {f.name: f for f in dataclasses.fields(kind)}
         for key in found:
             if key not in fields:
-                raise InputError(f"{where}: unknown key {key!r}; there are {', '.join(fields)}.")
+                raise InputError(
+                    f"{where}: unknown key {key!r}; there are {', '.join(fields)}"
+                    f"{meant(str(key), fields)}"
+                )
         for name, entry in fields.items():
             required = entry.default is dataclasses.MISSING
             if required and entry.default_factory is dataclasses.MISSING and name not in found:
@@ -288,21 +354,54 @@ def _build(found: Any, kind: Any, where: str) -> Any:
 
 def check(config: TrainingConfig) -> None:
     """What no type says. Raises ``InputError`` naming the option."""
-    positive = ("batch_size", "micro_batches", "max_shapes", "log_every", "save_every", "keep")
-    for name in (*positive, "evaluate_every", "chunk", "max_skipped"):
+    counts = ("batch_size", "micro_batches", "max_shapes", "log_every", "save_every", "keep")
+    for name in (*counts, "evaluate_every", "chunk", "max_skipped", "steps", "token_budget",
+                 "max_prompt_length", "max_response_length"):  # fmt: skip
         value = getattr(config, name)
         if value is not None and value < 1:
-            raise InputError(f"{name} is {getattr(config, name)}; it must be at least 1.")
-    if config.steps is not None and config.steps < 1:
-        raise InputError(f"steps is {config.steps}; it must be at least 1.")
-    if not config.epochs > 0 or not config.learning_rate > 0:
-        raise InputError(
-            f"epochs {config.epochs} and learning_rate {config.learning_rate} must be positive."
-        )
+            raise InputError(f"{flag(name)} is {value}; it must be at least 1.")
+    for name in ("epochs", "learning_rate", "kl_coef", "clip"):
+        positive(name, getattr(config, name, None))
+    for name in ("weight_decay", "margin_coef", "centring", "kl_prompts"):
+        value = getattr(config, name, 0)
+        if not 0 <= value < math.inf:
+            raise InputError(f"{flag(name)} is {value}; it is a number of at least 0.")
+    if getattr(config, "kl_samples", 1) < 1:
+        raise InputError("--kl-samples must be at least 1; --kl-prompts 0 leaves the KL out.")
     if not 0 <= config.warmup < 1:
-        raise InputError(f"warmup is {config.warmup}; it is a share of the steps in [0, 1).")
+        raise InputError(f"--warmup is {config.warmup}; it is a share of the steps in [0, 1).")
+    if not 0 <= config.test_fraction < 1:
+        raise InputError(f"--test-fraction is {config.test_fraction}; it is a share in [0, 1).")
+    if config.steps is not None and config.epochs != default_of(type(config), "epochs"):
+        raise InputError("--epochs: --steps says how long the run is; leave one of them out.")
     if config.optimizer != "adamw" and config.weight_decay:
-        raise InputError(f"weight_decay: {config.optimizer} has none; leave it 0.")
+        raise InputError(f"--weight-decay: {config.optimizer} has none; leave it 0.")
+    check_seed(config.seed)
+
+
+def positive(name: str, value: int | float | None) -> None:
+    """Raises ``InputError`` where a number that is given is not positive and finite."""
+    if value is not None and not 0 < value < math.inf:
+        raise InputError(f"{flag(name)} is {value}; it must be positive, and finite.")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ``InputError`` where a seed is none."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed is {seed}; it is a whole number from 0 to 2^32 - 1.")
+
+
+def flag(name: str) -> str:
+    """An option as the shell has it."""
+    return "--" + name.replace("_", "-")
+
+
+def default_of(kind: Any, name: str) -> Any:
+    """The default of a configuration's field."""
+    found = next(f for f in dataclasses.fields(kind) if f.name == name)
+    if found.default_factory is not dataclasses.MISSING:
+        return found.default_factory()
+    return found.default
 
 
 def steps_of(config: TrainingConfig, steps_per_epoch: int) -> int:

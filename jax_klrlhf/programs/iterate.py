@@ -24,11 +24,13 @@ from jax_klrlhf.data import check as suits
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.models import pretrained, scoring, stopping
+from jax_klrlhf.models import pretrained, scoring
+from jax_klrlhf.programs import finished
 from jax_klrlhf.programs import iterate_parts as parts
 from jax_klrlhf.programs import run as runs
 from jax_klrlhf.programs.iterate_config import FREE, IterateConfig, check
 from jax_klrlhf.programs.iterate_parts import Place
+from jax_klrlhf.programs.policies import context_of, stop_of, within_context
 from jax_klrlhf.results import mean, output_folder, print_table, write_json, write_results
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import metrics as sinks
@@ -72,7 +74,7 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
         InputError: naming what is wrong with options, model or data.
         loop.Stopped: where a fit was stopped, with the reason.
     """
-    began = time.perf_counter()
+    began, original = time.perf_counter(), config
     check(config)
     mesh = _devices(config)
     console = console or Console(quiet=not placement.leader())
@@ -85,7 +87,8 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     if tokenizer is None:
         raise InputError(f"{name}: the folder has no tokenizer, which prompts need.")
     encoder = tokenize.encoder(tokenizer, control_tokens=config.control_tokens)
-    stop = _stop(config, tokenizer, found)
+    stop = stop_of(config.stop, tokenizer, found)
+    config = within_context(config, {name: context_of(found)}, console)
     data = _read(config, encoder)
     options = {} if config.remat is None else {"remat": config.remat}
     loaded = models.load(
@@ -94,14 +97,13 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     place = Place(
         config=config, loaded=loaded, encoder=encoder, stop=stop, mesh=mesh, console=console
     )
-    _check_room(place)
     asked = [Row(list(ids), [], [], 1.0, 1.0, 0) for ids in (*data.prompts, *data.held_out, stop)]
     suits.vocabulary([*(data.rows or ()), *asked], vocab_size=loaded.model.vocab_size, model=name)
     parts.check_batches(place)
     judge = parts.make_judge(place)
 
     whole = parts.padded(data.prompts)
-    identity = {key: value for key, value in _plain(config).items() if key not in FREE}
+    identity = {key: value for key, value in finished.plain(config).items() if key not in FREE}
     before = Journal(
         folder / "before",
         {
@@ -175,6 +177,9 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     if config.best_of is not None and measure is not None:
         best = measure.best(purpose["best of"], outcome, config.best_of)
     _finish(config, folder, console, base, reports, best, time.perf_counter() - began)
+    placement.lead(lambda: finished.mark(folder, "iterate", original, left="model"))
+    said = finished.next_step("iterate", folder, "model")
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
     return outcome
 
 
@@ -299,24 +304,33 @@ def _devices(config: IterateConfig) -> Any:
 def _claim(config: IterateConfig, folder: Path) -> None:
     """Write the configuration, or see that the one that is there is the same."""
     path = folder / "config.json"
-    ours = {"command": "iterate", **_plain(config)}
+    ours = {"command": "iterate", **finished.plain(config)}
     if path.exists() and ((folder / "before").exists() or (folder / "rounds").exists()):
         try:
             theirs = json.loads(path.read_text())
         except ValueError as error:
             raise InputError(f"{path}: not JSON ({error}); name another --output.") from None
+        if not isinstance(theirs, dict):
+            raise InputError(f"{path}: not the configuration of a run; name another --output.")
+        done = finished.read(folder)
+        rounds = 0 if done is None else done["config"].get("rounds", 0)
+        if config.setting != "offline" and config.rounds < rounds:
+            raise InputError(
+                f"{folder}: {rounds} rounds are done, --rounds asks for {config.rounds}; ask for "
+                "more, or name another --output."
+            )
         for key in sorted(ours.keys() - FREE):
             if theirs.get(key) != ours[key]:
                 raise InputError(
                     f"{path}: this run was started with {key} {theirs.get(key)!r}, now it is "
                     f"{ours[key]!r}; give the same to go on with it, or another --output."
                 )
-    placement.lead(lambda: write_json(path, ours))
 
+    def claim() -> None:
+        write_json(path, ours)
+        finished.unmark(folder)
 
-def _plain(config: IterateConfig) -> dict[str, Any]:
-    """A configuration as JSON has it."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    placement.lead(claim)
 
 
 def _read(config: IterateConfig, encoder: tokenize.Encoder) -> Data:
@@ -345,26 +359,6 @@ def _read(config: IterateConfig, encoder: tokenize.Encoder) -> Data:
         rows = [row for row in rows if tuple(row.prompt) not in set(held_out)]
         parts.as_comparisons(rows, str(config.data))  # refused before anything is computed
     return Data(prompts, held_out, rows)
-
-
-def _stop(config: IterateConfig, tokenizer: Any, folder: Path) -> tuple[int, ...]:
-    """Ids that end a response: those of --stop, else what the model's folder says.
-
-    Raises ``InputError`` naming the word of --stop that is no token.
-    """
-    if config.stop is not None:
-        return stopping.read_stop(tokenizer, config.stop)
-    settings = pretrained.read_json(folder / "config.json")
-    return models.stop_tokens(tokenizer, pretrained.generation_settings(folder, settings))
-
-
-def _check_room(place: Place) -> None:
-    config, most = place.config, place.loaded.model.max_length
-    if config.max_prompt_length + config.max_response_length > most:
-        raise InputError(
-            f"--max-prompt-length {config.max_prompt_length} and --max-response-length "
-            f"{config.max_response_length} exceed the model's context of {most} tokens; lower one."
-        )
 
 
 def _shuffled(prompts: list[tuple[int, ...]], seed: int) -> list[tuple[int, ...]]:
@@ -412,13 +406,13 @@ def _finish(
             if found
         },
         console=console,
-        caption=f"± one standard error over prompts; the policy is in {folder / 'model'}",
+        caption="± one standard error over prompts",
     )
     if placement.leader():
         write_results(
             folder,
             name="iterate",
-            config=_plain(config),
+            config=finished.plain(config),
             seeds=[config.seed],
             seconds=seconds,
             metrics={

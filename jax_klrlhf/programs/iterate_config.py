@@ -1,6 +1,7 @@
 """Configuration of ``klrlhf iterate``, and what no type says of it."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,15 @@ from typing import Any, Literal
 
 from jax_klrlhf.data.examples import Columns
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.programs.config import MeshSizes, Processes, objective
+from jax_klrlhf.programs.config import (
+    MeshSizes,
+    Processes,
+    check_seed,
+    default_of,
+    flag,
+    objective,
+    positive,
+)
 from jax_klrlhf.training import defaults
 
 
@@ -154,8 +163,8 @@ class IterateConfig:
     OUTPUT/rounds, and a run that was killed goes on from there to the same result; a finished one
     goes on with more --rounds. The policy is left in OUTPUT/model.
 
-    From Python alone (jax_klrlhf.training.rounds): low-rank adapters; judges, features, pair rules,
-    losses and f-divergences of your own; another oracle or prompts for each round; a pool of
+    From Python alone (jax_klrlhf.training.rounds): low-rank adapters; features, pair rules, and
+    f-divergences of your own; another oracle or prompts for each round; a pool of
     recorded responses scored by another belief than these; an evaluation inside a fit.
     """
 
@@ -163,8 +172,9 @@ class IterateConfig:
     """Folder or hub id of pi0, the model to start from."""
     reward: str
     """What the annotator has in mind: folder or hub id of a reward model, or a folder with
-    positive.txt and negative.txt (one sentence a line), on which one is fitted; or the word
-    `recorded`: the labels of --data, among whose responses pairs are then chosen."""
+    positive.txt and negative.txt (one sentence a line), on which one is fitted; or module:function
+    of your own, reward(prompts, texts) with a number for each text; or the word `recorded`: the
+    labels of --data, among whose responses pairs are then chosen."""
     output: Path
     """Folder of the run. A run that was cut off goes on from it."""
     prompts: str | None = None
@@ -312,15 +322,13 @@ _POSITIVE = (
 def check(config: IterateConfig) -> None:
     """What no type says. Raises ``InputError`` naming the option."""
     for name in _POSITIVE:
-        value = _value(config, name)
-        if value is not None and not value > 0:
-            raise InputError(f"{_flag(name)} is {value}; it must be positive.")
+        positive(name, _value(config, name))
     for name, (switch, values) in _READ.items():
         given = _value(config, switch)
         read = given in values if values else given is not None
         if not read and _value(config, name) != _default(name):
             raise InputError(
-                f"{_flag(name)} is read by no run with {_flag(switch)} {given}; leave it out."
+                f"{flag(name)} is read by no run with {flag(switch)} {given}; leave it out."
             )
     if config.top_p is not None and not 0 < config.top_p <= 1:
         raise InputError(f"--top-p is {config.top_p}; it is a probability in (0, 1].")
@@ -334,6 +342,13 @@ def check(config: IterateConfig) -> None:
         raise InputError(f"--pairs.back is {config.pairs.back}; it must be at least 1.")
     if config.setting != "offline" and config.rounds < 1:
         raise InputError(f"--rounds is {config.rounds}; --setting {config.setting} needs one.")
+    for name in ("fit.weight_decay", "belief.variance_coef"):
+        if not 0 <= _value(config, name) < math.inf:
+            raise InputError(f"{flag(name)} is {_value(config, name)}; it is at least 0.")
+    for name in ("belief.length_penalty", "improve.reward_bound"):
+        if not math.isfinite(_value(config, name) or 0.0):
+            raise InputError(f"{flag(name)} is {_value(config, name)}; it must be finite.")
+    check_seed(config.seed)
     _check_parts(config)
     _check_sources(config)
     if config.improve.method == "preference":
@@ -408,7 +423,7 @@ def _check_sources(config: IterateConfig) -> None:
         )
     for name in ("temperature", "top_k", "top_p"):
         if not config.draws and _value(config, name) != _default(name):
-            raise InputError(f"{_flag(name)}: recorded responses are not sampled; leave it out.")
+            raise InputError(f"{flag(name)}: recorded responses are not sampled; leave it out.")
     for field_of in dataclasses.fields(Annotator):
         if getattr(config.annotator, field_of.name) != field_of.default:
             raise InputError(
@@ -426,16 +441,5 @@ def _default(name: str) -> Any:
     kind: Any = IterateConfig
     *groups, last = name.split(".")
     for group in groups:
-        kind = type(_field_default(kind, group))
-    return _field_default(kind, last)
-
-
-def _field_default(kind: Any, name: str) -> Any:
-    found = next(f for f in dataclasses.fields(kind) if f.name == name)
-    if found.default_factory is not dataclasses.MISSING:
-        return found.default_factory()
-    return found.default
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+        kind = type(default_of(kind, group))
+    return default_of(kind, last)

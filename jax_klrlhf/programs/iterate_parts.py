@@ -3,7 +3,7 @@
 Axes: ``B`` prompts, ``K`` responses, ``C`` response positions, ``D`` features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -27,7 +27,7 @@ from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import partition, pretrained
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models.reward import RewardParams
-from jax_klrlhf.programs.config import objective
+from jax_klrlhf.programs.config import load_function, objective
 from jax_klrlhf.programs.gold import CLASSES, fit_sentiment
 from jax_klrlhf.programs.iterate_config import Fit, IterateConfig
 from jax_klrlhf.training import health, optimizers, rounds
@@ -113,16 +113,7 @@ def read_rows(
     Raises:
         InputError: naming file, line and column, or where nothing is left.
     """
-    path = Path(source).expanduser()
-    if path.suffix == ".txt":
-        found = (
-            examples.Example(line, [], [], where=f"{path}, line {number}")
-            for number, line in lines(path)
-        )
-    else:
-        found = open_source(source, split=split).examples(columns=config.columns)
-    if config.chat:
-        found = (_as_chat(example) for example in found)
+    found = read_examples(source, config, split=split)
     rows, dropped = [], None
     for row in encode(
         encoder,
@@ -138,6 +129,23 @@ def read_rows(
         why = "no line in it" if dropped is None else f"{dropped.where}: {dropped.reason}"
         raise InputError(f"{source}: no row left to use ({why}).")
     return rows
+
+
+def read_examples(source: str, config: Any, *, split: str | None) -> Iterator[examples.Example]:
+    """A source of prompts or preferences: lines of a text file, or anything that data come in.
+
+    Raises:
+        InputError: naming file, line and column.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".txt":
+        found = (
+            examples.Example(line, [], [], where=f"{path}, line {number}")
+            for number, line in lines(path)
+        )
+    else:
+        found = open_source(source, split=split).examples(columns=config.columns)
+    return (_as_chat(example) for example in found) if config.chat else iter(found)
 
 
 def _as_chat(example: examples.Example) -> examples.Example:
@@ -220,7 +228,10 @@ def make_judge(place: Place) -> Judge | None:
         return None
     scale = np.float32(config.annotator.scale)
     folder = Path(config.reward).expanduser()
-    if any((folder / f"{name}.txt").is_file() for name in CLASSES):
+    if ":" in config.reward and not folder.exists():
+        own = load_function(config.reward, option="--reward")
+        judge = oracle.prompted(own, place.encoder.decode)
+    elif any((folder / f"{name}.txt").is_file() for name in CLASSES):
         judge = oracle.texts(fit_sentiment(folder), place.encoder.decode)
     elif folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(

@@ -31,7 +31,8 @@ from jax_klrlhf.data.prepare import Prepared
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import LanguageModel, partition
-from jax_klrlhf.programs.config import TrainingConfig, check, steps_of
+from jax_klrlhf.programs import finished
+from jax_klrlhf.programs.config import FREE, TrainingConfig, check, steps_of
 from jax_klrlhf.results import Metric, output_folder, write_json, write_results
 from jax_klrlhf.training import defaults, health, loop, metrics, optimizers, processes
 from jax_klrlhf.training import evaluate as evaluation
@@ -41,13 +42,6 @@ from jax_klrlhf.training.checkpoint import Checkpoints
 from jax_klrlhf.training.state import TrainState
 from jax_klrlhf.training.step import make_step
 from jax_klrlhf.training.tasks import Batch, PackedBatch, Task
-
-# What may change between a run and its continuation: how often it reports, and on what it runs.
-FREE = {
-    "output", "log_every", "save_every", "evaluate_every", "keep", "tensorboard", "wandb",
-    "max_skipped", "mesh", "processes", "kl_prompts", "kl_samples", "reference_cache",
-}  # fmt: skip
-
 
 T = TypeVar("T")
 
@@ -91,7 +85,7 @@ def begin(config: TrainingConfig, name: str, console: Console | None) -> Run:
             raise InputError(str(error)) from None
     folder = output_folder(config.output)
     hold(folder)
-    run = Run(config, name, folder, mesh, console or Console())
+    run = Run(config, name, folder, mesh, console or Console(quiet=not placement.leader()))
     _claim(run)
     return run
 
@@ -136,12 +130,16 @@ def hold(folder: Path) -> None:
 
 
 def _claim(run: Run) -> None:
-    """Write the configuration, or see that the one that is there is the same."""
+    """Write the configuration, or see that the one that is there is the same.
+
+    A finished run may be asked for more steps or epochs.
+    """
     path = run.folder / "config.json"
-    ours = json.loads(json.dumps({"command": run.name, **_plain(run.config)}))
+    ours = {"command": run.name, **finished.plain(run.config)}
     if path.exists() and any((run.folder / "checkpoints").glob("[0-9]*")):
-        theirs = json.loads(path.read_text())
-        for key in ours.keys() - FREE:
+        theirs = _recorded(path)
+        more = {"steps", "epochs"} if finished.read(run.folder) is not None else set()
+        for key in sorted(ours.keys() - FREE - more):
             if theirs.get(key) != ours[key]:
                 raise InputError(
                     f"{path}: this run was started with {key} {theirs.get(key)!r}, now it is "
@@ -150,10 +148,14 @@ def _claim(run: Run) -> None:
     placement.lead(lambda: write_json(path, ours))
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    """A configuration as JSON has it."""
-    text = lambda value: str(value) if isinstance(value, Path) else value  # noqa: E731
-    return json.loads(json.dumps(dataclasses.asdict(config), default=text))
+def _recorded(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not JSON ({error}); name another --output.") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not the configuration of a run; name another --output.")
+    return found
 
 
 def open_data(run: Run, loaded: models.Loaded, *, needs: Callable[[Prepared], None]) -> Splits:
@@ -187,7 +189,7 @@ def open_data(run: Run, loaded: models.Loaded, *, needs: Callable[[Prepared], No
             "max_prompt_length", "max_response_length", "control_tokens", "test_fraction", "split",
             "columns",
         )  # fmt: skip
-        asked, fields = _plain(config), {f.name: f for f in dataclasses.fields(config)}
+        asked, fields = finished.plain(config), {f.name: f for f in dataclasses.fields(config)}
         usual = {name: fields[name].default for name in names}
         usual["columns"] = dataclasses.asdict(Columns())
         suits.options(train, {name: asked[name] for name in names}, usual)
@@ -243,7 +245,7 @@ def loader(run: Run, data: Prepared, *, seed: int | None) -> Loader:
         size = -(-min(size, len(data)) // divisor) * divisor
     elif config.token_budget is None and size % divisor:
         raise InputError(
-            f"batch_size {size} must be a multiple of {divisor}: {config.micro_batches} "
+            f"--batch-size {size} must be a multiple of {divisor}: {config.micro_batches} "
             f"micro-batches on {parts} parts of the mesh."
         )
     return data.loader(
@@ -451,6 +453,12 @@ def fit(
     batches = Feed(Stream(source), feed)
     state, log = loop.resume(store, state, batches, console=run.console)
     first = int(state.step)
+    if first > steps:
+        raise InputError(
+            f"{run.folder}: this run has taken {first} steps already, and is asked for {steps}; "
+            "ask for more, or name another --output."
+        )
+    placement.lead(lambda: finished.unmark(run.folder))
     if first:
         run.console.print(f"going on from step {first} of {steps}", highlight=False)
     shown = {
@@ -469,9 +477,9 @@ def fit(
             log_every=config.log_every,
             save_every=config.save_every,
             evaluate_every=config.evaluate_every,
-            evaluate=evaluate,
+            evaluate=None if splits.held_out is None and more is None else evaluate,
             checkpoints=store,
-            config=_plain(config),
+            config=finished.plain(config),
             sinks=_sinks(run, first),
             learning_rate=rate,
             limits=health.Limits(skipped=config.max_skipped),
@@ -492,7 +500,7 @@ def _sinks(run: Run, first: int) -> list[metrics.Sink]:
     if run.config.tensorboard:
         sinks.append(metrics.tensorboard(run.folder / "tensorboard"))
     if run.config.wandb is not None:
-        config = _plain(run.config)
+        config = finished.plain(run.config)
         sinks.append(metrics.wandb(run.folder, project=run.config.wandb, config=config))
     return sinks
 
@@ -508,7 +516,7 @@ def report(run: Run, found: metrics.Metrics, seconds: float) -> None:
         write_results(
             run.folder,
             name=run.name,
-            config=_plain(run.config),
+            config=finished.plain(run.config),
             seeds=[run.config.seed],
             seconds=seconds,
             metrics=named,
@@ -552,3 +560,10 @@ def optional(config: Any, *, frozen: bool = False) -> dict[str, Any]:
     stored = defaults.base_dtype(dtype) if frozen else jnp.float32
     options: dict[str, Any] = {"param_dtype": stored, "dtype": dtype}
     return options | ({} if config.remat is None else {"remat": config.remat})
+
+
+def close(run: Run, left: str) -> None:
+    """The run is finished: say so, where ``left`` in its folder is, and what to do next."""
+    placement.lead(lambda: finished.mark(run.folder, run.name, run.config, left=left))
+    said = finished.next_step(run.name, run.folder, left)
+    run.console.print(said, markup=False, highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import lora, partition, pretrained
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models.config import ModelConfig
+from jax_klrlhf.programs import config as configs
 from jax_klrlhf.programs import run as runs
 from jax_klrlhf.programs.config import Adapter, DpoConfig, RewardConfig, SftConfig, objective
 from jax_klrlhf.training import evaluate as evaluation
@@ -34,6 +35,7 @@ def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
         InputError: naming what is wrong with configuration, model or data.
         loop.Stopped: where the run was stopped, with the reason.
     """
+    configs.check(config)
     loss, needs_reference = objective(
         config.objective, kl_coef=config.kl_coef, options=config.options
     )
@@ -147,6 +149,7 @@ def reward(config: RewardConfig, *, console: Console | None = None) -> TrainStat
     del loaded
     final = runs.fit(run, task, params, splits, runs.pairs)
     rewards.save(run.folder / "model", whole, final.policy, splits.encoder.tokenizer)
+    runs.close(run, "model")
     return final
 
 
@@ -282,6 +285,8 @@ def _save(
         models.save(
             run.folder / "model", whole, params, splits.encoder.tokenizer, generation=generation
         )
+        runs.close(run, "model")
     else:
         base = str(Path(run.config.model).expanduser())
         lora.save(run.folder / "adapter", whole, adapter, params["lora"], base=base)
+        runs.close(run, "adapter")

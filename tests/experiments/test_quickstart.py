@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 from rich.console import Console
 
 from experiments.quickstart import practice, run, theory
@@ -47,10 +49,21 @@ def test_the_embedded_default_leaves_results_figures_and_tables(tmp_path):
     for method in practice.METHODS:
         assert metrics[f"practice/{method}/reward"]["n"] == PRACTICE.held_out_prompts
         assert metrics[f"practice/{method}/kl"]["value"] >= -1e-5
-        assert method in text
+        assert practice.NAMES.get(method, method) in text
+    labels = {"pi0": 0, "offline": 16, "more offline": 32, "online": 32}
+    for method in practice.METHODS:
+        # Two equal answers to a prompt are no pair.
+        count = metrics[f"practice/{method}/labels"]["value"]
+        assert 0.8 * labels[method] <= count <= labels[method]
     # pi0's KL to itself is zero token by token, and it wins half of its own comparisons
     assert abs(metrics["practice/pi0/kl"]["value"]) < 1e-5
     assert math.isclose(metrics["practice/pi0/wins"]["value"], 0.5, abs_tol=0.25)
+    # Text of both, and every difference with its verdict: one seed decides nothing.
+    assert "aligned (online)" in text
+    assert text.count("one seed decides nothing") >= 3
+    # Without a terminal, plain lines.
+    assert "pi0: maximum likelihood ..." in text
+    assert "seed 0: three fits: 6 of 6" in text
     assert (tmp_path / "out" / "theory.png").stat().st_size > 1000
     assert (tmp_path / "out" / "practice.png").stat().st_size > 1000
 
@@ -119,6 +132,40 @@ def test_bad_input_is_refused_in_one_line_before_any_compute(
     assert said in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def _judged(kl: float, reward: float) -> practice.Judged:
+    full = lambda value: np.full(4, value)  # noqa: E731
+    return practice.Judged(reward=full(reward), kl=full(kl), wins=full(0.5), length=full(9.0))
+
+
+def test_a_difference_is_decided_by_students_interval_over_seeds():
+    base = [_judged(1, 0.0)] * 3
+    found = practice._gain([_judged(1, r) for r in (0.9, 1.0, 1.1)], base)
+    # scipy's own t: mean 1, standard error 0.1 / sqrt(3), two degrees of freedom
+    low, high = scipy.stats.t.interval(0.95, 2, loc=1, scale=0.1 / math.sqrt(3))
+    assert found.text == f"better, +1.000 [{low:.3f}, {high:.3f}] gold reward"
+    # Three standard errors, which two degrees of freedom do not take for certain.
+    found = practice._gain([_judged(1, r) for r in (0.1, 0.3, 0.5)], base)
+    assert found.text.startswith("undecided")
+    assert practice._gain([_judged(1, -r) for r in (1.0, 1.1, 1.2)], base).text.startswith("worse")
+
+
+def test_the_online_row_at_no_larger_kl_stands_where_it_differs():
+    offline, ends = [_judged(2, 0.5)], [_judged(1.5, 0.6), _judged(3, 0.9)]
+    path = {"pi0": [_judged(0, 0.0)], "offline": offline, "online": ends}
+    assert practice._stopped(path) is ends[0]
+    assert practice._stopped({**path, "online": ends[:1]}) is ends[0]
+    assert practice._stopped({**path, "online": ends[1:]}) is path["pi0"][0]
+
+
+def test_what_a_model_says_is_text_and_fits_eighty_columns(capsys):
+    said = "[/red] [bold]danced[/bold] " + "word " * 30
+    practice._tell_answers([practice.Answer(said, said, said, (0.0, 1.0))], Console(width=80))
+    out = capsys.readouterr().out
+    assert "[/red]" in out
+    assert "[bold]" in out
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_the_program_itself_exits_2_without_a_traceback():

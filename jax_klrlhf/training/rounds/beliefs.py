@@ -24,6 +24,7 @@ from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.models.reward import RewardParams
 from jax_klrlhf.training import tasks
+from jax_klrlhf.training.rounds import oracle
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.fitting import Fitting
 from jax_klrlhf.training.rounds.parts import Comparisons, Judge, Mixture, Policies, Reward, Scored
@@ -43,6 +44,17 @@ def known(judge: Judge) -> Reward:
         return _certain(judge(prompts, responses))
 
     return Reward(init=(), fit=_unchanged, score=score)
+
+
+def known_text(
+    reward: Callable[[Sequence[str], Sequence[str]], Any],
+    decode: Callable[[list[int]], str],
+) -> Reward:
+    """:func:`known` of a reward that reads text: ``reward(prompts, texts) -> [n]``.
+
+    See :func:`.oracle.prompted`.
+    """
+    return known(oracle.prompted(reward, decode))
 
 
 def implicit(

@@ -128,6 +128,40 @@ def texts(
     return judge
 
 
+def prompted(
+    reward: Callable[[Sequence[str], Sequence[str]], Any],
+    decode: Callable[[list[int]], str],
+) -> Judge:
+    """A judge that reads text: ``reward(prompts, texts) -> [n]``, one prompt to each response.
+
+    ``decode(ids)`` makes text of token ids, as :meth:`data.tokenize.Encoder.decode` does; prompts
+    are then as the model reads them, special tokens left out.
+
+    When called, raises ``ValueError`` where the rewards are not one finite number to each response.
+    """
+
+    def judge(prompts: Ragged, responses: Ragged) -> np.ndarray:
+        lengths = np.asarray(responses.lengths)
+        flat = Ragged(
+            np.asarray(responses.ids).reshape(lengths.size, -1),  # pyright: ignore[reportArgumentType]
+            lengths.reshape(-1),  # pyright: ignore[reportArgumentType]
+        )
+        asked = [decode(list(row)) for row in token_rows(prompts)]
+        said = [decode(list(row)) for row in token_rows(flat)]
+        found = np.asarray(reward(list(np.repeat(asked, lengths.shape[1])), said), np.float32)
+        if found.shape != (lengths.size,):
+            raise ValueError(
+                f"the reward returned shape {found.shape} for {lengths.size} prompts and as many "
+                "texts; it must return one number to each."
+            )
+        if not np.isfinite(found).all():
+            row = int(np.argmin(np.isfinite(found)))
+            raise ValueError(f"the reward of text {row}, {said[row]!r}, is {found[row]}.")
+        return found.reshape(lengths.shape)
+
+    return judge
+
+
 def reward_model(
     path: str | os.PathLike[str],
     *,

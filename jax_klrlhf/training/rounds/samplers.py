@@ -38,6 +38,7 @@ class Draw:
     stop: tuple[int, ...] = ()
     pad_id: int = 0
     temperature: float = 1.0
+    """0, with one sample, is greedy decoding."""
     top_k: int | None = None
     top_p: float | None = None
     rows: int = 256
@@ -51,7 +52,7 @@ class Draw:
                 f"samples and max_new_tokens must be at least 1, got {self.samples} and "
                 f"{self.max_new_tokens}"
             )
-        if not self.temperature > 0:
+        if not self.temperature >= 0 or (self.temperature == 0 and self.samples > 1):
             raise ValueError(
                 f"temperature must be positive, got {self.temperature}: all samples of a greedy "
                 "policy are one response"
@@ -87,7 +88,7 @@ class Draw:
 
     def _batch(self, params: Any, keys: Array, prompts: Ragged) -> tuple[Ragged, Array]:
         warp = Warp(
-            temperature=None if self.temperature == 1.0 else self.temperature,
+            temperature=None if self.temperature in (0.0, 1.0) else self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
         )
