@@ -132,8 +132,9 @@ def _main(given: list[str]) -> int:
         print(f"klrlhf {__version__}")
         return 0
     name, rest = given[0], given[1:]
+    before = None
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
+        before = signal.signal(signal.SIGTERM, _terminated)
     try:
         if name not in COMMANDS:
             raise InputError(
@@ -165,6 +166,9 @@ def _main(given: list[str]) -> int:
             raise
         print(f"klrlhf: stopped: {error}", file=sys.stderr)
         return 3
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return 0
 
 
