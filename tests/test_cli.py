@@ -380,6 +380,8 @@ def test_every_objective_has_a_name_that_works():
         "rpo": {"sft_coef": 1.0},
         "simpo": {"margin": 0.5},
         "chi_po": {"clip": 1.0},
+        "cpo": {"sft_coef": 1.0},
+        "exo": {"label_smoothing": 0.1},
     }
     reads = {}
     for name in configs.OBJECTIVES:
@@ -387,7 +389,14 @@ def test_every_objective_has_a_name_that_works():
         value = loss(scores)
         assert value.shape == (1,)
         assert bool(jax.numpy.isfinite(value)[0])
-    assert [name for name, needs in reads.items() if not needs] == ["simpo"]
+    for name, needs in reads.items():
+        loss, _ = configs.objective(name, kl_coef=0.1, options=needed.get(name, {}))
+        if needs:
+            with pytest.raises(ValueError, match="ref_log_prob"):
+                loss(scores._replace(ref_log_prob=None))
+        else:
+            assert loss(scores._replace(ref_log_prob=None)).shape == (1,)
+    assert [name for name, needs in reads.items() if not needs] == ["simpo", "cpo"]
 
 
 def test_help_lists_the_commands(capsys):

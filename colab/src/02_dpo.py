@@ -166,7 +166,7 @@ optimizer = optax.adam(3e-3)
 
 
 def dpo(scores):
-    return objectives.sigmoid(scores.chosen_log_ratio, scores.rejected_log_ratio, kl_coef=ETA)
+    return objectives.sigmoid(scores, kl_coef=ETA)
 
 
 step = training.make_train_step(model, optimizer, dpo, kl_coef=ETA)

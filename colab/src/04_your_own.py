@@ -7,6 +7,7 @@
 # your own on a language model, each beside built-in ones.
 
 # %%
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -219,8 +220,8 @@ def with_floor(scores, floor=0.05):
 
 LOSSES = {
     "ours: floor": with_floor,
-    "DPO": lambda s: objectives.sigmoid(s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=LOSS_ETA),
-    "IPO": lambda s: objectives.ipo(s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=LOSS_ETA),
+    "DPO": functools.partial(objectives.sigmoid, kl_coef=LOSS_ETA),
+    "IPO": functools.partial(objectives.ipo, kl_coef=LOSS_ETA),
 }
 
 # %% [markdown]

@@ -30,7 +30,7 @@ from jax_klrlhf.bandit.online import (
     thompson,
     uniform,
 )
-from jax_klrlhf.bandit.policy_class import chi_po, dpo, xpo
+from jax_klrlhf.bandit.policy_class import chi_po, dpo, policy_learner, xpo
 from jax_klrlhf.bandit.problem import (
     Comparisons,
     Problem,
@@ -86,6 +86,7 @@ __all__ = [
     "offline_gshf_two",
     "optimum",
     "pessimistic_mle",
+    "policy_learner",
     "record_gap",
     "reference",
     "reward_gap",

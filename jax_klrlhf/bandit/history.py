@@ -1,10 +1,13 @@
 r"""All comparisons seen so far, in the smaller of two exact forms.
 
-The likelihood of Bradley-Terry depends on the data only through how often each action beat each
-other in each context. So where pairs (contexts x actions (actions - 1) / 2) aren't many times the
-comparisons to come, a **tally** of wins holds everything, memory doesn't grow with rounds, and a
-refit costs the same in the last round as in the first. Otherwise **rows** are kept, one per
-comparison, in a buffer of the run's length. Both give the same :class:`View`, up to its order.
+A likelihood that is linear in the label, as Bradley-Terry's is, depends on the data only through
+how often each action beat each other in each context. So where pairs (contexts x actions
+(actions - 1) / 2) aren't many times the comparisons to come, a **tally** of wins holds everything,
+memory doesn't grow with rounds, and a refit costs the same in the last round as in the first.
+Otherwise **rows** are kept, one per comparison, in a buffer of the run's length. Both give the same
+:class:`View`, up to its order.
+Where labels may not be merged (``preference.merges`` of the setting: a win and a loss are not two
+ties), there are rows always.
 
 Axes: ``rows`` (pairs of a tally, or comparisons), ``batch`` (new comparisons).
 """
@@ -29,11 +32,24 @@ class View(NamedTuple):
     losses: Float[Array, " rows"]
 
 
+def labelled(rows: View) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
+    """The mean label of each row, and its weight: what a fit takes."""
+    count = rows.wins + rows.losses
+    return rows.wins / jnp.where(count > 0, count, 1), count
+
+
 class Tally(NamedTuple):
     """Wins and losses of every pair of actions in every context."""
 
     wins: Float[Array, "contexts pairs"]
     losses: Float[Array, "contexts pairs"]
+
+
+class Ordered(NamedTuple):
+    """Of every pair in the order in which it was asked, an action against itself included."""
+
+    wins: Float[Array, "contexts actions actions"]
+    losses: Float[Array, "contexts actions actions"]
 
 
 class Rows(NamedTuple):
@@ -43,29 +59,40 @@ class Rows(NamedTuple):
     used: Int[Array, ""]
 
 
-History = Tally | Rows
+History = Tally | Ordered | Rows
 
 TALLY_ADVANTAGE = 8
 """A tally is used up to this many times as long as the rows: its differences are those of the
 problem, which all seeds share, and a refit over shared differences is about ten times faster."""
 
 
-def init(setting: Setting, *, capacity: int) -> History:
-    """An empty history for at most ``capacity`` comparisons."""
+def init(setting: Setting, *, capacity: int, ordered: bool = False) -> History:
+    """An empty history for at most ``capacity`` comparisons.
+
+    With ``ordered`` it also knows who stood first: for a loss in which the second explored.
+    """
     contexts, actions, _ = setting.features.shape
     dtype = setting.features.dtype
-    pairs = actions * (actions - 1) // 2
-    if contexts * pairs <= TALLY_ADVANTAGE * capacity:
+    pairs = actions**2 if ordered else actions * (actions - 1) // 2
+    if setting.preference.merges and contexts * pairs <= TALLY_ADVANTAGE * capacity:
+        if ordered:
+            return Ordered(*(jnp.zeros((contexts, actions, actions), dtype) for _ in range(2)))
         return Tally(jnp.zeros((contexts, pairs), dtype), jnp.zeros((contexts, pairs), dtype))
     index, number = jnp.zeros(capacity, jnp.int32), jnp.zeros(capacity, dtype)
     return Rows(View(index, index, index, number, number), jnp.zeros((), jnp.int32))
 
 
-def append(history: History, data: Comparisons) -> History:
-    """Add comparisons. A pair of one action with itself says nothing and isn't counted."""
-    informative = data.first != data.second
+def append(history: History, data: Comparisons, *, ordered: bool = False) -> History:
+    """Add comparisons. A pair of one action with itself says nothing and isn't counted.
+
+    Unless the history is ``ordered``: it says what explored.
+    """
+    informative = (data.first != data.second) | ordered
     weight = jnp.where(informative, data.weight, 0)
     wins, losses = weight * data.label, weight * (1 - data.label)
+    if isinstance(history, Ordered):
+        at = (data.context, data.first, data.second)
+        return Ordered(history.wins.at[at].add(wins), history.losses.at[at].add(losses))
     if isinstance(history, Tally):
         actions = _actions(history)
         low, high = jnp.minimum(data.first, data.second), jnp.maximum(data.first, data.second)
@@ -89,7 +116,7 @@ def append(history: History, data: Comparisons) -> History:
 
 def overfull(history: History) -> Bool[Array, ""]:
     """Whether comparisons had to be dropped for want of capacity; never with a tally."""
-    if isinstance(history, Tally):
+    if not isinstance(history, Rows):
         return jnp.zeros((), bool)
     return history.used > history.view.wins.shape[0]
 
@@ -98,8 +125,9 @@ def view(history: History) -> View:
     """The comparisons as weighted rows; empty rows have no wins and no losses."""
     if isinstance(history, Rows):
         return history.view
-    contexts, pairs = history.wins.shape
-    low, high = _pairs(_actions(history))
+    contexts = history.wins.shape[0]
+    low, high = _pairs(history)
+    pairs = len(low)
     return View(
         jnp.asarray(np.repeat(np.arange(contexts, dtype=np.int32), pairs)),
         jnp.asarray(np.tile(low, contexts)),
@@ -117,7 +145,7 @@ def differences(setting: Setting, history: History) -> Float[Array, "rows dim"]:
             setting.features[rows.context, rows.first]
             - (setting.features[rows.context, rows.second])
         )
-    low, high = _pairs(_actions(history))
+    low, high = _pairs(history)
     z = setting.features[:, low] - setting.features[:, high]
     return z.reshape(-1, z.shape[-1])
 
@@ -127,6 +155,11 @@ def _actions(tally: Tally) -> int:
     return round((1 + (1 + 8 * tally.wins.shape[-1]) ** 0.5) / 2)
 
 
-def _pairs(actions: int) -> tuple[np.ndarray, np.ndarray]:
-    low, high = np.triu_indices(actions, 1)
+def _pairs(history: Tally | Ordered) -> tuple[np.ndarray, np.ndarray]:
+    """First and second action of each pair of a context, in the order of the counts."""
+    if isinstance(history, Ordered):
+        actions = history.wins.shape[-1]
+        low, high = (x.ravel() for x in np.mgrid[:actions, :actions])
+    else:
+        low, high = np.triu_indices(_actions(history), 1)
     return low.astype(np.int32), high.astype(np.int32)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from jax_klrlhf.bandit.problem import Comparisons, Problem, Setting, from_arrays
+from jax_klrlhf.bandit.problem import Comparisons, Problem, from_arrays
 from jax_klrlhf.core import estimation
 from jax_klrlhf.core.numerics import Scalar
 from jax_klrlhf.errors import InputError
@@ -155,14 +155,18 @@ def restrict(problem: Problem, index: Int[np.ndarray, " kept"]) -> Problem:
     """The problem on some of its contexts, with their probabilities renormalized."""
     setting = problem.setting
     prob = setting.context_prob[index]
-    kept = Setting(
-        setting.features[index],
-        setting.ref_log_prob[index],
-        prob / jnp.sum(prob),
-        setting.where[index],
-        setting.kl_coef,
+    kept = setting._replace(
+        features=setting.features[index],
+        ref_log_prob=setting.ref_log_prob[index],
+        context_prob=prob / jnp.sum(prob),
+        where=setting.where[index],
+        preference=setting.preference.at_contexts(index),
     )
-    return problem._replace(setting=kept, reward=problem.reward[index])
+    return problem._replace(
+        setting=kept,
+        reward=problem.reward[index],
+        preference=problem.preference.at_contexts(index),
+    )
 
 
 def _load(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:

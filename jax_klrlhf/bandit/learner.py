@@ -83,10 +83,12 @@ def linear(
     bound: Scalar | None = None,
     curvature: Callable[[Array], Array] | None = None,
 ) -> Learner:
-    r"""A learner that refits the Bradley-Terry MLE on all its data after every batch.
+    r"""A learner that refits the MLE of the setting's preference model on all data so far.
 
-    .. math:: \hat\theta = \arg\min_\theta \sum -\log \sigma((2 y - 1) \langle\theta, z\rangle)
+    .. math:: \hat\theta = \arg\min_\theta \sum \ell(\langle\theta, z\rangle, y)
               + \tfrac{\text{ridge}}{2} \|\theta\|^2
+
+    The loss of Bradley-Terry is :math:`-\log \sigma((2 y - 1) \langle\theta, z\rangle)`.
 
     With ``bound`` the minimum is taken over ``||theta|| <= bound``, as in arXiv 2312.11456 (a
     constrained solve, several times slower). With ``curvature`` (that of the likelihood,
@@ -109,17 +111,18 @@ def linear(
         seen = history.append(state.history, data)
         rows = history.view(seen)
         differences = history.differences(setting, seen)
-        if bound is None:
+        if bound is None and setting.preference.logistic:
             fit = refit.newton(differences, rows.wins, rows.losses, state.theta, ridge=ridge)
         else:
-            count = rows.wins + rows.losses
+            label, weight = history.labelled(rows)
             fit = estimation.fit(
                 differences,
-                rows.wins / jnp.where(count > 0, count, 1),
+                label,
                 ridge=ridge,
                 bound=bound,
-                weights=count,
+                weights=weight,
                 init=state.theta,
+                link=setting.preference,
             )
         z = (
             setting.features[data.context, data.first]

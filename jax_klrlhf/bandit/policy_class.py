@@ -3,16 +3,19 @@ r"""Learners that fit a policy, not a reward: DPO, XPO and chi-PO on a softmax-l
 .. math:: \pi_\theta(a|x) \propto \pi_0(a|x)\, e^{\langle\theta, \phi(x, a)\rangle/\eta}
 
 The losses are those of :mod:`jax_klrlhf.core.objectives`, the very functions that train language
-models, on the log-ratios of this class; with ``ridge / 2 ||theta||^2`` added to the sum over
-comparisons. On this class DPO is the Bradley-Terry MLE (statement L6), and iterating it exactly is
-the greedy learner; its optimum is found here through the policy all the same. XPO and chi-PO are
-not convex in theta: what is found is the minimum that descent from the previous round reaches, and
-``converged`` says whether it is one.
+models, on the log-probabilities of this class (:func:`policy_learner` takes any of them), with
+``ridge / 2 ||theta||^2`` added to the sum over comparisons.
+
+On this class DPO is the Bradley-Terry MLE (statement L6), and iterating it exactly is the greedy
+learner; its optimum is found here through the policy all the same. XPO and chi-PO are not convex in
+theta: what is found is the minimum that descent from the previous round reaches, and ``converged``
+says whether it is one.
 
 Axes: ``contexts``, ``actions``, ``dim``, ``rows`` (weighted comparisons), ``batch``.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -25,23 +28,64 @@ from jax_klrlhf.bandit.learner import Learner, Proposal, draw
 from jax_klrlhf.bandit.problem import Comparisons, Setting
 from jax_klrlhf.core import bradley_terry, gibbs, linalg, numerics, objectives
 from jax_klrlhf.core.numerics import Scalar
+from jax_klrlhf.core.scores import Scores
 
-Pairwise = Callable[[Array, Array, Array], Array]
-"""``loss(winner_log_ratio, loser_log_ratio, kl_coef)``, elementwise."""
+Loss = Callable[[Scores], Float[Array, " rows"]]
+"""``loss(scores) -> [rows]``: any of :mod:`core.objectives`, its hyper-parameters bound."""
+Agents = Callable[[Setting, Array], tuple[Array, Array]]
+"""``agents(setting, log_prob)``: the laws that the first and the second action are drawn from."""
 
 
 class PolicyFit(NamedTuple):
-    """Data, how often each second action was drawn, the policy's parameter, and its fit."""
+    """Data, the policy's parameter, and its fit."""
 
     history: history.History
-    opponents: Float[Array, "contexts actions"]
     theta: Float[Array, " dim"]
     converged: Bool[Array, ""]  # to a stationary point; and nothing was beyond the capacity
 
 
+def on_policy(setting: Setting, log_prob: Array) -> tuple[Array, Array]:
+    """Both actions from the current policy."""
+    del setting
+    return log_prob, log_prob
+
+
+def against_reference(setting: Setting, log_prob: Array) -> tuple[Array, Array]:
+    """The current policy against pi0, which explores."""
+    return log_prob, setting.ref_log_prob
+
+
+def from_reference(setting: Setting, log_prob: Array) -> tuple[Array, Array]:
+    """Both from pi0: offline data."""
+    del log_prob
+    return setting.ref_log_prob, setting.ref_log_prob
+
+
+def policy_learner(
+    loss: Loss, *, agents: Agents = on_policy, explores: bool = False, ridge: Scalar = 1.0
+) -> Learner:
+    """A learner that fits a softmax-linear policy by a preference loss, solved in every round.
+
+    The very function that trains a language model (:func:`training.tasks.preference`): what it may
+    look at is :class:`core.scores.Scores`, with lengths of 1. Bind its ``kl_coef`` to the
+    setting's::
+
+        policy_learner(functools.partial(objectives.ipo, kl_coef=0.1))
+
+    Labels count as the setting's preference model says: averaged where it merges them, else the
+    loss reads ``scores.label``. ``explores`` fills in ``exploration_log_prob``, that of the second
+    action of each comparison as it was asked.
+    """
+    return _learner(lambda _: loss, agents=agents, explores=explores, ridge=ridge)
+
+
 def dpo(*, ridge: Scalar = 1.0) -> Learner:
     """Iterative DPO, solved exactly in every round, with on-policy pairs (arXiv 2305.18290)."""
-    return _learner(_dpo_loss, optimism=0.0, against_reference=False, ridge=ridge)
+    return _learner(
+        lambda s: partial(objectives.sigmoid, kl_coef=s.kl_coef, preference=s.preference),
+        agents=on_policy,
+        ridge=ridge,
+    )
 
 
 def xpo(*, optimism: Scalar, ridge: Scalar = 1.0) -> Learner:
@@ -54,7 +98,12 @@ def xpo(*, optimism: Scalar, ridge: Scalar = 1.0) -> Learner:
     Pairs are ``a ~ pi_t`` against ``a~ ~ pi0``; the ridge is ours. The paper's text was not at
     hand: that the bonus is summed over the same pi0 draws as the loss is our reading of it.
     """
-    return _learner(_dpo_loss, optimism=optimism, against_reference=True, ridge=ridge)
+    return _learner(
+        lambda s: partial(objectives.exploratory, kl_coef=s.kl_coef, optimism=optimism),
+        agents=against_reference,
+        explores=True,
+        ridge=ridge,
+    )
 
 
 def chi_po(*, reward_bound: Scalar, ridge: Scalar = 1.0) -> Learner:
@@ -69,11 +118,11 @@ def chi_po(*, reward_bound: Scalar, ridge: Scalar = 1.0) -> Learner:
     multiplied by ``kl_coef`` and the clipping of the margin are our reading of it.
     """
 
-    def loss(winner: Array, loser: Array, kl_coef: Array) -> Array:
-        clip = 2 * jnp.asarray(reward_bound, winner.dtype)
-        return objectives.chi_po(winner, loser, kl_coef=kl_coef, clip=clip)
+    def at(setting: Setting) -> Loss:
+        clip = 2 * jnp.asarray(reward_bound, setting.features.dtype)
+        return partial(objectives.chi_po, kl_coef=setting.kl_coef, clip=clip)
 
-    return _learner(loss, optimism=0.0, against_reference=None, ridge=ridge)
+    return _learner(at, agents=from_reference, ridge=ridge)
 
 
 def policy_log_prob(
@@ -89,38 +138,42 @@ def total_loss(
     setting: Setting,
     theta: Float[Array, " dim"],
     rows: history.View,
-    opponents: Float[Array, "contexts actions"],
     *,
-    loss: Pairwise,
-    optimism: Scalar,
+    loss: Loss,
+    explores: bool,
     ridge: Scalar,
 ) -> Float[Array, ""]:
     """The summed objective of the class, on counted comparisons."""
     log_prob = policy_log_prob(setting, theta)
     # Masked actions are -inf in both: a finite stand-in keeps their difference out of gradients.
     log_prob = jnp.where(setting.where, log_prob, 0)
-    log_ratio = log_prob - jnp.where(setting.where, setting.ref_log_prob, 0)
-    first, second = log_ratio[rows.context, rows.first], log_ratio[rows.context, rows.second]
-    fitted = rows.wins @ loss(first, second, setting.kl_coef)
-    fitted = fitted + rows.losses @ loss(second, first, setting.kl_coef)
-    bonus = optimism * jnp.sum(opponents * log_prob)
-    return fitted + bonus + 0.5 * ridge * (theta @ theta)
+    ref_log_prob = jnp.where(setting.where, setting.ref_log_prob, 0)
 
+    def of_pairs(table: Array) -> Array:
+        return jnp.stack([table[rows.context, rows.first], table[rows.context, rows.second]], -1)
 
-def _dpo_loss(winner: Array, loser: Array, kl_coef: Array) -> Array:
-    return objectives.sigmoid(winner, loser, kl_coef=kl_coef)
+    pair = of_pairs(log_prob)
+    scores = Scores(pair, of_pairs(ref_log_prob), jnp.ones(pair.shape, jnp.int32))
+    if explores:
+        scores = scores._replace(exploration_log_prob=pair[:, 1])
+    penalty = 0.5 * ridge * (theta @ theta)
+    if not setting.preference.merges:
+        label, count = history.labelled(rows)
+        return count @ loss(scores._replace(label=label)) + penalty
+    return rows.wins @ loss(scores) + rows.losses @ loss(scores.swapped()) + penalty
 
 
 def _learner(
-    loss: Pairwise, *, optimism: Scalar, against_reference: bool | None, ridge: Scalar
+    loss_at: Callable[[Setting], Loss],
+    *,
+    agents: Agents,
+    explores: bool = False,
+    ridge: Scalar = 1.0,
 ) -> Learner:
-    """``against_reference``: the pair is (pi, pi0) if True, (pi, pi) if False, offline if None."""
-
     def init(setting: Setting, *, capacity: int) -> PolicyFit:
         dtype = setting.features.dtype
         return PolicyFit(
-            history.init(setting, capacity=capacity),
-            jnp.zeros(setting.where.shape, dtype),
+            history.init(setting, capacity=capacity, ordered=explores),
             jnp.zeros(setting.features.shape[-1], dtype),
             jnp.ones((), bool),
         )
@@ -128,22 +181,16 @@ def _learner(
     def propose(
         key: Key[Array, ""], setting: Setting, state: PolicyFit, context: Int[Array, " batch"]
     ) -> Proposal:
-        main = policy(setting, state)
-        ref = setting.ref_log_prob
-        first = ref if against_reference is None else main
-        second = main if against_reference is False else ref
-        return draw(key, first, second, context)
+        return draw(key, *agents(setting, policy(setting, state)), context)
 
     def update(setting: Setting, state: PolicyFit, data: Comparisons) -> PolicyFit:
-        seen = history.append(state.history, data)
-        opponents = state.opponents.at[data.context, data.second].add(data.weight)
+        seen = history.append(state.history, data, ordered=explores)
         rows = history.view(seen)
         differences = history.differences(setting, seen)
+        loss = loss_at(setting)
 
         def objective(theta: Array) -> Array:
-            return total_loss(
-                setting, theta, rows, opponents, loss=loss, optimism=optimism, ridge=ridge
-            )
+            return total_loss(setting, theta, rows, loss=loss, explores=explores, ridge=ridge)
 
         def metric(theta: Array) -> Array:
             margin = differences @ theta
@@ -152,7 +199,7 @@ def _learner(
             return (weights[:, None] * differences).T @ differences + ridge * identity
 
         theta, converged = _descend(objective, metric, state.theta)
-        return PolicyFit(seen, opponents, theta, converged & ~history.overfull(seen))
+        return PolicyFit(seen, theta, converged & ~history.overfull(seen))
 
     def policy(setting: Setting, state: PolicyFit) -> Float[Array, "contexts actions"]:
         return policy_log_prob(setting, state.theta)

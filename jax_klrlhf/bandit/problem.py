@@ -28,6 +28,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_klrlhf.core.numerics import Scalar
+from jax_klrlhf.core.preferences import PreferenceModel, bradley_terry
 
 
 class Setting(NamedTuple):
@@ -38,6 +39,7 @@ class Setting(NamedTuple):
     context_prob: Float[Array, " contexts"]
     where: Bool[Array, "contexts actions"]  # True: the action exists in this context
     kl_coef: Float[Array, ""]
+    preference: PreferenceModel = bradley_terry  # what a label is taken to mean
 
     def reward(self, theta: Float[Array, " dim"]) -> Float[Array, "contexts actions"]:
         """Linear reward ``<theta, phi(x, a)>``."""
@@ -58,6 +60,7 @@ class Problem(NamedTuple):
     reward: Float[Array, "contexts actions"]
     theta: Float[Array, " dim"]  # of the linear part; the rest of `reward` is misspecification
     label_noise: Float[Array, ""]  # probability that a label is flipped
+    preference: PreferenceModel = bradley_terry  # what a label means; a learner sees the setting's
 
 
 class Comparisons(NamedTuple):
@@ -66,7 +69,7 @@ class Comparisons(NamedTuple):
     context: Int[Array, " batch"]
     first: Int[Array, " batch"]
     second: Int[Array, " batch"]
-    label: Float[Array, " batch"]  # P(first preferred): 1 or 0 when drawn
+    label: Float[Array, " batch"]  # P(first preferred): 1 or 0 when drawn, 1/2 for a tie
     weight: Float[Array, " batch"]  # 0: an empty row, which counts for nothing
 
 
@@ -77,12 +80,13 @@ def label(
     first: Int[Array, " batch"],
     second: Int[Array, " batch"],
 ) -> Float[Array, " batch"]:
-    """Draw Bradley-Terry labels, 1 where the first is preferred, flipped at rate label_noise."""
-    margin = problem.reward[context, first] - problem.reward[context, second]
-    noise = problem.label_noise
-    # One draw for both: P(1) = (1 - noise) sigma(m) + noise sigma(-m).
-    preferred = jax.random.bernoulli(key, noise + (1 - 2 * noise) * jax.nn.sigmoid(margin))
-    return preferred.astype(problem.reward.dtype)
+    """Draw labels of the problem's preference model, 1 where the first is preferred.
+
+    They are swapped at the rate ``label_noise``.
+    """
+    model = problem.preference
+    margin = model.margin(model.parameters, problem.reward, context, first, second)
+    return model.sample(key, margin, flip_rate=problem.label_noise)
 
 
 def draw_contexts(key: Key[Array, ""], setting: Setting, *, batch: int) -> Int[Array, " batch"]:
@@ -125,7 +129,7 @@ def compare(
     *,
     batch: int,
 ) -> Comparisons:
-    """Offline data: ``x ~ d0``, ``a1 ~ first``, ``a2 ~ second``, and Bradley-Terry labels.
+    """Offline data: ``x ~ d0``, ``a1 ~ first``, ``a2 ~ second``, and the problem's labels.
 
     With both policies the same it is the usual offline data set of a behaviour policy.
     """
@@ -145,6 +149,7 @@ def from_arrays(
     context_prob: Float[Array, "..."] | None = None,
     where: Bool[Array, "..."] | None = None,
     label_noise: Scalar = 0.0,
+    preference: PreferenceModel = bradley_terry,
 ) -> Problem:
     """A problem from the user's own arrays.
 
@@ -154,6 +159,8 @@ def from_arrays(
     A reward that isn't linear in the features makes a misspecified problem, whose ``theta`` is
     the least-squares fit of feature differences within contexts. The reference policy and the
     context distribution are uniform by default; ``where`` (True keeps) masks actions.
+    ``preference`` is both what labels mean and what learners take them to mean; for learners that
+    are wrong about it replace the one of the problem or of its setting.
 
     ValueError on shapes that don't fit and, where the arrays are concrete, on feature norms above
     1, on probabilities that are negative or don't sum to 1, on reference probability 0 at an
@@ -194,8 +201,8 @@ def from_arrays(
     features = jnp.where(where[..., None], features, 0)
     reward = jnp.where(where, reward, 0)
     ref_log_prob = jnp.where(where, ref_log_prob, -jnp.inf)
-    setting = Setting(features, ref_log_prob, context_prob, where, kl_coef)
-    problem = Problem(setting, reward, theta, label_noise)
+    setting = Setting(features, ref_log_prob, context_prob, where, kl_coef, preference)
+    problem = Problem(setting, reward, theta, label_noise, preference)
     check(problem)
     return problem
 
@@ -287,7 +294,7 @@ def check(problem: Problem) -> None:
     """
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(problem)):
         return
-    features, ref, prob, where, kl_coef = (np.asarray(leaf) for leaf in problem.setting)
+    features, ref, prob, where, kl_coef = (np.asarray(leaf) for leaf in problem.setting[:5])
     if not where.any(-1).all():
         row = int(np.flatnonzero(~where.any(-1))[0])
         raise ValueError(f"context {row} has no action in play; drop it or correct `where`")

@@ -13,7 +13,9 @@ k2        log_ratio^2 / 2              KL up to third order      gradient of KL(
 k3        exp(-log_ratio)-1+log_ratio  KL(pi || ref)             gradient of KL(ref || pi)
 ========= ============================ ========================= ===============================
 
-So report k1 or k3, and differentiate k2. (In a score-function estimator the divergence stands as a
+k2 is the surrogate of the reverse KL, k3 its value and the forward KL's surrogate: two members of
+the families that every :class:`.fdivergence.FDivergence` has. So report k1 or k3, and differentiate
+k2. (In a score-function estimator the divergence stands as a
 constant times the score, and there the value is what counts: k1 or k3.)
 
 Axes: ``batch`` (free leading axes), ``actions`` (what is chosen among, always last).
@@ -22,7 +24,8 @@ Axes: ``batch`` (free leading axes), ``actions`` (what is chosen among, always l
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jax_klrlhf.core.numerics import exp_remainder, expectation, support
+from jax_klrlhf.core.fdivergence import reverse_kl
+from jax_klrlhf.core.numerics import expectation, support
 
 
 def categorical(
@@ -49,37 +52,6 @@ def categorical(
     return jnp.where(jnp.any(in_p & ~in_q, axis=-1), jnp.inf, finite)
 
 
-def between_laws(
-    log_p: Float[Array, "*batch actions"],
-    log_q: Float[Array, "*batch actions"],
-    *,
-    where: Bool[Array, "*batch actions"] | None = None,
-) -> Float[Array, "*batch"]:
-    r"""KL(p || q) of two *normalized* laws as :math:`\sum_a p \log\frac{p}{q} - p + q`, in nats.
-
-    Every term is non-negative and as accurate as its logarithms, where :func:`categorical` sums
-    terms of both signs: near p = q, in float32, that leaves no digit and at times the wrong sign.
-    Of measures that are not normalized it is another divergence. Otherwise as
-    :func:`categorical`.
-
-    >>> p = jnp.log(jnp.array([0.2501, 0.7499]))
-    >>> q = jnp.log(jnp.array([0.25, 0.75]))
-    >>> float(between_laws(p, q))  # (1e-4)^2 / (2 * 3/16), to the digits of the input
-    2.66...e-08
-    """
-    in_p, in_q = support(log_p, where), support(log_q, where)
-    both = in_p & in_q
-    p, q = (jnp.where(keep, x, 0) for keep, x in ((in_p, log_p), (in_q, log_q)))
-    ratio = jnp.where(both, p - q, 0)
-    # Where q is much the larger, p e^(-ratio) is q: the exponential alone would overflow.
-    far = ratio < -1
-    near = jnp.exp(p) * exp_remainder(jnp.where(far, 0, -ratio))
-    term = jnp.where(far, jnp.exp(q) + jnp.exp(p) * (ratio - 1), near)
-    term = jnp.where(both, term, jnp.where(in_q, jnp.exp(q), 0))
-    finite = jnp.sum(term, axis=-1)
-    return jnp.where(jnp.any(in_p & ~in_q, axis=-1), jnp.inf, finite)
-
-
 def k1(log_ratio: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """Unbiased estimate of KL(pi || ref) from samples of pi: the log-ratio itself.
 
@@ -99,7 +71,7 @@ def k2(log_ratio: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     >>> float(k2(jnp.array(0.5)))
     0.125
     """
-    return log_ratio**2 / 2
+    return reverse_kl.surrogate(log_ratio)
 
 
 def k3(log_ratio: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
@@ -111,4 +83,4 @@ def k3(log_ratio: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     >>> float(k3(jnp.log(jnp.array(2.0))))  # 1/2 - 1 + log 2
     0.193...
     """
-    return exp_remainder(-log_ratio)
+    return reverse_kl.value(log_ratio)

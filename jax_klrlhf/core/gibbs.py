@@ -21,7 +21,7 @@ Axes: ``batch`` (free leading axes), ``actions`` (what is chosen among, always l
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jax_klrlhf.core import divergence, numerics
+from jax_klrlhf.core import divergence, fdivergence, numerics
 from jax_klrlhf.core.numerics import Scalar
 
 
@@ -167,7 +167,10 @@ def gap(
     0.0
     """
     optimum = _optimum(reward, ref_log_prob, kl_coef, where)
-    return _scaled(divergence.between_laws(log_prob, optimum, where=where), kl_coef)
+    cost = fdivergence.categorical(
+        log_prob, optimum, divergence=fdivergence.reverse_kl, where=where
+    )
+    return _scaled(cost, kl_coef)
 
 
 def _scaled(cost: Float[Array, "*batch"], kl_coef: Scalar) -> Float[Array, "*batch"]:

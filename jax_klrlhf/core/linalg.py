@@ -1,4 +1,4 @@
-r"""Inverses of small positive definite matrices, without LAPACK.
+r"""Inverses of small positive definite matrices, without LAPACK, and what is made of them.
 
 Simulations solve thousands of systems of a few dozen unknowns at once, one for every seed. LAPACK's
 batches are no good for that: a call for every matrix and, in jaxlib 0.10 on a CPU, a *deadlock*.
@@ -97,3 +97,53 @@ def inverse_factor(matrix: Float[Array, "dim dim"]) -> Float[Array, "dim dim"]:
 
     upper, unit = lax.fori_loop(0, dim - 1, eliminate, (matrix, identity))
     return unit * lax.rsqrt(jnp.diagonal(upper))[:, None]
+
+
+def ball_minimum(
+    model: Float[Array, "dim dim"],
+    target: Float[Array, " dim"],
+    bound: Array | float,
+    multiplier: Array | float = 0.0,
+) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+    r"""Minimize the quadratic :math:`\tfrac12 t^\top M t - b^\top t` over ||t|| <= bound.
+
+    t(mu) = (M + mu I)^{-1} b. Newton on 1/||t(mu)|| = 1/bound, which is concave in mu: from either
+    side one step lands at or below the root and the rest rise to it (Moré & Sorensen, 1983), from
+    ``multiplier``. Returns t and its multiplier mu.
+    """
+    identity = jnp.eye(target.shape[0], dtype=target.dtype)
+    tolerance = 4 * jnp.finfo(target.dtype).eps
+
+    def at(mu):
+        white = inverse_factor(model + mu * identity)
+        point = white.T @ (white @ target)
+        half = white @ point
+        square = point @ point
+        excess = jnp.sqrt(square) / bound - 1.0
+        slope = half @ half
+        change = excess * square / jnp.where(slope > 0, slope, 1.0)
+        done = (jnp.abs(excess) <= tolerance) | ((mu <= 0) & (excess <= 0))
+        return point, change, done
+
+    def body(carry):
+        mu, _, change, _, count = carry
+        mu = jnp.maximum(mu + change, 0.0)
+        point, change, done = at(mu)
+        return mu, point, change, done, count + 1
+
+    multiplier = jnp.asarray(multiplier, target.dtype)
+    point, change, done = at(multiplier)
+    first = (multiplier, point, change, done, jnp.array(0, jnp.int32))
+    mu, point, _, _, _ = lax.while_loop(lambda c: ~c[3] & (c[4] < 40), body, first)
+    return project(point, bound), mu
+
+
+def project(point: Float[Array, " dim"], bound: Array | float) -> Float[Array, " dim"]:
+    """Nearest point of the ball ||t|| <= bound; the gradient is finite at 0.
+
+    >>> project(jnp.array([3.0, 4.0]), 1.0).tolist()
+    [0.6..., 0.8...]
+    """
+    square = jnp.sum(point**2)
+    outside = square > bound**2
+    return jnp.where(outside, bound * lax.rsqrt(jnp.where(outside, square, 1.0)), 1.0) * point

@@ -7,6 +7,7 @@ would have, so what is compiled is what a run compiles.
 Axes: ``B`` prompts, ``K`` responses to a prompt, ``P`` prompt and ``C`` response positions.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -125,7 +126,7 @@ def train_step(
     step = make_train_step(
         model,
         optimizer,
-        lambda s: objectives.sigmoid(s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=0.1),
+        functools.partial(objectives.sigmoid, kl_coef=0.1),
         reference=scored,
         kl_coef=0.1,
         chunk=chunk,

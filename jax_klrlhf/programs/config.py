@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jax_klrlhf.core import objectives
-from jax_klrlhf.core.objectives import Scores
+from jax_klrlhf.core import fdivergence, objectives, onesided
+from jax_klrlhf.core.scores import Scores
 from jax_klrlhf.data.examples import Columns
 from jax_klrlhf.errors import InputError, meant
 from jax_klrlhf.training import defaults
@@ -194,8 +194,15 @@ OBJECTIVES: dict[str, Callable[..., Array]] = {
     "simpo": objectives.simpo,
     "length_normalized": objectives.length_normalized,
     "chi_po": objectives.chi_po,
-    "forward_kl": partial(objectives.f_divergence, derivative=objectives.forward_kl),
-    "jensen_shannon": partial(objectives.f_divergence, derivative=objectives.jensen_shannon),
+    "cpo": objectives.cpo,
+    "exo": objectives.exo,
+    "discopop": objectives.discopop,
+    "nca": onesided.nca,
+    "sppo": onesided.sppo,
+    "apo_zero": onesided.apo_zero,
+    "apo_down": onesided.apo_down,
+    "forward_kl": partial(objectives.f_divergence, divergence=fdivergence.forward_kl),
+    "jensen_shannon": partial(objectives.f_divergence, divergence=fdivergence.jensen_shannon),
 }
 
 
@@ -220,7 +227,7 @@ def objective(name: str, *, kl_coef: float, options: Mapping[str, float]) -> tup
     numbers = {
         p.name: p.default
         for p in parameters
-        if p.kind is p.KEYWORD_ONLY and p.name not in {*fixed, "kl_coef"}
+        if p.kind is p.KEYWORD_ONLY and p.name not in {*fixed, "kl_coef", "preference"}
     }
     strength = {"kl_coef": kl_coef} if any(p.name == "kl_coef" for p in parameters) else {}
     for array in arrays:
@@ -250,14 +257,18 @@ def objective(name: str, *, kl_coef: float, options: Mapping[str, float]) -> tup
 
     # Numbers out of range and losses of another shape are refused here, before any compute.
     number, count = (jax.ShapeDtypeStruct((3, 2), t) for t in (jnp.float32, jnp.int32))
-    example: Any = Scores(*cast(Any, (number, number, count)))
+    example: Any = Scores(*cast(Any, (number, number, count)), reward=cast(Any, number))
     try:
         shape = jax.eval_shape(loss, example).shape
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"objective {name}: {error}") from None
     if shape != (3,):
         raise InputError(f"objective {name}: a loss is [pairs], one number each; got {shape}.")
-    return loss, any("ratio" in a or a == "scores" for a in arrays)
+    try:
+        jax.eval_shape(loss, example._replace(ref_log_prob=None))
+    except (ValueError, TypeError, AttributeError):
+        return loss, True
+    return loss, False
 
 
 def load_function(spec: str, *, option: str) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_klrlhf.core.objectives import Scores
+from jax_klrlhf.core.scores import Scores
 from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.training import reference as references
@@ -189,7 +189,7 @@ def make_train_step(
     """Step of preference training: :func:`make_step` of :func:`tasks.preference`.
 
     ``loss`` is for example
-    ``lambda s: objectives.sigmoid(s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=0.1)``;
+    ``functools.partial(objectives.sigmoid, kl_coef=0.1)``;
     ``kl_coef`` here is the scale of the *reported* rewards.
     """
     return make_step(

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_klrlhf.core import bradley_terry
 from jax_klrlhf.core.numerics import check_positive
-from jax_klrlhf.core.objectives import Scores
+from jax_klrlhf.core.preferences import PreferenceModel, bradley_terry
+from jax_klrlhf.core.scores import Scores
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import packed as packing
 from jax_klrlhf.models import scoring
@@ -140,22 +140,31 @@ def preference(
     *,
     reference: references.Reference = references.cached,
     kl_coef: float = 1.0,
+    explores: int | None = None,
+    preference: PreferenceModel = bradley_terry,
     chunk: int = scoring.CHUNK,
 ) -> Task:
     r"""Preference training with any loss on log-probabilities.
 
     A soft label weighs the loss of the pair and of the pair reversed,
-    :math:`y\,\ell(w, l) + (1 - y)\,\ell(l, w)`: the expectation of the loss under the label.
+    :math:`y\,\ell(w, l) + (1 - y)\,\ell(l, w)`: the expectation of the loss under the label. So a
+    half label is half a win and half a loss; to the likelihood of Bradley-Terry that is no tie, and
+    draws the policy to pi0: for ties, name a model that has them.
 
     Args:
         model: the policy.
-        loss: for example
-            ``lambda s: objectives.sigmoid(s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=0.1)``.
+        loss: for example ``functools.partial(objectives.sigmoid, kl_coef=0.1)``.
         reference: where pi0's log-probabilities come from (:mod:`.reference`).
         kl_coef: scale of the *reported* rewards; the loss has its own.
+        explores: the number of the response that explored, for ``objectives.exploratory`` (XPO,
+            SELM): 1 where it is the second of the pair, 2 where it is a third one.
+        preference: what labels mean, the loss's own model (``objectives.sigmoid(preference=..)``).
+            Where it doesn't average labels (``merges``), the loss is given them as they are.
         chunk: tokens projected on the vocabulary at one time.
-    """
 
+    Raises:
+        ValueError: on a ``kl_coef`` that isn't positive.
+    """
     check_positive("kl_coef", kl_coef)
 
     def scored(params: Any, batch: Any) -> Float[Array, "B K"]:
@@ -166,17 +175,19 @@ def preference(
             log_prob=scored(params, batch),
             ref_log_prob=cast(Array, reference(scored, params, ref_params, batch)),
             length=batch.responses.lengths,
+            reward=batch.scores,
         )
-        return Preference(scores, batch.label)
+        return Preference(_explored(scores, explores), batch.label)
 
     def labelled(given: Preference) -> Array:
+        if given.label is not None and not preference.merges:
+            return loss(given.scores._replace(label=given.label))
         first = loss(given.scores)
         if given.label is None:
             return first
-        swapped = jax.tree.map(lambda x: x[:, ::-1], given.scores)
         return jnp.where(
             given.label < 1,
-            given.label * first + (1 - given.label) * loss(swapped),
+            given.label * first + (1 - given.label) * loss(given.scores.swapped()),
             first,
         )
 
@@ -188,12 +199,28 @@ def preference(
     )
 
 
+def _explored(scores: Scores, explores: int | None) -> Scores:
+    """Pairs, with what the response of that number, one of them or one more, explored."""
+    if explores is None:
+        return scores
+    if not 0 <= explores < scores.log_prob.shape[1]:
+        raise ValueError(
+            f"preference: explores={explores}, and a row has {scores.log_prob.shape[1]} responses"
+        )
+    pairs = jax.tree.map(lambda x: x[:, :2], scores)
+    return pairs._replace(exploration_log_prob=scores.log_prob[:, explores])
+
+
 def _winner_first(given: Preference) -> Scores:
     """Pairs whose label says that the second won are turned, for what is reported as chosen."""
     if given.label is None:
         return given.scores
-    turn = (given.label < 0.5)[:, None]
-    return jax.tree.map(lambda x: jnp.where(turn, x[:, ::-1], x), given.scores)
+    turn = given.label < 0.5
+    return jax.tree.map(
+        lambda other, x: jnp.where(turn if x.ndim == 1 else turn[:, None], other, x),
+        given.scores.swapped(),
+        given.scores,
+    )
 
 
 def _preference_report(scores: Scores, kl_coef: float) -> PreferenceReport:
@@ -276,8 +303,9 @@ def bradley_terry_reward(
     *,
     margin_coef: float = 0.0,
     centring: float = 0.0,
+    preference: PreferenceModel = bradley_terry,
 ) -> Task:
-    r"""Bradley-Terry reward model on pairs.
+    r"""Reward model on pairs, by maximum likelihood of a preference model.
 
     .. math:: -\log \sigma(r_w - r_l - m\,(s_w - s_l)) + c\,(r_w + r_l)^2
 
@@ -288,6 +316,7 @@ def bradley_terry_reward(
             maximum-likelihood ones, nor calibrated.
         centring: c: pulls the sum of a pair's rewards to 0, which the likelihood leaves free
             (arXiv 2312.09244, eq. 2; 0.01 there).
+        preference: what labels mean; of Bradley-Terry the loss is the one above.
     """
 
     def score(params: Any, ref_params: Any, batch: Any) -> Rewarded:
@@ -308,7 +337,7 @@ def bradley_terry_reward(
             margin = margin - margin_coef * (given.scores[:, 0] - given.scores[:, 1])
         label = 1.0 if given.label is None else given.label
         total = given.reward[:, 0] + given.reward[:, 1]
-        return bradley_terry.nll(margin, label=label) + centring * jnp.square(total)
+        return preference.nll(margin, label=label) + centring * jnp.square(total)
 
     def report(given: Rewarded) -> RewardReport:
         margin = given.reward[:, 0] - given.reward[:, 1]

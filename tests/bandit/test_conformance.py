@@ -51,8 +51,8 @@ def test_every_learner_is_listed():
     plain = {
         "at_contexts", "choices", "compare", "coverage", "draw", "error", "four_arms",
         "four_arms_data", "from_arrays", "gap", "in_confidence_set", "information", "kl", "linear",
-        "mle_policy", "optimum", "record_gap", "reference", "reward_gap", "simulate",
-        "sphere", "value",
+        "mle_policy", "optimum", "policy_learner", "record_gap", "reference", "reward_gap",
+        "simulate", "sphere", "value",
     }  # fmt: skip
     assert made - plain == set(LEARNERS)
 

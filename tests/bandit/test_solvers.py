@@ -1,5 +1,8 @@
 """The refit, Option I, the enhancer and the policy class against independent solutions."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +10,15 @@ import pytest
 from scipy import optimize
 
 from jax_klrlhf import bandit
-from jax_klrlhf.bandit import history, pessimism, policy_class, refit
-from jax_klrlhf.core import enhancer, estimation, objectives
+from jax_klrlhf.bandit import history, human, pessimism, policy_class, refit
+from jax_klrlhf.core import (
+    enhancer,
+    estimation,
+    fdivergence,
+    objectives,
+    onesided,
+    preferences,
+)
 from tests.bandit.toolbox import awkward_problem
 
 
@@ -176,59 +186,176 @@ def test_dpo_is_the_greedy_learner(learned):
     np.testing.assert_allclose(policy.theta, state.theta, atol=1e-9)
 
 
-def test_policy_class_losses_are_the_core_objectives(learned):
-    """On rows, one comparison at a time: XPO is `objectives.exploratory`; optimism shows."""
+def rows_of(setting, theta, data):
+    """The class's log-probabilities and scores, one comparison at a time, the winner first."""
+    log_prob = policy_class.policy_log_prob(setting, theta)
+    first, second = (log_prob[data.context, a] for a in (data.first, data.second))
+    ref = [setting.ref_log_prob[data.context, a] for a in (data.first, data.second)]
+    pair, ref = jnp.stack([first, second], -1), jnp.stack(ref, -1)
+    scores = objectives.Scores(pair, ref, jnp.ones(pair.shape, int), exploration_log_prob=second)
+    lost = data.label == 0
+    return jax.tree.map(
+        lambda a, b: jnp.where(lost if a.ndim == 1 else lost[:, None], a, b),
+        scores.swapped(),
+        scores,
+    )
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["tally", "rows"])
+def test_policy_class_losses_are_the_core_objectives(learned, merged):
+    """On rows, one comparison at a time: XPO is `objectives.exploratory`; optimism shows.
+
+    Its opponent is pi0's draw, which stood second, and no other.
+    """
+    problem, data, _ = learned
+    s = problem.setting
+    if not merged:
+        s = s._replace(preference=dataclasses.replace(s.preference, merges=False))
+    loss = functools.partial(objectives.exploratory, kl_coef=s.kl_coef, optimism=0.3)
+    algorithm = bandit.xpo(optimism=0.3)
+    if not merged:
+        # Labels as they are: the loss of the winner first, by the label that it is given.
+        def labelled(scores):
+            other = scores.swapped()
+            return scores.label * loss(scores) + (1 - scores.label) * loss(other)
+
+        algorithm = policy_class.policy_learner(
+            labelled, agents=policy_class.against_reference, explores=True
+        )
+    fitted = algorithm.update(s, algorithm.init(s, capacity=30), data)
+    assert isinstance(fitted.history, history.Ordered if merged else history.Rows)
+
+    def by_rows(theta, optimism):
+        each = functools.partial(objectives.exploratory, kl_coef=s.kl_coef, optimism=optimism)
+        return jnp.sum(each(rows_of(s, theta, data))) + 0.5 * theta @ theta
+
+    theta = jnp.array([0.2, -0.3, 0.1])
+    if merged:
+        total = policy_class.total_loss(
+            s, theta, history.view(fitted.history), loss=loss, explores=True, ridge=1.0
+        )
+        np.testing.assert_allclose(total, by_rows(theta, 0.3), rtol=1e-10)
+    np.testing.assert_allclose(jax.grad(by_rows)(fitted.theta, 0.3), 0, atol=1e-6)
+    assert bool(fitted.converged)
+    # Optimism moves probability away from what pi0 drew.
+    plain = bandit.dpo().update(s, bandit.dpo().init(s, capacity=30), data) if merged else None
+    if plain:
+        logs = [policy_class.policy_log_prob(s, t) for t in (fitted.theta, plain.theta)]
+        away = [float(jnp.sum(log[data.context, data.second])) for log in logs]
+        assert away[0] < away[1]
+
+
+def test_xpo_plays_its_policy_against_the_reference(learned):
+    """Both laws of the proposals, chi-square over 20,000 draws in a context of three actions."""
     problem, data, _ = learned
     s = problem.setting
     algorithm = bandit.xpo(optimism=0.3)
     fitted = algorithm.update(s, algorithm.init(s, capacity=30), data)
-
-    def by_rows(theta, optimism):
-        log_prob = policy_class.policy_log_prob(s, theta)
-        ratio = log_prob - s.ref_log_prob
-        first, second = ratio[data.context, data.first], ratio[data.context, data.second]
-        won = data.label == 1
-        loss = objectives.exploratory(
-            jnp.where(won, first, second),
-            jnp.where(won, second, first),
-            log_prob[data.context, data.second],
-            kl_coef=s.kl_coef,
-            optimism=optimism,
-        )
-        return jnp.sum(loss) + 0.5 * theta @ theta
-
-    theta = jnp.array([0.2, -0.3, 0.1])
-    rows = history.view(fitted.history)
-    total = policy_class.total_loss(
-        s, theta, rows, fitted.opponents, loss=policy_class._dpo_loss, optimism=0.3, ridge=1.0
-    )
-    # A comparison of an action with itself isn't counted; by rows it is the constant log 2.
-    same = int(jnp.sum(data.first == data.second))
-    np.testing.assert_allclose(total + same * np.log(2), by_rows(theta, 0.3), rtol=1e-10)
-    np.testing.assert_allclose(jax.grad(by_rows)(fitted.theta, 0.3), 0, atol=1e-6)
-    assert bool(fitted.converged)
-    # Optimism moves probability away from what pi0 drew.
-    plain = bandit.dpo().update(s, bandit.dpo().init(s, capacity=30), data)
-    drawn = fitted.opponents
-    logs = [policy_class.policy_log_prob(s, t) for t in (fitted.theta, plain.theta)]
-    away = [float(jnp.sum(jnp.where(drawn > 0, drawn * log, 0))) for log in logs]
-    assert away[0] < away[1]
+    drawn = algorithm.propose(jax.random.key(0), s, fitted, jnp.zeros(20_000, jnp.int32))
+    policy = algorithm.policy(s, fitted)
+    for actions, law, other in (
+        (drawn.first, policy, s.ref_log_prob),
+        (drawn.second, s.ref_log_prob, policy),
+    ):
+        got = np.bincount(np.asarray(actions), minlength=4)
+        where = np.asarray(s.where[0])
+        want, wrong = (20_000 * np.exp(np.asarray(x[0]))[where] for x in (law, other))
+        # Two degrees of freedom: above 13.8 once in a thousand; the control is far beyond.
+        assert ((got[where] - want) ** 2 / want).sum() < 13.8
+        assert ((got[where] - wrong) ** 2 / wrong).sum() > 100
+        assert got[~where].sum() == 0
 
 
-def test_chi_po_ends_at_a_stationary_point(learned):
+def test_any_loss_makes_a_learner_and_its_minimum_is_stationary(learned):
     problem, data, _ = learned
     s = problem.setting
-    algorithm = bandit.chi_po(reward_bound=1.5)
-    fitted = algorithm.update(s, algorithm.init(s, capacity=30), data)
+    for loss in (
+        functools.partial(objectives.ipo, kl_coef=0.5),
+        functools.partial(objectives.chi_po, kl_coef=0.5, clip=3.0),
+        functools.partial(
+            objectives.f_divergence, kl_coef=0.5, divergence=fdivergence.jensen_shannon
+        ),
+        functools.partial(onesided.nca, kl_coef=0.5),
+    ):
+        algorithm = bandit.policy_learner(loss)
+        fitted = algorithm.update(s, algorithm.init(s, capacity=30), data)
 
-    def by_rows(theta):
-        ratio = policy_class.policy_log_prob(s, theta) - s.ref_log_prob
-        first, second = ratio[data.context, data.first], ratio[data.context, data.second]
-        won = data.label == 1
-        winner, loser = jnp.where(won, first, second), jnp.where(won, second, first)
-        loss = objectives.chi_po(winner, loser, kl_coef=s.kl_coef, clip=3.0)
-        return jnp.sum(loss) + 0.5 * theta @ theta
+        def by_rows(theta, loss=loss):
+            # A comparison of an action with itself isn't counted by a learner of pairs.
+            counts = data.first != data.second
+            each = loss(rows_of(s, theta, data))
+            return jnp.sum(jnp.where(counts, each, 0)) + 0.5 * theta @ theta
 
-    assert bool(fitted.converged)
-    np.testing.assert_allclose(jax.grad(by_rows)(fitted.theta), 0, atol=1e-6)
-    assert float(by_rows(fitted.theta)) < float(by_rows(jnp.zeros(3)))
+        assert bool(fitted.converged)
+        np.testing.assert_allclose(jax.grad(by_rows)(fitted.theta), 0, atol=1e-6)
+        assert float(by_rows(fitted.theta)) < float(by_rows(jnp.zeros(3)))
+    chi = bandit.chi_po(reward_bound=1.5)
+    same = chi.update(s, chi.init(s, capacity=30), data)
+    again = bandit.policy_learner(functools.partial(objectives.chi_po, kl_coef=0.5, clip=3.0))
+    np.testing.assert_allclose(
+        same.theta, again.update(s, again.init(s, capacity=30), data).theta, rtol=1e-10
+    )
+
+
+def test_ties_are_ties_to_a_learner_that_is_told_of_them(x64):
+    """Rao and Kupper's law: theta by the tie model, shrunk where halves are labels.
+
+    The setting says what labels are taken to mean. A tally would merge a win and a loss into two
+    ties: there are rows instead, and the estimate is the fit of the comparisons one by one.
+    """
+    problem = bandit.from_arrays(
+        jax.nn.standardize(jax.random.normal(jax.random.key(0), (2, 4, 3))) / 3,
+        jnp.array([3.0, -2.0, 1.0]),
+        kl_coef=0.5,
+        preference=preferences.rao_kupper(1.0),
+    )
+    s = problem.setting
+    data = bandit.compare(jax.random.key(1), problem, s.ref_log_prob, s.ref_log_prob, batch=4000)
+    assert set(np.unique(data.label)) == {0.0, 0.5, 1.0}
+    fits = {}
+    for name, model in {"told": s.preference, "not": preferences.bradley_terry}.items():
+        setting = s._replace(preference=model)
+        learner = bandit.offline_greedy(ridge=1e-3)
+        state = learner.update(setting, learner.init(setting, capacity=4000), data)
+        assert isinstance(state.history, history.Rows if name == "told" else history.Tally)
+        assert bool(state.converged)
+        fits[name] = state
+    x = s.features
+    z = x[data.context, data.first] - x[data.context, data.second]
+    pairs = data.first != data.second
+    by_rows = estimation.fit(z, data.label, ridge=1e-3, weights=pairs, link=s.preference)
+    np.testing.assert_allclose(fits["told"].theta, by_rows.theta, atol=1e-8)
+    size = {name: float(jnp.linalg.norm(fit.theta)) for name, fit in fits.items()}
+    spread = jnp.linalg.inv(
+        estimation.hessian(
+            problem.theta, z, ridge=1e-3, weights=pairs, labels=data.label, link=s.preference
+        )
+    )
+    errors = {name: fit.theta - problem.theta for name, fit in fits.items()}
+    off = {name: float(e @ jnp.linalg.solve(spread, e)) for name, e in errors.items()}
+    # Chi-square of three degrees of freedom: beyond 16.3 once in a thousand.
+    assert off["told"] < 16.3 < 50 < off["not"]
+    assert size["not"] < size["told"]
+
+
+def test_a_cyclic_preference_labels_as_it_says(x64):
+    """Rock, paper, scissors, one context after another: no reward has these labels."""
+    cycle = jnp.array([[0.5, 0.9, 0.1], [0.1, 0.5, 0.9], [0.9, 0.1, 0.5]])
+    prefer = jnp.stack([cycle, cycle.T])
+    problem = bandit.from_arrays(
+        jnp.zeros((2, 3, 1)),
+        jnp.zeros((2, 3)),
+        kl_coef=0.5,
+        preference=preferences.matrix(prefer),
+    )
+    s = problem.setting
+    data = bandit.compare(jax.random.key(1), problem, s.ref_log_prob, s.ref_log_prob, batch=20_000)
+    got, seen = np.zeros((2, 3, 3)), np.zeros((2, 3, 3))
+    at = tuple(np.asarray(v) for v in (data.context, data.first, data.second))
+    np.add.at(got, at, np.asarray(data.label))
+    np.add.at(seen, at, 1)
+    want = np.asarray(prefer)
+    # 18 independent counts: a chi-square beyond 42.3 once in a thousand.
+    assert ((got - seen * want) ** 2 / (seen * want * (1 - want))).sum() < 42.3
+    kept = human.restrict(problem, np.array([1]))
+    np.testing.assert_array_equal(kept.preference.parameters[0], cycle.T)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from jax_klrlhf.core import bradley_terry, gibbs, objectives
+from jax_klrlhf.core import bradley_terry, fdivergence, gibbs, objectives, onesided
+from jax_klrlhf.core.scores import Scores
 
 ETA = 0.3
 
@@ -36,101 +37,171 @@ def twin_of(link):
     return lambda c, r, eta: softplus(-eta * (link(c) - link(r)))
 
 
+# What stands beside the log-ratios of every pair of these tests.
+LENGTHS, REWARD, BONUS, EXPLORED = (4, 10), (0.9, 0.2), (0.7, 0.1), -7.0
+
+
+def scores_of(chosen, rejected):
+    """Pairs with these log-ratios, a reference of log-probability 0."""
+    pair = jnp.stack(jnp.broadcast_arrays(chosen, rejected), -1)
+    beside = [jnp.broadcast_to(jnp.array(x, pair.dtype), pair.shape) for x in (REWARD, BONUS)]
+    return Scores(
+        pair,
+        jnp.zeros_like(pair),
+        jnp.broadcast_to(jnp.array(LENGTHS), pair.shape),
+        *beside,
+        exploration_log_prob=jnp.full(pair.shape[:-1], EXPLORED, pair.dtype),
+    )
+
+
+def on(loss, **settings):
+    """A loss as a function of two log-ratios."""
+    return lambda chosen, rejected, *, kl_coef: loss(
+        scores_of(chosen, rejected), kl_coef=kl_coef, **settings
+    )
+
+
 def f_divergence(member):
-    return functools.partial(objectives.f_divergence, derivative=member)
-
-
-LENGTHS = {"chosen_length": 4, "rejected_length": 10}
-
-
-def with_lengths(loss):
-    def call(chosen, rejected, *, kl_coef):
-        lengths = (jnp.full(chosen.shape, n) for n in LENGTHS.values())
-        return loss(chosen, rejected, *lengths, kl_coef=kl_coef)
-
-    return call
-
-
-def with_bonus(chosen, rejected, *, kl_coef):
-    bonus = jnp.full(chosen.shape, 0.7)
-    return objectives.pessimistic(chosen, rejected, bonus, bonus / 7, kl_coef=kl_coef)
-
-
-def with_sft(chosen, rejected, *, kl_coef):
-    length = jnp.full(chosen.shape, 4)
-    log_prob = chosen - 2.0
-    return objectives.rpo(chosen, rejected, log_prob, length, kl_coef=kl_coef, sft_coef=0.5)
-
-
-def with_exploration(chosen, rejected, *, kl_coef):
-    explored = jnp.full(chosen.shape, -7.0)
-    return objectives.exploratory(chosen, rejected, explored, kl_coef=kl_coef, optimism=0.01)
+    return on(objectives.f_divergence, divergence=member)
 
 
 def chi(log_ratio):
     return np.exp(log_ratio) + log_ratio
 
 
+def one_sided(winner, loser):
+    return lambda c, r, eta: winner(eta * c) + loser(eta * r)
+
+
+def logistic(x):
+    return softplus(-x)
+
+
 CASES = {
-    "sigmoid": Case(objectives.sigmoid, twin_of(lambda x: x), normalized=True, shift_free=True),
+    "sigmoid": Case(on(objectives.sigmoid), twin_of(lambda x: x), normalized=True, shift_free=True),
     "smoothed": Case(
-        functools.partial(objectives.sigmoid, label_smoothing=0.1),
+        on(objectives.sigmoid, label_smoothing=0.1),
         lambda c, r, eta: 0.9 * softplus(-eta * (c - r)) + 0.1 * softplus(eta * (c - r)),
         shift_free=True,
         monotone=False,
     ),
     "ipo": Case(
-        objectives.ipo,
+        on(objectives.ipo),
         lambda c, r, eta: (c - r - 1 / (2 * eta)) ** 2,
         shift_free=True,
         monotone=False,
     ),
     "hinge": Case(
-        objectives.hinge, lambda c, r, eta: np.maximum(0, 1 - eta * (c - r)), shift_free=True
+        on(objectives.hinge), lambda c, r, eta: np.maximum(0, 1 - eta * (c - r)), shift_free=True
     ),
     "robust": Case(
-        functools.partial(objectives.robust, flip_rate=0.1),
+        on(objectives.robust, flip_rate=0.1),
         lambda c, r, eta: (0.9 * softplus(-eta * (c - r)) - 0.1 * softplus(eta * (c - r))) / 0.8,
         shift_free=True,
     ),
-    "rpo": Case(with_sft, lambda c, r, eta: softplus(-eta * (c - r)) - 0.5 * (c - 2) / 4),
+    "rpo": Case(
+        on(objectives.rpo, sft_coef=0.5), lambda c, r, eta: softplus(-eta * (c - r)) - 0.5 * c / 4
+    ),
+    "cpo": Case(
+        on(objectives.cpo, sft_coef=0.5), lambda c, r, eta: softplus(-eta * (c - r)) - 0.5 * c / 4
+    ),
     "simpo": Case(
-        with_lengths(functools.partial(objectives.simpo, margin=0.5)),
+        on(objectives.simpo, margin=0.5),
         lambda c, r, eta: softplus(-(eta * c / 4 - eta * r / 10 - 0.5)),
     ),
     "length_normalized": Case(
-        with_lengths(objectives.length_normalized),
+        on(objectives.length_normalized),
         lambda c, r, eta: softplus(-eta * (c / 4 - r / 10)),
     ),
     "chi_po": Case(
-        functools.partial(objectives.chi_po, clip=2.0),
+        on(objectives.chi_po, clip=2.0),
         lambda c, r, eta: softplus(-np.clip(eta * (chi(c) - chi(r)), -2, 2)),
         normalized=True,
     ),
     "reverse_kl": Case(
-        f_divergence(objectives.reverse_kl),
+        f_divergence(fdivergence.reverse_kl),
         twin_of(lambda x: 1 + x),  # f' with its constant: it cancels
         normalized=True,
         shift_free=True,
     ),
     "forward_kl": Case(
-        f_divergence(objectives.forward_kl), twin_of(lambda x: -1 / np.exp(x)), normalized=True
+        f_divergence(fdivergence.forward_kl), twin_of(lambda x: -1 / np.exp(x)), normalized=True
     ),
     "jensen_shannon": Case(
-        f_divergence(objectives.jensen_shannon),
+        f_divergence(fdivergence.jensen_shannon),
         twin_of(lambda x: np.log(2) + x - np.logaddexp(0, x)),
         normalized=True,
     ),
     "alpha": Case(
-        f_divergence(objectives.alpha(0.3)),
+        f_divergence(fdivergence.alpha(0.3)),
         twin_of(lambda x: (1 - np.exp(x) ** -0.3) / 0.3),
         normalized=True,
     ),
     "pessimistic": Case(
-        with_bonus, lambda c, r, eta: softplus(-(eta * (c - r) + 0.7 - 0.1)), shift_free=True
+        on(objectives.pessimistic),
+        lambda c, r, eta: softplus(-(eta * (c - r) + 0.7 - 0.1)),
+        shift_free=True,
     ),
     "exploratory": Case(
-        with_exploration, lambda c, r, eta: softplus(-eta * (c - r)) - 0.07, shift_free=True
+        on(objectives.exploratory, optimism=0.01),
+        lambda c, r, eta: softplus(-eta * (c - r)) - 0.07,
+        shift_free=True,
+    ),
+    "modpo": Case(
+        on(objectives.modpo, weight=0.6),
+        lambda c, r, eta: softplus(-(eta * (c - r) - 0.7) / 0.6),
+        shift_free=True,
+    ),
+    "odpo": Case(
+        on(objectives.odpo, margin_coef=0.5),
+        lambda c, r, eta: softplus(0.5 * np.log(1.7) - eta * (c - r)),
+        shift_free=True,
+    ),
+    "mm_dpo": Case(
+        on(objectives.mm_dpo, growth=0.5, rate=2.0),
+        lambda c, r, eta: softplus(-eta * (1 + 0.5 * (1 - np.exp(-1.4))) * (c - r)),
+        shift_free=True,
+    ),
+    "exo": Case(
+        on(objectives.exo, label_smoothing=0.1),
+        lambda c, r, eta: (
+            -np.exp(-softplus(-eta * (c - r))) * (softplus(-eta * (c - r)) + np.log(0.9))
+            - np.exp(-softplus(eta * (c - r))) * (softplus(eta * (c - r)) + np.log(0.1))
+        ),
+        shift_free=True,
+        monotone=False,
+    ),
+    "discopop": Case(
+        on(objectives.discopop, temperature=0.5),
+        lambda c, r, eta: (
+            softplus(-eta * (c - r)) * np.exp(-softplus(2 * eta * (c - r)))
+            + np.exp(-eta * (c - r) - softplus(-2 * eta * (c - r)))
+        ),
+        shift_free=True,
+        monotone=False,
+    ),
+    "nca": Case(
+        on(onesided.nca),
+        one_sided(lambda x: logistic(x) + logistic(-x) / 2, lambda x: logistic(-x) / 2),
+        monotone=False,
+    ),
+    "bco": Case(
+        on(onesided.bco, shift=0.2),
+        one_sided(lambda x: logistic(x - 0.2), lambda x: logistic(0.2 - x)),
+    ),
+    "sppo": Case(
+        on(onesided.sppo),
+        lambda c, r, eta: (c - 1 / (2 * eta)) ** 2 + (r + 1 / (2 * eta)) ** 2,
+        monotone=False,
+    ),
+    "apo_zero": Case(
+        on(onesided.apo_zero),
+        one_sided(lambda x: np.exp(-softplus(x)), lambda x: np.exp(-softplus(-x))),
+    ),
+    "apo_down": Case(
+        on(onesided.apo_down),
+        lambda c, r, eta: np.exp(-softplus(-eta * c)) + np.exp(-softplus(eta * (c - r))),
+        monotone=False,
     ),
 }
 
@@ -153,6 +224,12 @@ def test_equals_numpy_with_free_leading_axes_under_jit_and_vmap(case):
     }.items():
         assert got.shape == (2, 3, 5)
         np.testing.assert_allclose(got, want, rtol=5e-5, atol=1e-5, err_msg=name)
+
+
+def test_equals_the_formula_to_the_last_digits_in_float64(case, x64):
+    chosen, rejected = 3 * np.random.default_rng(1).normal(size=(2, 50))
+    got = case.loss(jnp.array(chosen), jnp.array(rejected), kl_coef=ETA)
+    np.testing.assert_allclose(got, case.twin(chosen, rejected, ETA), rtol=1e-12, atol=1e-13)
 
 
 def test_gradient_equals_finite_differences_and_laws_hold(case, x64):
@@ -211,35 +288,42 @@ def test_extremes_have_right_values_and_finite_gradients_that_push_the_right_way
 )
 @pytest.mark.parametrize("kl_coef", [1e-4, 1e4])
 def test_sigmoid_is_right_at_extreme_margins(margin, loss, slope, kl_coef):
-    def dpo(chosen):
-        return objectives.sigmoid(chosen, jnp.array(0.0), kl_coef=kl_coef)
-
-    got = jax.value_and_grad(dpo)(jnp.array(margin / kl_coef))
+    got = jax.value_and_grad(lambda x: on(objectives.sigmoid)(x, jnp.array(0.0), kl_coef=kl_coef))(
+        jnp.array(margin / kl_coef)
+    )
     np.testing.assert_allclose(got, (loss, slope * kl_coef), rtol=1e-5)
 
 
 def test_sigmoid_is_the_likelihood_of_the_margin_of_implicit_rewards():
     log_prob = jnp.array([[-3.0, -5.0], [-2.0, -2.0], [-9.0, -1.0]])
     ref_log_prob = jnp.array([[-4.0, -4.0], [-2.0, -2.0], [-1.0, -9.0]])
-    pairs = objectives.Scores(log_prob, ref_log_prob, jnp.full((3, 2), 5))
+    pairs = Scores(log_prob, ref_log_prob, jnp.full((3, 2), 5))
     reward = gibbs.implicit_reward(log_prob, ref_log_prob, kl_coef=ETA)
     np.testing.assert_array_equal(
-        objectives.sigmoid(pairs.chosen_log_ratio, pairs.rejected_log_ratio, kl_coef=ETA),
-        bradley_terry.nll(reward[:, 0] - reward[:, 1]),
+        objectives.sigmoid(pairs, kl_coef=ETA), bradley_terry.nll(reward[:, 0] - reward[:, 1])
     )
 
 
 def test_members_that_are_one_loss_agree_bit_by_bit():
     ratio = jnp.array([-20.0, -1.0, 0.0, 0.5, 20.0])
-    other = ratio[::-1] / 3
-    sigmoid = objectives.sigmoid(ratio, other, kl_coef=ETA)
+    pairs = scores_of(ratio, ratio[::-1] / 3)
+    nothing = pairs._replace(reward=0 * pairs.log_prob, bonus=0 * pairs.log_prob)
+    given = {"kl_coef": ETA}
+    margin = ETA * (pairs.log_prob[:, 0] - pairs.log_prob[:, 1])
+    sigmoid = objectives.sigmoid(pairs, **given)
     for same in (
-        objectives.f_divergence(ratio, other, kl_coef=ETA, derivative=objectives.reverse_kl),
-        objectives.f_divergence(ratio, other, kl_coef=ETA, derivative=objectives.alpha(0.0)),
-        objectives.robust(ratio, other, kl_coef=ETA, flip_rate=0.0),
-        objectives.pessimistic(ratio, other, 0 * ratio, 0 * ratio, kl_coef=ETA),
-        objectives.exploratory(ratio, other, ratio, kl_coef=ETA, optimism=0.0),
-        objectives.rpo(ratio, other, ratio, jnp.ones(5, int), kl_coef=ETA, sft_coef=0.0),
+        bradley_terry.nll(margin),  # the formula as it stood
+        objectives.f_divergence(pairs, divergence=fdivergence.reverse_kl, **given),
+        objectives.f_divergence(pairs, divergence=fdivergence.alpha(0.0), **given),
+        objectives.robust(pairs, flip_rate=0.0, **given),
+        objectives.pessimistic(nothing, **given),
+        objectives.exploratory(pairs, optimism=0.0, **given),
+        objectives.rpo(pairs, sft_coef=0.0, **given),
+        objectives.cpo(pairs, sft_coef=0.0, **given),
+        objectives.modpo(nothing, weight=1.0, **given),
+        objectives.odpo(pairs, margin_coef=0.0, **given),
+        objectives.mm_dpo(pairs, growth=0.0, **given),
+        objectives.weighted(sigmoid, jnp.ones(5)),
     ):
         np.testing.assert_array_equal(same, sigmoid)
 
@@ -260,21 +344,6 @@ def test_identical_responses_cost_log_two_and_move_nothing_that_only_compares():
         value, slope = both(ratio)
         np.testing.assert_allclose(value, math.log(2), rtol=1e-6, err_msg=name)
         np.testing.assert_allclose(slope, 0, atol=1e-5, err_msg=name)
-
-
-def test_alpha_runs_from_reverse_to_forward_kl(x64):
-    log_ratio = jnp.linspace(-3, 3, 13)
-    reverse, forward = objectives.reverse_kl(log_ratio), objectives.forward_kl(log_ratio)
-    np.testing.assert_allclose(objectives.alpha(1.0)(log_ratio), 1 + forward, rtol=1e-12)
-    # First order in alpha: alpha/2 times the square, below 1e-8 * 9/2.
-    np.testing.assert_allclose(objectives.alpha(1e-8)(log_ratio), reverse, atol=5e-8)
-    slope = jax.vmap(jax.grad(objectives.alpha(0.3)))(log_ratio)
-    np.testing.assert_allclose(slope, np.exp(-0.3 * log_ratio), rtol=1e-12)
-
-
-def test_small_alpha_does_not_cancel_in_float32():
-    log_ratio = jnp.array([0.01, -0.01, 1.0])
-    np.testing.assert_allclose(objectives.alpha(1e-4)(log_ratio), log_ratio, rtol=1e-4)
 
 
 # What a loss is for: at the optimum that its theory names, its expected gradient is zero.
@@ -302,7 +371,7 @@ def expected_gradient(pair_loss, log_prob, ref_log_prob, reward):
 
 
 def plain(loss, **settings):
-    return lambda ratio, w, l: loss(ratio[w], ratio[l], kl_coef=ETA, **settings)  # noqa: E741
+    return lambda ratio, w, l: on(loss, **settings)(ratio[w], ratio[l], kl_coef=ETA)  # noqa: E741
 
 
 def regularized_optimum(reward, ref_log_prob, generator):
@@ -329,13 +398,13 @@ def regularized_optimum(reward, ref_log_prob, generator):
     ("loss", "generator"),
     [
         (plain(objectives.sigmoid), lambda z: z * np.log(z)),
-        (plain(objectives.f_divergence, derivative=objectives.forward_kl), lambda z: -np.log(z)),
+        (plain(objectives.f_divergence, divergence=fdivergence.forward_kl), lambda z: -np.log(z)),
         (
-            plain(objectives.f_divergence, derivative=objectives.jensen_shannon),
+            plain(objectives.f_divergence, divergence=fdivergence.jensen_shannon),
             lambda z: z * np.log(z) - (z + 1) * np.log((z + 1) / 2),
         ),
         (
-            plain(objectives.f_divergence, derivative=objectives.alpha(0.4)),
+            plain(objectives.f_divergence, divergence=fdivergence.alpha(0.4)),
             lambda z: (z**0.6 - 0.6 * z - 0.4) / (0.4 * (0.4 - 1)),
         ),
         (plain(objectives.chi_po, clip=1e3), lambda z: z**2 / 2 + z * np.log(z) - z),
@@ -358,7 +427,9 @@ def test_pessimistic_is_stationary_at_the_gibbs_policy_of_the_discounted_reward(
     optimum = gibbs.log_prob(reward - bonus, ref_log_prob, kl_coef=ETA)
 
     def loss(ratio, w, l):  # noqa: E741
-        return objectives.pessimistic(ratio[w], ratio[l], bonus[w], bonus[l], kl_coef=ETA)
+        pairs = scores_of(ratio[w], ratio[l])
+        pairs = pairs._replace(bonus=jnp.stack([bonus[w], bonus[l]], -1))
+        return objectives.pessimistic(pairs, kl_coef=ETA)
 
     np.testing.assert_allclose(
         expected_gradient(loss, optimum, ref_log_prob, reward), 0, atol=1e-14
@@ -376,10 +447,10 @@ def test_robust_is_unbiased_for_flipped_labels_and_smoothing_is_not():
     def mean_over_flips(loss):
         return (1 - rate) * loss(ratio, other) + rate * loss(other, ratio)
 
-    clean = objectives.sigmoid(ratio, other, kl_coef=ETA)
-    robust = functools.partial(objectives.robust, kl_coef=ETA, flip_rate=rate)
+    clean = on(objectives.sigmoid)(ratio, other, kl_coef=ETA)
+    robust = functools.partial(on(objectives.robust, flip_rate=rate), kl_coef=ETA)
     np.testing.assert_allclose(mean_over_flips(robust), clean, rtol=1e-5)
-    smoothed = functools.partial(objectives.sigmoid, kl_coef=ETA, label_smoothing=rate)
+    smoothed = functools.partial(on(objectives.sigmoid, label_smoothing=rate), kl_coef=ETA)
     assert abs(mean_over_flips(smoothed) - clean).max() > 0.1
 
 
@@ -389,7 +460,7 @@ def test_ipo_recovers_the_preference_itself(x64):
 
     def expected(h):
         zero = jnp.zeros_like(h)
-        win, lose = (objectives.ipo(*pair, kl_coef=ETA) for pair in ((h, zero), (zero, h)))
+        win, lose = (on(objectives.ipo)(*pair, kl_coef=ETA) for pair in ((h, zero), (zero, h)))
         return p * win + (1 - p) * lose
 
     assert abs(jax.grad(expected)(jnp.array((p - 0.5) / ETA))) < 1e-13
@@ -402,8 +473,9 @@ def test_optimism_raises_the_optimal_value_of_the_implicit_reward(bandit):
     log_prob = gibbs.log_prob(reward, ref_log_prob, kl_coef=ETA)
     value = gibbs.free_energy(reward, ref_log_prob, kl_coef=ETA)
     zero, optimism = jnp.zeros(ACTIONS), 0.7
-    loss = objectives.exploratory(zero, zero, log_prob, kl_coef=ETA, optimism=optimism)
-    dpo = objectives.sigmoid(zero, zero, kl_coef=ETA)
+    pairs = scores_of(zero, zero)._replace(exploration_log_prob=log_prob)
+    loss = objectives.exploratory(pairs, kl_coef=ETA, optimism=optimism)
+    dpo = objectives.sigmoid(pairs, kl_coef=ETA)
     bonus = jnp.exp(ref_log_prob) @ (loss - dpo)
     constant = optimism * jnp.exp(ref_log_prob) @ ref_log_prob
     # So the loss falls as the value rises: optimism > 0 is optimism.
@@ -413,7 +485,7 @@ def test_optimism_raises_the_optimal_value_of_the_implicit_reward(bandit):
 def test_scores_name_the_two_responses_and_travel_through_jit():
     rng = np.random.default_rng(0)
     log_prob, ref_log_prob = jnp.array(rng.normal(size=(2, 4, 3, 2)), jnp.float32)
-    pairs = objectives.Scores(log_prob, ref_log_prob, jnp.array(rng.integers(1, 9, (4, 3, 2))))
+    pairs = Scores(log_prob, ref_log_prob, jnp.array(rng.integers(1, 9, (4, 3, 2))))
 
     @jax.jit
     def read(pairs):
@@ -433,36 +505,75 @@ def test_scores_name_the_two_responses_and_travel_through_jit():
 
 
 def test_scores_refuse_what_is_not_a_pair_and_a_reference_that_is_not_there():
-    one, three = (
-        objectives.Scores(x := jnp.zeros((4, k)), x, jnp.ones((4, k), int)) for k in (1, 3)
-    )
+    one, three = (Scores(x := jnp.zeros((4, k)), x, jnp.ones((4, k), int)) for k in (1, 3))
     for scores in (one, three):
         assert scores.chosen_log_prob.shape == (4,)
         for name in ("rejected_log_prob", "rejected_log_ratio", "rejected_length"):
             with pytest.raises(ValueError, match="two responses on its last axis"):
                 getattr(scores, name)
-    alone = objectives.Scores(jnp.zeros((4, 2)), None, jnp.ones((4, 2), int))
+    alone = Scores(jnp.zeros((4, 2)), None, jnp.ones((4, 2), int))
     assert alone.rejected_log_prob.shape == (4,)
     with pytest.raises(ValueError, match=r"objectives\.simpo"):
         alone.chosen_log_ratio  # noqa: B018
 
 
 def test_an_empty_response_is_not_a_division_by_zero():
-    nothing = jnp.array(0)
-    loss = jax.value_and_grad(
-        lambda x: objectives.length_normalized(x, -x, nothing, nothing, kl_coef=1.0)
-    )(jnp.array(0.0))
-    np.testing.assert_allclose(loss, (math.log(2), -1.0), rtol=1e-6)
+    def loss(x):
+        pair = scores_of(x, -x)._replace(length=jnp.zeros(2, int))
+        return objectives.length_normalized(pair, kl_coef=1.0)
+
+    found = jax.value_and_grad(loss)(jnp.array(0.0))
+    np.testing.assert_allclose(found, (math.log(2), -1.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("flip_rate", [-0.1, 0.5, 0.9])
-def test_a_flip_rate_without_information_is_refused(flip_rate):
-    ratio = jnp.zeros(2)
-    with pytest.raises(ValueError, match=r"flip_rate must lie in \[0, 0\.5\)"):
-        objectives.robust(ratio, ratio, kl_coef=ETA, flip_rate=flip_rate)
+def test_pairs_swap_and_whoever_explored_stays():
+    pairs = scores_of(jnp.array([1.0, 2.0]), jnp.array([3.0, 5.0]))
+    pairs = pairs._replace(label=jnp.array([1.0, 0.25]))
+    other = pairs.swapped()
+    for name in ("log_prob", "ref_log_prob", "length", "reward", "bonus"):
+        np.testing.assert_array_equal(getattr(other, name), getattr(pairs, name)[:, ::-1])
+    np.testing.assert_array_equal(other.exploration_log_prob, pairs.exploration_log_prob)
+    np.testing.assert_array_equal(other.label, [0.0, 0.75])
 
 
-@pytest.mark.parametrize("order", [-0.1, 1.1])
-def test_an_alpha_outside_the_family_is_refused(order):
-    with pytest.raises(ValueError, match="alpha must lie in"):
-        objectives.alpha(order)
+@pytest.mark.parametrize(
+    ("loss", "field"),
+    [
+        (functools.partial(objectives.modpo, weight=1.0), "reward"),
+        (functools.partial(objectives.odpo, margin_coef=1.0), "reward"),
+        (objectives.mm_dpo, "reward"),
+        (objectives.pessimistic, "bonus"),
+        (functools.partial(objectives.exploratory, optimism=1.0), "exploration_log_prob"),
+        (objectives.sigmoid, "ref_log_prob"),
+        (onesided.nca, "ref_log_prob"),
+    ],
+)
+def test_a_field_that_is_absent_is_asked_for_by_name(loss, field):
+    pairs = scores_of(jnp.zeros(2), jnp.zeros(2))._replace(**{field: None})
+    with pytest.raises(ValueError, match=rf"reads Scores\.{field}, which is None"):
+        loss(pairs, kl_coef=ETA)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        *(
+            (functools.partial(objectives.robust, kl_coef=ETA, flip_rate=rate), r"flip_rate must l")
+            for rate in (-0.1, 0.5, 0.9)
+        ),
+        (
+            functools.partial(objectives.sigmoid, kl_coef=ETA, label_smoothing=0.6),
+            "label_smoothing",
+        ),
+        (functools.partial(objectives.exo, kl_coef=ETA, label_smoothing=0.0), "label_smoothing"),
+        (functools.partial(objectives.modpo, kl_coef=ETA, weight=-1.0), "scale must be > 0"),
+        *(
+            (functools.partial(loss, kl_coef=bad), "kl_coef must be > 0, got")
+            for loss in (objectives.sigmoid, objectives.ipo, objectives.mm_dpo, onesided.sppo)
+            for bad in (0.0, -0.1, math.nan)
+        ),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(call, says):
+    with pytest.raises(ValueError, match=says):
+        call(scores_of(jnp.zeros(2), jnp.zeros(2)))

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_klrlhf.core import bradley_terry, divergence, gibbs, numerics, objectives, sequence
+from jax_klrlhf.core import (
+    bradley_terry,
+    divergence,
+    fdivergence,
+    gibbs,
+    numerics,
+    objectives,
+    onesided,
+    regularized,
+    sequence,
+)
 
 ROWS, ACTIONS, LENGTH, VOCAB = 16, 5, 6, 7
 KL_COEF = 0.5
@@ -37,16 +47,16 @@ def everything(x):
     """Name to array, for every public function that takes arrays with a leading axis."""
     reward, ref, policy, where = (x[k] for k in ("reward", "ref_log_prob", "policy", "where"))
     pairs = objectives.Scores(x["log_prob"], x["log_prob"][..., ::-1], x["length"])
-    chosen, rejected = pairs.chosen_log_ratio, pairs.rejected_log_ratio
-    ratios, settings = (chosen, rejected), {"kl_coef": KL_COEF}
-    lengths = pairs.chosen_length, pairs.rejected_length
+    chosen, settings = pairs.chosen_log_ratio, {"kl_coef": KL_COEF}
+    pairs = pairs._replace(
+        reward=reward[:, :2], bonus=abs(reward[:, 1:3]), exploration_log_prob=x["log_prob"][:, 0]
+    )
     rows = sequence.Ragged(x["tokens"], x["length"][:, 0])
     token_log_prob = sequence.token_log_prob(x["logits"], rows.ids)
     members = {
-        "reverse_kl": objectives.reverse_kl,
-        "forward_kl": objectives.forward_kl,
-        "jensen_shannon": objectives.jensen_shannon,
-        "alpha": objectives.alpha(0.5),
+        "jensen_shannon": fdivergence.jensen_shannon,
+        "alpha": fdivergence.alpha(0.5),
+        "chi_po": fdivergence.chi_po,
     }
     return {
         "at_least_float32": numerics.at_least_float32(reward.astype(jnp.bfloat16)),
@@ -71,23 +81,41 @@ def everything(x):
         "gap": gibbs.gap(policy, reward, ref, where=where, **settings),
         "token_log_prob": token_log_prob,
         "sum_log_prob": sequence.sum_log_prob(token_log_prob, where=rows.mask),
-        "sigmoid": objectives.sigmoid(*ratios, label_smoothing=0.1, **settings),
-        "ipo": objectives.ipo(*ratios, **settings),
-        "hinge": objectives.hinge(*ratios, **settings),
-        "robust": objectives.robust(*ratios, flip_rate=0.1, **settings),
-        "rpo": objectives.rpo(*ratios, pairs.chosen_log_prob, lengths[0], sft_coef=0.1, **settings),
-        "simpo": objectives.simpo(
-            pairs.chosen_log_prob, pairs.rejected_log_prob, *lengths, margin=0.5, **settings
-        ),
-        "length_normalized": objectives.length_normalized(*ratios, *lengths, **settings),
-        "chi_po": objectives.chi_po(*ratios, clip=2.0, **settings),
-        "pessimistic": objectives.pessimistic(*ratios, chosen, rejected, **settings),
-        "exploratory": objectives.exploratory(
-            *ratios, pairs.rejected_log_prob, optimism=0.1, **settings
-        ),
+        "sigmoid": objectives.sigmoid(pairs, label_smoothing=0.1, **settings),
+        "ipo": objectives.ipo(pairs, **settings),
+        "hinge": objectives.hinge(pairs, **settings),
+        "robust": objectives.robust(pairs, flip_rate=0.1, **settings),
+        "rpo": objectives.rpo(pairs, sft_coef=0.1, **settings),
+        "cpo": objectives.cpo(pairs, sft_coef=0.1, **settings),
+        "simpo": objectives.simpo(pairs, margin=0.5, **settings),
+        "length_normalized": objectives.length_normalized(pairs, **settings),
+        "chi_po": objectives.chi_po(pairs, clip=2.0, **settings),
+        "pessimistic": objectives.pessimistic(pairs, **settings),
+        "exploratory": objectives.exploratory(pairs, optimism=0.1, **settings),
+        "modpo": objectives.modpo(pairs, weight=0.7, **settings),
+        "odpo": objectives.odpo(pairs, margin_coef=0.7, **settings),
+        "mm_dpo": objectives.mm_dpo(pairs, **settings),
+        "exo": objectives.exo(pairs, label_smoothing=0.1, **settings),
+        "discopop": objectives.discopop(pairs, **settings),
+        "aot": objectives.aot(pairs, **settings),
+        "wpo_weight": objectives.wpo_weight(pairs),
+        "nca": onesided.nca(pairs, **settings),
+        "bco": onesided.bco(pairs, shift=0.1, **settings),
+        "sppo": onesided.sppo(pairs, **settings),
+        "apo_zero": onesided.apo_zero(pairs, **settings),
+        "apo_down": onesided.apo_down(pairs, **settings),
         **{
-            f"f_divergence/{name}": objectives.f_divergence(*ratios, derivative=link, **settings)
-            for name, link in members.items()
+            f"{name}/{function}": value
+            for name, member in members.items()
+            for function, value in {
+                "link": member.link(chosen),
+                "surrogate": member.surrogate(chosen),
+                "value": member.value(chosen),
+                "categorical": fdivergence.categorical(policy, ref, divergence=member, where=where),
+                "optimum": regularized.log_prob(
+                    reward, ref, divergence=member, where=where, **settings
+                ),
+            }.items()
         },
     }
 

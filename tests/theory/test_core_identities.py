@@ -94,6 +94,12 @@ def linear_world(seed: int, pairs: int = 7):
     return features, ref_log_prob, (context, chosen, rejected), theta
 
 
+def pairs_of(log_ratio, context, chosen, rejected):
+    """Scores of pairs of actions, with a reference of log-probability 0."""
+    pair = jnp.stack([log_ratio[context, chosen], log_ratio[context, rejected]], -1)
+    return objectives.Scores(pair, jnp.zeros_like(pair), jnp.ones(pair.shape, int))
+
+
 @pytest.mark.parametrize(("kl_coef", "label_smoothing"), [(0.05, 0.0), (1.0, 0.2), (20.0, 0.0)])
 def test_l6_dpo_on_a_softmax_linear_policy_is_the_bandit_likelihood(kl_coef, label_smoothing, x64):
     features, ref_log_prob, (context, chosen, rejected), theta = linear_world(0)
@@ -102,8 +108,7 @@ def test_l6_dpo_on_a_softmax_linear_policy_is_the_bandit_likelihood(kl_coef, lab
         log_prob = gibbs.log_prob(features @ theta, ref_log_prob, kl_coef=kl_coef)
         log_ratio = log_prob - ref_log_prob
         losses = objectives.sigmoid(
-            log_ratio[context, chosen],
-            log_ratio[context, rejected],
+            pairs_of(log_ratio, context, chosen, rejected),
             kl_coef=kl_coef,
             label_smoothing=label_smoothing,
         )
@@ -126,13 +131,9 @@ def test_l6_pessimistic_dpo_is_the_likelihood_of_the_reward_that_its_policy_disc
     def pessimistic_dpo(theta):
         log_prob = gibbs.log_prob(features @ theta - bonus, ref_log_prob, kl_coef=kl_coef)
         log_ratio = log_prob - ref_log_prob
-        losses = objectives.pessimistic(
-            log_ratio[context, chosen],
-            log_ratio[context, rejected],
-            bonus[context, chosen],
-            bonus[context, rejected],
-            kl_coef=kl_coef,
-        )
+        pair = pairs_of(log_ratio, context, chosen, rejected)
+        pair = pair._replace(bonus=pairs_of(bonus, context, chosen, rejected).log_prob)
+        losses = objectives.pessimistic(pair, kl_coef=kl_coef)
         return jnp.sum(losses)
 
     def likelihood(theta):

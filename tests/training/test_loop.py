@@ -22,7 +22,7 @@ from tests.training import toy
 
 MODEL = toy.language_model()
 STEPS, SAVE_EVERY = 9, 2
-LOSS = lambda s: objectives.sigmoid(s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=0.3)  # noqa: E731
+LOSS = functools.partial(objectives.sigmoid, kl_coef=0.3)
 QUIET = Console(quiet=True)
 TASK = tasks.preference(MODEL, LOSS, kl_coef=0.3)
 CLOCKS = {"time", "perf/tokens_per_second", "perf/steps_per_second"}

@@ -1,5 +1,6 @@
 """Eight devices compute what one computes, and every device holds its part alone."""
 
+import functools
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_klrlhf import placement
-from jax_klrlhf.core import objectives
+from jax_klrlhf.core import fdivergence, objectives, onesided
 from jax_klrlhf.models import ModelConfig, language_model, partition
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import reference, state, step, tasks
@@ -31,56 +32,25 @@ MESHES = [
 ]
 
 OBJECTIVES = {
-    "sigmoid": lambda s: objectives.sigmoid(
-        s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=0.3, label_smoothing=0.1
+    "sigmoid": functools.partial(objectives.sigmoid, kl_coef=0.3, label_smoothing=0.1),
+    "ipo": functools.partial(objectives.ipo, kl_coef=0.3),
+    "hinge": functools.partial(objectives.hinge, kl_coef=0.3),
+    "robust": functools.partial(objectives.robust, kl_coef=0.3, flip_rate=0.1),
+    "rpo": functools.partial(objectives.rpo, kl_coef=0.3, sft_coef=0.5),
+    "simpo": functools.partial(objectives.simpo, kl_coef=2.0, margin=0.5),
+    "length_normalized": functools.partial(objectives.length_normalized, kl_coef=0.3),
+    "jensen_shannon": functools.partial(
+        objectives.f_divergence, kl_coef=0.3, divergence=fdivergence.jensen_shannon
     ),
-    "ipo": lambda s: objectives.ipo(s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=0.3),
-    "hinge": lambda s: objectives.hinge(s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=0.3),
-    "robust": lambda s: objectives.robust(
-        s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=0.3, flip_rate=0.1
-    ),
-    "rpo": lambda s: objectives.rpo(
-        s.chosen_log_ratio,
-        s.rejected_log_ratio,
-        s.chosen_log_prob,
-        s.chosen_length,
-        kl_coef=0.3,
-        sft_coef=0.5,
-    ),
-    "simpo": lambda s: objectives.simpo(
-        s.chosen_log_prob,
-        s.rejected_log_prob,
-        s.chosen_length,
-        s.rejected_length,
-        kl_coef=2.0,
-        margin=0.5,
-    ),
-    "length_normalized": lambda s: objectives.length_normalized(
-        s.chosen_log_ratio,
-        s.rejected_log_ratio,
-        s.chosen_length,
-        s.rejected_length,
-        kl_coef=0.3,
-    ),
-    "jensen_shannon": lambda s: objectives.f_divergence(
-        s.chosen_log_ratio,
-        s.rejected_log_ratio,
-        kl_coef=0.3,
-        derivative=objectives.jensen_shannon,
-    ),
-    "chi_po": lambda s: objectives.chi_po(
-        s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=0.3, clip=2.0
-    ),
+    "chi_po": functools.partial(objectives.chi_po, kl_coef=0.3, clip=2.0),
     "pessimistic": lambda s: objectives.pessimistic(
-        s.chosen_log_ratio,
-        s.rejected_log_ratio,
-        jnp.full_like(s.chosen_log_ratio, 0.3),
-        jnp.full_like(s.chosen_log_ratio, 0.1),
-        kl_coef=0.3,
+        s._replace(bonus=jnp.full_like(s.log_prob, 0.1).at[:, 0].set(0.3)), kl_coef=0.3
     ),
     "exploratory": lambda s: objectives.exploratory(
-        s.chosen_log_ratio, s.rejected_log_ratio, s.rejected_log_prob, kl_coef=0.3, optimism=0.1
+        s._replace(exploration_log_prob=s.rejected_log_prob), kl_coef=0.3, optimism=0.1
     ),
+    "nca": functools.partial(onesided.nca, kl_coef=0.3),
+    "aot": functools.partial(objectives.aot, kl_coef=0.3),
 }
 
 

@@ -4,6 +4,7 @@ On a TPU slice the order of the mesh is not the order of the hosts, so host by h
 the layouts that are run.
 """
 
+import functools
 import json
 import os
 import socket
@@ -29,7 +30,7 @@ from jax_klrlhf.training.rounds.compute import mapped
 from tests.training import toy
 
 MODEL = toy.language_model()
-LOSS = lambda s: objectives.sigmoid(s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=0.3)  # noqa: E731
+LOSS = functools.partial(objectives.sigmoid, kl_coef=0.3)
 SPECS = {
     "embed": {"table": jax.P(None, "fsdp")},
     "block": {"mix": jax.P("fsdp"), "skip": jax.P("fsdp")},

@@ -1,5 +1,7 @@
 """Coefficients as data: the losses are the core's at each row's, and a sweep is one program."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -41,7 +43,7 @@ def situation(comparisons=None):
 )
 def test_every_row_has_the_loss_and_the_rewards_of_its_own_coefficient(objective):
     def loss(kl_coef):
-        return lambda s: objective(s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=kl_coef)
+        return functools.partial(objective, kl_coef=kl_coef)
 
     draw = np.random.default_rng(0)
     policy, ref = draw.normal(size=(2, 6, 2)).astype(np.float32)

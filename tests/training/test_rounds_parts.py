@@ -507,9 +507,8 @@ def test_pessimistic_dpo_minimizes_the_pessimistic_objective(comparisons):
             world.MODEL, world.PARAMS, prompts, responses
         )
         ratio = jnp.where(swap, ratio[:, ::-1], ratio)
-        return objectives.pessimistic(
-            ratio[:, 0], ratio[:, 1], gamma[:, 0], gamma[:, 1], kl_coef=eta
-        ).mean()
+        pairs = objectives.Scores(ratio, jnp.zeros_like(ratio), jnp.ones((6, 2), int), bonus=gamma)
+        return objectives.pessimistic(pairs, kl_coef=eta).mean()
 
     expected = jax.tree.map(lambda p, g: p - rate * g, start, jax.jit(jax.grad(loss))(start))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), found, expected)

@@ -110,7 +110,7 @@ def make(job: dict[str, Any]) -> Contender:
         return tasks.Preference(Scores(ours, theirs, batch.responses.lengths), batch.label)
 
     def sigmoid(given: Scores) -> jax.Array:
-        return objectives.sigmoid(given.chosen_log_ratio, given.rejected_log_ratio, kl_coef=kl_coef)
+        return objectives.sigmoid(given, kl_coef=kl_coef)
 
     optimizer = optimizers.adamw(job["learning_rate"])
     task = tasks.preference(loaded.model, sigmoid, kl_coef=kl_coef)

@@ -6,6 +6,7 @@ Axes: ``B`` rows of a batch, ``K`` responses, ``N`` rows of a training set.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 
 from jax_klrlhf.core import objectives
 from jax_klrlhf.core.numerics import Scalar
-from jax_klrlhf.core.objectives import Scores
+from jax_klrlhf.core.scores import Scores
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.training import tasks
@@ -23,7 +24,7 @@ from jax_klrlhf.training.tasks import Batch, Preference, Task
 Loss = Callable[[Scores], Float[Array, " B"]]
 LossAt = Callable[[Scalar], Loss]
 """``loss(kl_coef)(scores) -> [B]``, with ``kl_coef [B]`` traced: every loss of
-:mod:`core.objectives` takes it so."""
+:mod:`core.objectives` takes it so, with :func:`functools.partial`."""
 
 
 class Rows(NamedTuple):
@@ -93,10 +94,4 @@ def preference(model: LanguageModel, loss: LossAt) -> Task:
 
 def sigmoid(kl_coef: Scalar) -> Loss:
     """The DPO loss (arXiv 2305.18290, eq. 7)."""
-
-    def loss(scores: Scores) -> Array:
-        return objectives.sigmoid(
-            scores.chosen_log_ratio, scores.rejected_log_ratio, kl_coef=kl_coef
-        )
-
-    return loss
+    return partial(objectives.sigmoid, kl_coef=kl_coef)

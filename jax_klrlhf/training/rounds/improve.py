@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jax_klrlhf.core.preferences import PreferenceModel, bradley_terry
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
@@ -31,19 +32,32 @@ from jax_klrlhf.training.tasks import Batch
 
 
 def preference(
-    model: LanguageModel, loss: Loss, *, fitting: Fitting, kl_coef: float = 1.0, rows: int = 64
+    model: LanguageModel,
+    loss: Loss,
+    *,
+    fitting: Fitting,
+    kl_coef: float = 1.0,
+    explores: int | None = None,
+    preference: PreferenceModel = bradley_terry,
+    rows: int = 64,
 ) -> Improve:
     """Fit the policy by any preference loss on the round's mixture of comparisons.
 
     Args:
         model: the policy.
         loss: of :mod:`core.objectives`, on :class:`Scores`, for example
-            ``lambda s: objectives.sigmoid(s.chosen_log_ratio, s.rejected_log_ratio, kl_coef=0.1)``.
+            ``functools.partial(objectives.sigmoid, kl_coef=0.1)``.
         fitting: optimizer and sizes.
         kl_coef: scale of the *reported* rewards; the loss has its own.
+        explores: the number of the response of each pair that explored, for
+            ``objectives.exploratory``: 1 is XPO, where the second is drawn from pi0 (the sampler
+            ``against_base``).
+        preference: what labels mean, as in :func:`tasks.preference`.
         rows: comparisons that the reference scores at one time.
     """
-    fit = fitting.compile(tasks.preference(model, loss, kl_coef=kl_coef))
+    fit = fitting.compile(
+        tasks.preference(model, loss, kl_coef=kl_coef, explores=explores, preference=preference)
+    )
     reference = reference_log_prob(model, fitting, rows=rows)
 
     def improve(key: Key[Array, ""], situation: Situation) -> Improved:
