@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 from jax_klrlhf import models, training
-from jax_klrlhf.core import bradley_terry, objectives, pairs
+from jax_klrlhf.core import bradley_terry, choices, objectives, pairs
 from jax_klrlhf.models import scoring
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds.compute import mapped

@@ -4,12 +4,14 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from jax_klrlhf.core import divergence, gibbs, objectives
 from jax_klrlhf.core.objectives import Scores
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import enumerate as enumerated
+from jax_klrlhf.models import scoring
 from jax_klrlhf.training import rounds, tasks
 from jax_klrlhf.training.rounds import coefficient, improve
 from jax_klrlhf.training.rounds.parts import ragged
@@ -138,3 +140,25 @@ def test_weights_are_those_of_the_tilted_law(monkeypatch):
     prompts, responses, weight = seen[0]
     raw = np.exp(world.gold(prompts, responses).astype(np.float64) / 0.25)
     np.testing.assert_allclose(weight, 4 * raw / raw.sum(1, keepdims=True), rtol=1e-5)
+
+
+def test_an_improvement_may_explore(comparisons):
+    """XPO in the loop of rounds: a step of SGD is one on DPO plus the bonus of the second."""
+    one_step = rounds.Fitting(optimizer=optax.sgd(0.1), steps=1, batch_size=16)
+    key, here = jax.random.key(3), situation(comparisons)
+    loss = functools.partial(objectives.exploratory, kl_coef=0.5, optimism=0.2)
+    found = rounds.preference(
+        world.MODEL, loss, explores=1, kl_coef=0.5, fitting=one_step
+    )(key, here).params  # fmt: skip
+    plain = rounds.dpo(world.MODEL, kl_coef=0.5, fitting=one_step)(key, here).params
+    prompts, responses = (
+        Ragged(*map(jax.numpy.asarray, rows))
+        for rows in (comparisons.prompts, comparisons.responses)
+    )
+
+    def bonus(params):
+        return scoring.log_prob(world.MODEL, params, prompts, responses)[:, 1].mean()
+
+    step = jax.tree.map(lambda g: -0.1 * 0.2 * g, jax.jit(jax.grad(bonus))(world.PARAMS))
+    got = _flat(found) - _flat(plain)
+    np.testing.assert_allclose(got, _flat(step), rtol=1e-3, atol=1e-7)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jax_klrlhf.core import objectives
+from jax_klrlhf.core import objectives, preferences
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.training import reference, state, step, tasks
 from tests.training import toy
@@ -140,3 +140,63 @@ def test_reward_training_recovers_the_reward_that_labelled():
     error = found - found.mean() - (theta - theta.mean())
     # error' F error is chi-squared with 15 degrees of freedom: above 44.3 once in 10,000 seeds.
     assert error @ fisher @ error < 44.3
+
+
+def test_a_language_model_trains_xpo_and_selm(params):
+    """The exploring response is named by its number, whoever won; as a third one it is no rival."""
+    batch = jax.tree.map(jnp.asarray, toy.batch(0))._replace(label=jnp.linspace(0.0, 1.0, 16))
+    loss = functools.partial(objectives.exploratory, kl_coef=0.3, optimism=0.1)
+    ours = tasks.preference(MODEL, loss, explores=1)
+    given = ours.score(params, None, batch)
+    plain = tasks.preference(MODEL, LOSS).loss(given)
+    np.testing.assert_allclose(
+        ours.loss(given), plain + 0.1 * given.scores.log_prob[:, 1], rtol=1e-5, atol=1e-5
+    )
+    third = jax.tree.map(lambda x: jnp.concatenate([x, x[:, :1]], 1), batch.responses)
+    ref = jnp.concatenate([batch.ref_log_prob, batch.ref_log_prob[:, :1]], 1)
+    wider = batch._replace(responses=third, ref_log_prob=ref)
+    selm = tasks.preference(MODEL, loss, explores=2)
+    found = selm.loss(selm.score(params, None, wider))
+    np.testing.assert_allclose(
+        found, plain + 0.1 * given.scores.log_prob[:, 0], rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(ValueError, match="explores=2, and a row has 2 responses"):
+        selm.score(params, None, batch)
+    with pytest.raises(ValueError, match=r"Scores\.exploration_log_prob, which is None"):
+        tasks.preference(MODEL, loss).loss(tasks.preference(MODEL, LOSS).score(params, None, batch))
+
+
+def test_ties_reach_the_model_of_ties_and_scores_reach_the_loss(params):
+    """Rao and Kupper's law by hand, of a policy and of a reward model; halves of each otherwise."""
+    batch = jax.tree.map(jnp.asarray, toy.batch(0))
+    label = jnp.asarray([0.0, 0.5, 1.0, 0.5] * 4)
+    batch = batch._replace(label=label, scores=jnp.ones((16, 2)).at[:, 0].set(3.0))
+    ties = preferences.rao_kupper(0.7)
+
+    def law(margin):
+        won, lost = sigmoid(margin - 0.7), sigmoid(-margin - 0.7)
+        return -np.log(np.select([label == 1, label == 0], [won, lost], 1 - won - lost))
+
+    loss = functools.partial(objectives.sigmoid, kl_coef=0.3, preference=ties)
+    task = tasks.preference(MODEL, loss, preference=ties)
+    given = task.score(params, None, batch)
+    margin = 0.3 * np.asarray(given.scores.log_ratio[:, 0] - given.scores.log_ratio[:, 1])
+    np.testing.assert_allclose(task.loss(given), law(margin), rtol=1e-4)
+    half = tasks.preference(MODEL, LOSS).loss(given)
+    assert abs(half - task.loss(given)).max() > 0.1
+    rewarding = tasks.bradley_terry_reward(reward, preference=ties)
+    theta = {"theta": jnp.linspace(-1, 1, toy.VOCAB)}
+    scored = rewarding.score(theta, None, batch)
+    margin = np.asarray(scored.reward[:, 0] - scored.reward[:, 1])
+    np.testing.assert_allclose(rewarding.loss(scored), law(margin), rtol=1e-4)
+    modpo = tasks.preference(MODEL, functools.partial(objectives.modpo, kl_coef=0.3, weight=1.0))
+    margin = 0.3 * np.asarray(given.scores.log_ratio[:, 0] - given.scores.log_ratio[:, 1]) - 2
+    np.testing.assert_allclose(
+        modpo.loss(given), label * nll(margin) + (1 - label) * nll(-margin), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, -0.1, float("nan")])
+def test_a_coefficient_that_is_not_positive_is_refused(kl_coef):
+    with pytest.raises(ValueError, match="kl_coef must be > 0"):
+        tasks.preference(MODEL, LOSS, kl_coef=kl_coef)
