@@ -29,7 +29,7 @@ from rich.progress import Progress
 from experiments import plotting, study
 from jax_klrlhf import bandit, results
 from jax_klrlhf.bandit import human, pessimism
-from jax_klrlhf.core import ellipsoid
+from jax_klrlhf.core import ellipsoid, gibbs
 from jax_klrlhf.core.numerics import Scalar, expectation
 from jax_klrlhf.errors import InputError
 
@@ -181,9 +181,8 @@ def _gap_by_situation(
     problem: bandit.Problem, log_prob: Float[Array, "situations alternatives"]
 ) -> Float[Array, " situations"]:
     """kl_coef KL(pi || pi*) in each situation."""
-    optimum = bandit.optimum(problem)
-    each = jnp.sum(jnp.exp(log_prob) * (log_prob - optimum), -1)
-    return problem.setting.kl_coef * each
+    s = problem.setting
+    return gibbs.gap(log_prob, problem.reward, s.ref_log_prob, kl_coef=s.kl_coef, where=s.where)
 
 
 def draw_people(

@@ -359,3 +359,34 @@ def test_a_cyclic_preference_labels_as_it_says(x64):
     assert ((got - seen * want) ** 2 / (seen * want * (1 - want))).sum() < 42.3
     kept = human.restrict(problem, np.array([1]))
     np.testing.assert_array_equal(kept.preference.parameters[0], cycle.T)
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one nu", "nu of each context"])
+def test_nu_is_used_where_it_is_given(learned, each):
+    """`coverage` by its definition in NumPy, and Option I's learner; not the default's numbers."""
+    problem, _, state = learned
+    s = problem.setting
+    nu = jnp.array([[0.3, -1.0, 0.5], [0.0, 0.2, 2.0], [1.0, 1.0, -1.0]])
+    nu = nu if each else nu[0]
+    target = bandit.optimum(problem)
+    prob, ref = (np.where(s.where, np.exp(x), 0) for x in (target, s.ref_log_prob))
+    x, origin = np.asarray(s.features), np.broadcast_to(nu, (3, 3))
+    design, away = 0.1 * np.eye(3), 0.0
+    for c, weight in enumerate(np.asarray(s.context_prob)):
+        for a in range(4):
+            for b in range(4):
+                z = x[c, a] - x[c, b]
+                design += weight * ref[c, a] * ref[c, b] * np.outer(z, z)
+    for c, weight in enumerate(np.asarray(s.context_prob)):
+        for a in range(4):
+            v = x[c, a] - origin[c]
+            away += weight * prob[c, a] * np.sqrt(v @ np.linalg.solve(design, v))
+    found = bandit.coverage(s, target, s.ref_log_prob, ridge=0.1, nu=nu)
+    np.testing.assert_allclose(found, away, rtol=1e-10)
+    assert abs(bandit.coverage(s, target, s.ref_log_prob, ridge=0.1) - away) > 1e-2
+    policy = bandit.offline_gshf_one(radius=1.0, nu=nu).policy(s, state)
+    center = np.asarray(s.context_prob) @ origin
+    best = pessimistic_value(problem, state, policy, 1.0, center)
+    for rival in (None, jnp.zeros(3)):
+        other = bandit.offline_gshf_one(radius=1.0, nu=rival).policy(s, state)
+        assert pessimistic_value(problem, state, other, 1.0, center) < best - 1e-4

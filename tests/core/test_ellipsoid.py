@@ -146,3 +146,14 @@ def test_wrong_facts():
         ellipsoid.init(0, ridge=1.0)
     with pytest.raises(ValueError, match="ridge must be > 0"):
         ellipsoid.init(2, ridge=0.0)
+
+
+@pytest.mark.parametrize("dim", [64, 65])
+def test_solve_on_both_sides_of_the_size_where_lapack_begins(dim, x64):
+    """Sigma without symmetries: a factor in the place of its transpose shows."""
+    rng = np.random.default_rng(dim)
+    z = rng.normal(size=(2 * dim, dim)) * np.linspace(0.2, 2, dim)
+    state = ellipsoid.update(ellipsoid.init(dim, ridge=0.3), jnp.array(z))
+    v = rng.normal(size=(2, 3, dim))
+    want = np.linalg.solve(0.3 * np.eye(dim) + z.T @ z, v.reshape(-1, dim).T).T.reshape(v.shape)
+    np.testing.assert_allclose(ellipsoid.solve(state, jnp.array(v)), want, rtol=1e-9, atol=1e-12)
