@@ -287,7 +287,9 @@ def test_any_loss_makes_a_learner_and_its_minimum_is_stationary(learned):
             return jnp.sum(jnp.where(counts, each, 0)) + 0.5 * theta @ theta
 
         assert bool(fitted.converged)
-        np.testing.assert_allclose(jax.grad(by_rows)(fitted.theta), 0, atol=1e-6)
+        # Converged to the square root of the rounding: see `_descend`.
+        slope = jax.jit(jax.grad(by_rows))
+        assert abs(slope(fitted.theta)).max() < 1e-6 * (1 + abs(slope(jnp.zeros(3))).max())
         assert float(by_rows(fitted.theta)) < float(by_rows(jnp.zeros(3)))
     chi = bandit.chi_po(reward_bound=1.5)
     same = chi.update(s, chi.init(s, capacity=30), data)
@@ -310,13 +312,13 @@ def test_ties_are_ties_to_a_learner_that_is_told_of_them(x64):
         preference=preferences.rao_kupper(1.0),
     )
     s = problem.setting
-    data = bandit.compare(jax.random.key(1), problem, s.ref_log_prob, s.ref_log_prob, batch=4000)
+    data = bandit.compare(jax.random.key(1), problem, s.ref_log_prob, s.ref_log_prob, batch=16_000)
     assert set(np.unique(data.label)) == {0.0, 0.5, 1.0}
     fits = {}
     for name, model in {"told": s.preference, "not": preferences.bradley_terry}.items():
         setting = s._replace(preference=model)
         learner = bandit.offline_greedy(ridge=1e-3)
-        state = learner.update(setting, learner.init(setting, capacity=4000), data)
+        state = learner.update(setting, learner.init(setting, capacity=16_000), data)
         assert isinstance(state.history, history.Rows if name == "told" else history.Tally)
         assert bool(state.converged)
         fits[name] = state
