@@ -31,10 +31,9 @@ UNREACHED = {
     "ellipsoid.solve": "Sigma^-1 v, for a user's own rule",
     "estimation.nll": "the objective of `fit`, for a user's own optimizer",
     "estimation.hessian": "the Fisher information of a fit, for a user's own rule",
-    "objectives.reverse_kl": "the divergence of DPO itself, beside those of f_divergence",
-    "objectives.alpha": "a divergence of f_divergence, by a number that no option carries",
-    "objectives.pessimistic": "what rounds.pessimistic_dpo computes as a shifted reference, tested",
-    "objectives.exploratory": "XPO's loss; the bandit's xpo counts its rows, tested to be this one",
+    "objectives.aot": "couples the rows of a batch, so that counted comparisons mean nothing to it",
+    "pairwise.moved_reference": "a reference that moves, for a user's own loop; its law is tested",
+    "preferences.matrix": "a world without a reward, for a user's own problem; tested",
     "rejection.acceptance_rate": "the exact rate, for planning a chain",
     "rejection.take": "the first k accepted draws, for a user's own loop",
 }

@@ -14,7 +14,7 @@ says whether it is one.
 Axes: ``contexts``, ``actions``, ``dim``, ``rows`` (weighted comparisons), ``batch``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -34,6 +34,9 @@ Loss = Callable[[Scores], Float[Array, " rows"]]
 """``loss(scores) -> [rows]``: any of :mod:`core.objectives`, its hyper-parameters bound."""
 Agents = Callable[[Setting, Array], tuple[Array, Array]]
 """``agents(setting, log_prob)``: the laws that the first and the second action are drawn from."""
+
+
+Table = Float[Array, "contexts actions"] | None
 
 
 class PolicyFit(NamedTuple):
@@ -62,7 +65,13 @@ def from_reference(setting: Setting, log_prob: Array) -> tuple[Array, Array]:
 
 
 def policy_learner(
-    loss: Loss, *, agents: Agents = on_policy, explores: bool = False, ridge: Scalar = 1.0
+    loss: Loss,
+    *,
+    agents: Agents = on_policy,
+    explores: bool = False,
+    reward: Table = None,
+    bonus: Table = None,
+    ridge: Scalar = 1.0,
 ) -> Learner:
     """A learner that fits a softmax-linear policy by a preference loss, solved in every round.
 
@@ -74,9 +83,11 @@ def policy_learner(
 
     Labels count as the setting's preference model says: averaged where it merges them, else the
     loss reads ``scores.label``. ``explores`` fills in ``exploration_log_prob``, that of the second
-    action of each comparison as it was asked.
+    action of each comparison as it was asked; ``reward`` and ``bonus``, tables ``[contexts,
+    actions]``, the fields of those names.
     """
-    return _learner(lambda _: loss, agents=agents, explores=explores, ridge=ridge)
+    beside = {"reward": reward, "bonus": bonus}
+    return _learner(lambda _: loss, agents=agents, explores=explores, beside=beside, ridge=ridge)
 
 
 def dpo(*, ridge: Scalar = 1.0) -> Learner:
@@ -140,7 +151,8 @@ def total_loss(
     rows: history.View,
     *,
     loss: Loss,
-    explores: bool,
+    explores: bool = False,
+    beside: Mapping[str, Table] | None = None,
     ridge: Scalar,
 ) -> Float[Array, ""]:
     """The summed objective of the class, on counted comparisons."""
@@ -156,6 +168,9 @@ def total_loss(
     scores = Scores(pair, of_pairs(ref_log_prob), jnp.ones(pair.shape, jnp.int32))
     if explores:
         scores = scores._replace(exploration_log_prob=pair[:, 1])
+    for name, table in (beside or {}).items():
+        if table is not None:
+            scores = scores._replace(**{name: of_pairs(table)})
     penalty = 0.5 * ridge * (theta @ theta)
     if not setting.preference.merges:
         label, count = history.labelled(rows)
@@ -168,6 +183,7 @@ def _learner(
     *,
     agents: Agents,
     explores: bool = False,
+    beside: Mapping[str, Table] | None = None,
     ridge: Scalar = 1.0,
 ) -> Learner:
     def init(setting: Setting, *, capacity: int) -> PolicyFit:
@@ -190,7 +206,9 @@ def _learner(
         loss = loss_at(setting)
 
         def objective(theta: Array) -> Array:
-            return total_loss(setting, theta, rows, loss=loss, explores=explores, ridge=ridge)
+            return total_loss(
+                setting, theta, rows, loss=loss, explores=explores, beside=beside, ridge=ridge
+            )
 
         def metric(theta: Array) -> Array:
             margin = differences @ theta
