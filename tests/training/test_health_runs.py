@@ -55,13 +55,12 @@ def optimizer():
 
 @cache
 def compiled(kind):
-    ratio = {
+    losses = {
         "sigmoid": partial(objectives.sigmoid, kl_coef=0.1),
         "ipo": partial(objectives.ipo, kl_coef=0.1),
     }
-    if kind in ratio:
-        loss = lambda s: ratio[kind](s.chosen_log_ratio, s.rejected_log_ratio)  # noqa: E731
-        task = tasks.preference(MODEL, loss, kl_coef=0.1)
+    if kind in losses:
+        task = tasks.preference(MODEL, losses[kind], kl_coef=0.1)
     elif kind == "sft":
         task = tasks.likelihood(MODEL)
     else:
