@@ -28,8 +28,9 @@ class PlanConfig:
     """A folder with config.json, or a preset (such as llama-3-8b, qwen3-8b, gemma-2-9b)."""
     topology: str = "v5e:8x8"
     """Chip and shape of the slice: v5e:8x8, v5p:4x4x4, v6e:4x4; cpu:8 for CPU devices."""
-    mesh: str = "fsdp=-1"
-    """Sizes of the mesh axes data, fsdp and tensor, one of which may be -1: fsdp=16,tensor=4."""
+    mesh: str = ""
+    """Sizes of the mesh axes data, fsdp and tensor, one of which may be -1: fsdp=16,tensor=4. By
+    default as in `klrlhf dpo`: fsdp of at most 16, and data."""
     program: Literal["train", "sample", "both"] = "both"
     """What to compile."""
     pairs: int = 64
@@ -145,8 +146,8 @@ def read_mesh(text: str, topology: Slice) -> jax.sharding.Mesh:
     Raises:
         InputError: for an axis that there is not, or sizes that do not fit the topology.
     """
-    sizes: dict[str, Any] = {"fsdp": 1}
-    for part in re.split(r"[,\s]+", text.strip()):
+    sizes: dict[str, Any] = {"fsdp": 1} if text.strip() else {}
+    for part in re.split(r"[,\s]+", text.strip()) if sizes else []:
         found = re.fullmatch(r"(data|fsdp|tensor)=(-?\d+)", part)
         if found is None:
             raise InputError(

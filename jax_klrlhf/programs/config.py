@@ -36,10 +36,11 @@ FREE = {
 
 @dataclass(frozen=True, kw_only=True)
 class MeshSizes:
-    """Devices along each axis; one size may be -1 and takes the rest."""
+    """Devices along each axis; one size may be -1 and takes the rest. By default as many as divide
+    for fsdp, 16 at most, and what is left for data."""
 
-    data: int = 1
-    fsdp: int = -1
+    data: int | None = None
+    fsdp: int | None = None
     tensor: int = 1
 
 

@@ -245,6 +245,14 @@ def test_mesh_sizes():
     assert dict(meshes.make(data=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert dict(meshes.make().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
     assert meshes.make().axis_types == (jax.sharding.AxisType.Auto,) * 3
+    # By default no axis of fsdp is wider than a ring of 16.
+    for count, tensor, expected in (
+        (64, 1, (4, 16)), (256, 1, (16, 16)), (64, 4, (1, 16)), (256, 8, (2, 16)), (8, 1, (1, 8)),
+        (24, 1, (2, 12)), (8, 8, (1, 1)),
+    ):  # fmt: skip
+        assert meshes._rows(count, None, None, tensor) == expected
+    assert meshes._rows(64, None, -1, 1) == (1, -1)
+    assert meshes._rows(64, 2, None, 1) == (2, -1)
     for wrong in ({"data": 3}, {"data": -1}, {"data": 0}, {"data": 4, "fsdp": 4}):
         with pytest.raises(ValueError, match=r"mesh data="):
             meshes.make(**wrong)
