@@ -1,4 +1,4 @@
-"""What pi0's log-probabilities are of: its parameters, in the step's type, of the right responses."""
+"""What pi0's log-probabilities are of: its parameters, the step's type, the right responses."""
 
 from pathlib import Path
 from unittest.mock import MagicMock
