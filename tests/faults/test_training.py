@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -22,6 +23,7 @@ from jax_klrlhf.results import Metric
 from jax_klrlhf.training import checkpoint, processes, state
 from jax_klrlhf.training.rounds import journal
 from jax_klrlhf.training.rounds.journal import ANY
+from tests.training import test_loop
 
 slow = pytest.mark.skipif(
     not os.environ.get("KLRLHF_FAULTS"), reason="slow: set KLRLHF_FAULTS=1 to run it"
@@ -370,3 +372,47 @@ def test_the_survivor_of_two_processes_ends_in_one_line(victim, waits):
             process.communicate()
     assert both[1 - victim].returncode != 0
     assert told.splitlines() == ["a word of its own", processes.LOST]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The run of the loop's tests, from beginning to end."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return test_loop.run(folder), folder
+
+
+@slow
+def test_killed_at_every_moment_the_history_is_the_same(unbroken, tmp_path):
+    whole, folder = unbroken
+    for moment in range(test_loop.MOMENTS):
+        place = tmp_path / str(moment)
+        assert test_loop.killed_at(moment, place)
+        outcome = test_loop.run(place)
+        assert test_loop.lines(place) == test_loop.lines(folder), moment
+        assert test_loop.last(outcome) == test_loop.last(whole), moment
+        assert checkpoint.equal(outcome.state, whole.state), moment
+
+
+@slow
+def test_killed_by_the_system_at_moments_of_its_own_choice(unbroken, tmp_path):
+    """SIGKILL from outside, a random time after the process began to write."""
+    rng = np.random.default_rng(3)
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.training.test_loop", str(tmp_path), "never"],
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        history = tmp_path / "metrics.jsonl"
+        before = history.stat().st_mtime_ns if history.exists() else 0
+        while process.poll() is None and not (
+            history.exists() and history.stat().st_mtime_ns != before
+        ):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+    outcome = test_loop.run(tmp_path)
+    whole, folder = unbroken
+    assert test_loop.lines(tmp_path) == test_loop.lines(folder)
+    assert checkpoint.equal(outcome.state, whole.state)
