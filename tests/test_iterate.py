@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from rich.console import Console
 
 from jax_klrlhf import cli, models
 from jax_klrlhf.data import tokenize
@@ -409,6 +410,21 @@ def test_default_lengths_are_cut_to_the_models_context_and_said(
     given = [*given, "--max-response-length", "32", "--output", str(tmp_path / "third")]
     assert cli.main(given) == 2
     assert "exceed the model's context of 32" in capsys.readouterr().err
+
+
+def test_the_table_fits_eighty_columns(tmp_path, capsys):
+    number = iterate.mean([-0.11, -0.2, 10.3])
+    found = dict.fromkeys(iterate.COLUMNS, number)
+    config = iterate_config.IterateConfig(
+        model="m", reward="r", prompts="p", output=tmp_path, best_of=8
+    )
+    iterate._finish(config, tmp_path, Console(width=80), found, {1: found}, found, 1.0)
+    rows = capsys.readouterr().out.splitlines()
+    assert max(map(len, rows)) <= 80
+    # Each row is one line: nothing is folded or cut.
+    (row,) = [row for row in rows if row.startswith("best of 8")]
+    assert row.count("±") == 3
+    assert "…" not in row
 
 
 def test_a_finished_run_is_left_alone_and_loses_no_round(online, place, monkeypatch, capsys):

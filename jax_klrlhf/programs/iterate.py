@@ -47,8 +47,8 @@ _ROWS = Ragged(ANY, ANY)  # pyright: ignore[reportArgumentType]  # A template, n
 _COMPARISONS = Comparisons(_ROWS, _ROWS, ANY, ANY)  # pyright: ignore[reportArgumentType]
 COLUMNS = {
     "labels/count": "labels",
-    "rewards/accuracies": "accuracy",
-    "eval/reward": "held-out reward",
+    "rewards/accuracies": "acc.",
+    "eval/reward": "reward",
     "eval/wins": "wins over pi0",
     "eval/kl/ref": "KL(pi||pi0)",
     "eval/length": "tokens",
@@ -379,7 +379,8 @@ def _line(found: Metrics) -> str:
 def _cell(found: Metrics, name: str) -> Any:
     if name not in found:
         return ""
-    return f"{found[name].value:.0f}" if name == "labels/count" else found[name]
+    digits = {"labels/count": 0, "rewards/accuracies": 3, "eval/length": 1}.get(name)
+    return found[name] if digits is None else f"{found[name].value:.{digits}f}"
 
 
 def _finish(
@@ -406,7 +407,7 @@ def _finish(
             if found
         },
         console=console,
-        caption="± one standard error over prompts",
+        caption="± one standard error over held-out prompts; acc.: of the fit on its own pairs",
     )
     if placement.leader():
         write_results(
