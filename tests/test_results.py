@@ -6,6 +6,7 @@ import os
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from jax_klrlhf import results
@@ -64,3 +65,11 @@ def test_an_output_that_cannot_be_a_folder_is_refused_by_name(tmp_path):
         (tmp_path / "locked").mkdir(mode=0o500)
         with pytest.raises(InputError, match="not writable"):
             results.output_folder(tmp_path / "locked")
+
+
+def test_a_table_takes_names_as_text(capsys):
+    rows = {"[/red] a": {"[bold]gap": results.Metric(1.0, 0.1)}}
+    results.print_table("run[/x]", rows, console=Console(width=80), caption="of [/y]")
+    out = capsys.readouterr().out
+    for text in ("run[/x]", "[/red] a", "[bold]gap", "of [/y]", "1.000 ± 0.100"):
+        assert text in out

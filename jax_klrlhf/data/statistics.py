@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jax_klrlhf.data import arrange, facts, prepare, tokenize
@@ -29,8 +30,9 @@ def table(prepared: Mapping[str, Prepared]) -> Table:
     found = {name: describe_prepared(split) for name, split in prepared.items()}
     manifest = next(iter(prepared.values())).manifest
     columns = list(found.values())
-    result = Table(title=f"{manifest['source']}, tokens of {manifest['tokenizer']}")
-    result.add_column("")
+    # Names of files are a user's: nothing in them is read as markup.
+    result = Table(title=escape(f"{manifest['source']}, tokens of {manifest['tokenizer']}"))
+    result.add_column("", overflow="fold")
     for name in found:
         result.add_column(name, justify="right")
 
@@ -57,7 +59,8 @@ def table(prepared: Mapping[str, Prepared]) -> Table:
     for what, number in manifest["rows_with_cut"].items():
         result.add_row(f"rows with cut {what}", str(number))
     for reason, entry in manifest["dropped"].items():
-        result.add_row(f"dropped: {reason}", f"{entry['count']} (first: {entry['first'][0]})")
+        where = f"{entry['count']} (first: {entry['first'][0]})"
+        result.add_row(escape(f"dropped: {reason}"), escape(where))
     return result
 
 

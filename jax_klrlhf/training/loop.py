@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -116,8 +117,8 @@ def resume(
     batches.restore(found.data)
     for damaged in found.damaged:
         (console or Console()).print(
-            f"[yellow]warning[/yellow] {checkpoints.folder}: {damaged}; going on from step "
-            f"{int(found.state.step)}",
+            f"[yellow]warning[/yellow] {escape(str(checkpoints.folder))}: {escape(damaged)}; going on "
+            f"from step {int(found.state.step)}",
             soft_wrap=True,
             highlight=False,
         )
@@ -196,7 +197,8 @@ def train(
     def warn(findings: Sequence[health.Finding]) -> None:
         for finding in findings:
             console.print(
-                f"[yellow]warning[/yellow] {finding.name}: {finding.message}", soft_wrap=True
+                f"[yellow]warning[/yellow] {finding.name}: {escape(finding.message)}",
+                soft_wrap=True,
             )
 
     if history.skipped:
