@@ -117,8 +117,8 @@ def resume(
     batches.restore(found.data)
     for damaged in found.damaged:
         (console or Console()).print(
-            f"[yellow]warning[/yellow] {escape(str(checkpoints.folder))}: {escape(damaged)}; going on "
-            f"from step {int(found.state.step)}",
+            f"[yellow]warning[/yellow] {escape(str(checkpoints.folder))}: {escape(damaged)}; going "
+            f"on from step {int(found.state.step)}",
             soft_wrap=True,
             highlight=False,
         )
