@@ -92,7 +92,7 @@ class Config:
 class World(NamedTuple):
     """A data set as a bandit; ``second`` marks situations of people of the second group."""
 
-    choices: human.Choices
+    choices: human.RecordedChoices
     problem: bandit.Problem
     data: bandit.Comparisons
     second: Bool[np.ndarray, " situations"]

@@ -72,14 +72,14 @@ def radius(config: Config, *, dim: int, bound: Scalar, ridge: float = 1.0) -> ja
     )
 
 
-def load_choices(path: Path) -> human.Choices:
+def load_choices(path: Path) -> human.RecordedChoices:
     """Human choices between pairs, from an .npz file."""
     return human.train_tickets(path)
 
 
 def run(
     config: Config,
-    choices: human.Choices | None,
+    choices: human.RecordedChoices | None,
     *,
     output: Path,
     console: Console,
@@ -184,7 +184,9 @@ def _figure(config: Config, simulated: dict, target: Path) -> None:
     plotting.save(figure, target)
 
 
-def _human(config: Config, choices: human.Choices, console: Console) -> dict[str, results.Metric]:
+def _human(
+    config: Config, choices: human.RecordedChoices, console: Console
+) -> dict[str, results.Metric]:
     """Greedy against pessimistic, learned from some people, judged on the choices of the others.
 
     Nature is the Bradley-Terry model fitted to everybody, the data are the recorded choices of

@@ -6,21 +6,31 @@ reward, divergences in nats.
 Axes: ``contexts``, ``actions``, ``dim``.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jax_klrlhf.bandit import pessimism
 from jax_klrlhf.bandit.learner import Estimate
-from jax_klrlhf.bandit.problem import Problem, Setting
+from jax_klrlhf.bandit.problem import Comparisons, Problem, Setting
 from jax_klrlhf.core import divergence, ellipsoid, gibbs, numerics, uncertainty
 from jax_klrlhf.core.numerics import Scalar
 
-if TYPE_CHECKING:
-    from jax_klrlhf.bandit.simulate import Round
+
+class Round(NamedTuple):
+    """What a record function may look at: one round, as it stands when its pairs are labelled."""
+
+    number: Int[Array, ""]
+    """From 0."""
+    state: Any
+    """The learner's, before this round's data."""
+    log_prob: Float[Array, "contexts actions"]
+    """Deployed during this round: ``policy(state)``."""
+    data: Comparisons
+    """This round's."""
 
 
 def check_log_prob(setting: Setting, log_prob: Float[Array, "..."]) -> None:
@@ -92,7 +102,7 @@ def kl(setting: Setting, log_prob: Float[Array, "contexts actions"]) -> Float[Ar
     )
 
 
-def record_gap(problem: Problem, this: "Round") -> Float[Array, ""]:
+def record_gap(problem: Problem, this: Round) -> Float[Array, ""]:
     """For ``simulate(record=)``: gap of the policy deployed in each round.
 
     For ``simulate(total=)`` it gives the regret over rounds; times the batch size, over
@@ -149,7 +159,7 @@ def coverage(
     )
 
 
-def information(problem: Problem, this: "Round") -> tuple[Float[Array, ""], Float[Array, ""]]:
+def information(problem: Problem, this: Round) -> tuple[Float[Array, ""], Float[Array, ""]]:
     r"""For ``simulate(total=)``: both sides of statement L4 for one round of a linear learner.
 
     .. math:: \log\Big(1 + \sum_{i} \|z_i\|^2_{\Sigma_t^{-1}}\Big)

@@ -31,7 +31,7 @@ from jax_klrlhf.core.numerics import Scalar
 from jax_klrlhf.errors import InputError
 
 
-class Choices(NamedTuple):
+class RecordedChoices(NamedTuple):
     """Recorded choices; `person` says who chose, `person_features` what is known of them."""
 
     features: Float[np.ndarray, "situations alternatives dim"]
@@ -41,7 +41,7 @@ class Choices(NamedTuple):
     names: tuple[str, ...]
 
 
-def train_tickets(path: str | Path) -> Choices:
+def train_tickets(path: str | Path) -> RecordedChoices:
     """2,929 choices between two train tickets by 235 people: price, time, changes, comfort.
 
     An .npz file with ``xa``, ``xb`` [n, 4], ``y`` (1 where A was chosen), ``user``, ``features``
@@ -53,7 +53,7 @@ def train_tickets(path: str | Path) -> Choices:
         _same(path, raw, name, raw["xa"].shape[:1])
     features = _scale(path, np.stack([raw["xa"], raw["xb"]], 1))
     choice = np.where(raw["y"] == 1, 0, 1)
-    return Choices(
+    return RecordedChoices(
         features,
         choice,
         raw["user"].astype(np.int64),
@@ -62,7 +62,7 @@ def train_tickets(path: str | Path) -> Choices:
     )
 
 
-def cars(path: str | Path) -> Choices:
+def cars(path: str | Path) -> RecordedChoices:
     """4,654 choices among six cars with 19 features each, one by each person, with three traits.
 
     An .npz file with ``x`` [n, 6, 19], ``choice`` [n], ``user_x`` [n, 3], ``features`` (Ecdat's
@@ -74,7 +74,7 @@ def cars(path: str | Path) -> Choices:
     _same(path, raw, "choice", (situations,))
     if not ((raw["choice"] >= 0) & (raw["choice"] < alternatives)).all():
         raise InputError(f"{path}: `choice` must lie in 0..{alternatives - 1}")
-    return Choices(
+    return RecordedChoices(
         _scale(path, raw["x"]),
         raw["choice"].astype(np.int64),
         np.arange(situations),
@@ -83,7 +83,7 @@ def cars(path: str | Path) -> Choices:
     )
 
 
-def interact(choices: Choices) -> Choices:
+def interact(choices: RecordedChoices) -> RecordedChoices:
     """Add the products of every feature with every trait of the person, and rescale to norm 1."""
     x, traits = choices.features, choices.person_features
     products = [x] + [x * traits[:, None, k, None] for k in range(traits.shape[1])]
@@ -95,7 +95,7 @@ def interact(choices: Choices) -> Choices:
     return choices._replace(features=features / largest, names=names)
 
 
-def environment(choices: Choices, *, kl_coef: Scalar, ridge: float = 1.0) -> Problem:
+def environment(choices: RecordedChoices, *, kl_coef: Scalar, ridge: float = 1.0) -> Problem:
     """The fitted human model as a bandit: uniform pi0, uniform over the recorded situations.
 
     theta* is the Bradley-Terry fit of all recorded comparisons. ValueError if it didn't converge.
@@ -109,7 +109,7 @@ def environment(choices: Choices, *, kl_coef: Scalar, ridge: float = 1.0) -> Pro
     return from_arrays(x, fit.theta, kl_coef=kl_coef)
 
 
-def comparisons(choices: Choices) -> Comparisons:
+def comparisons(choices: RecordedChoices) -> Comparisons:
     """The chosen alternative against each other one of its situation, as comparisons won.
 
     With two alternatives this is the record itself. With more it is a convention: the comparisons
@@ -129,7 +129,7 @@ def comparisons(choices: Choices) -> Comparisons:
 
 
 def split_people(
-    choices: Choices, *, fraction: float, seed: int
+    choices: RecordedChoices, *, fraction: float, seed: int
 ) -> tuple[Int[np.ndarray, " known"], Int[np.ndarray, " held_out"]]:
     """Indices of the situations of a random ``fraction`` of the people, and of the others."""
     if not 0 < fraction < 1:
@@ -140,9 +140,9 @@ def split_people(
     return np.flatnonzero(known), np.flatnonzero(~known)
 
 
-def take(choices: Choices, index: Int[np.ndarray, " kept"]) -> Choices:
+def take(choices: RecordedChoices, index: Int[np.ndarray, " kept"]) -> RecordedChoices:
     """The choices at ``index``, with features as they are (not rescaled)."""
-    return Choices(
+    return RecordedChoices(
         choices.features[index],
         choices.choice[index],
         choices.person[index],

@@ -13,31 +13,28 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from jax_klrlhf.bandit import evaluate
+from jax_klrlhf.bandit.evaluate import Round
 from jax_klrlhf.bandit.learner import Learner
 from jax_klrlhf.bandit.problem import Comparisons, Problem, draw_contexts, label
 from jax_klrlhf.core.numerics import Scalar
-
-
-class Round(NamedTuple):
-    """What a record function may look at: one round, as it stands when its pairs are labelled."""
-
-    number: Int[Array, ""]
-    state: Any  # before this round's data
-    log_prob: Float[Array, "contexts actions"]  # deployed during this round: policy(state)
-    data: Comparisons
 
 
 class Run(NamedTuple):
     """The end of a run, and whatever was asked to be recorded."""
 
     state: Any
-    log_prob: Float[Array, "contexts actions"]  # of the final policy
-    gap: Float[Array, ""]  # of the final policy
-    record: Any  # leaves [rounds, ...]; None without `record`
-    total: Any  # sums over rounds; None without `total`
+    """The learner's, after all data."""
+    log_prob: Float[Array, "contexts actions"]
+    """Of the final policy."""
+    gap: Float[Array, ""]
+    """Of the final policy, in units of reward."""
+    record: Any
+    """Leaves [rounds, ...]; None without ``record``."""
+    total: Any
+    """Sums over rounds; None without ``total``."""
 
 
 def simulate(

@@ -112,10 +112,10 @@ def check(name, first, second, valid, sets, *, samples=None):
 def test_on_the_bandit(name, samples):
     """Through `bandit.from_rule`, as a learner asks for its pairs."""
     learner = bandit.from_rule(RULES[name][0], samples=samples, fallback=None)
-    propose = jax.jit(partial(learner.propose, setting=worlds.problem().setting))
-    asked = propose(jax.random.key(1), state=worlds.estimate(), context=worlds.CONTEXT)
+    asked = worlds.ask(learner, jax.random.key(1))
     # Where the rule makes no pair an action stands against itself.
-    check(name, *asked, asked.first != asked.second, worlds.bandit_sets(), samples=samples)
+    first, second = asked
+    check(name, first, second, first != second, worlds.bandit_sets(), samples=samples)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -124,7 +124,7 @@ def test_on_the_exact_language_bandit(language, name):
     pair = jax.jit(RULES[name][0])(jax.random.key(2), worlds.rows_of(language.listed))
     if pair.first.ndim == 2:  # one of several, as the bandit takes it
         pair = bandit.rules.one_match(jax.random.key(3), pair)
-    check(name, *pair, language.sets)
+    check(name, pair.first, pair.second, pair.valid, language.sets)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -208,8 +208,7 @@ def test_the_enhancers_pairs_are_the_main_agent_against_its_tilt():
     sets, radius = worlds.bandit_sets(), 1.5
     rule = pairs.enhancer(kl_coef=worlds.ETA, radius=radius)
     learner = bandit.from_rule(rule, fallback=None)
-    propose = jax.jit(partial(learner.propose, setting=worlds.problem().setting))
-    first, second = propose(jax.random.key(7), state=worlds.estimate(), context=worlds.CONTEXT)
+    first, second = worlds.ask(learner, jax.random.key(7))
     opponent, _, _ = laws.tilt(sets, [0.5, 0.5], kl_coef=worlds.ETA, radius=radius)
     for x, (given, law) in enumerate(zip(sets, opponent, strict=True)):
         one, two = np.asarray(first)[x::2], np.asarray(second)[x::2]
@@ -221,8 +220,7 @@ def test_the_enhancers_pairs_are_the_main_agent_against_its_tilt():
 def test_against_pi0(samples):
     """Option II: by its law where listed; by importance on the main agent's draws."""
     learner = bandit.from_rule(pairs.against_reference, samples=samples, fallback=None)
-    propose = jax.jit(partial(learner.propose, setting=worlds.problem().setting))
-    first, second = propose(jax.random.key(8), state=worlds.estimate(), context=worlds.CONTEXT)
+    first, second = worlds.ask(learner, jax.random.key(8))
     for x, given in enumerate(worlds.bandit_sets()):
         log_pi = np.log(given.mass)
         rule = laws.reference
@@ -231,16 +229,16 @@ def test_against_pi0(samples):
         law = rule(given) if samples is None else laws.over_draws(rule, given, samples)
         one, two = np.asarray(first)[x::2], np.asarray(second)[x::2]
         assert not laws.rejected(one, two, one != two, law)
-        wrong = laws.sampled if samples is None else partial(laws.over_draws, laws.sampled)
-        wrong = wrong(given) if samples is None else wrong(given, samples)
+        wrong = laws.sampled(given)
+        if samples is not None:
+            wrong = laws.over_draws(laws.sampled, given, samples)
         assert laws.rejected(one, two, one != two, wrong)  # control
 
 
 def test_two_agents_listed():
     """The main agent against pi0 as an agent of its own; control: against itself."""
     learner = bandit.from_rule(pairs.between_agents(), opponent=bandit.reference, fallback=None)
-    propose = jax.jit(partial(learner.propose, setting=worlds.problem().setting))
-    first, second = propose(jax.random.key(9), state=worlds.estimate(), context=worlds.CONTEXT)
+    first, second = worlds.ask(learner, jax.random.key(9))
     for x, given in enumerate(worlds.bandit_sets()):
         pi0 = np.exp(given.ref)
         law = laws.two_step(given.mass, lambda i, pi0=pi0: laws.normal(pi0 * laws.others(4, i)))

@@ -88,14 +88,15 @@ class Language:
             features=jnp.array(self.phi, "float32"),
             ellipsoid=ball(),
         )
+        log_prob, ref = self.listed.require("log_prob", "ref_log_prob", by="the sets")
         self.sets = [
             Set(
                 np.arange(3),
-                np.exp(np.asarray(self.listed.log_prob[x], np.float64)),
+                np.exp(np.asarray(log_prob[x], np.float64)),
                 self.phi[x] @ THETA,
                 self.phi[x],
                 np.linalg.inv(SIGMA),
-                np.asarray(self.listed.ref_log_prob[x], np.float64),
+                np.asarray(ref[x], np.float64),
             )
             for x in range(2)
         ]
@@ -122,6 +123,12 @@ class Language:
         )
         drawn = rounds.Drawn(wide, responses, np.zeros(number.shape, np.int32))
         return drawn, scored, number
+
+
+def ask(learner: bandit.Learner, key) -> bandit.Proposal:
+    """What a learner with theta and Sigma asks in both contexts in turn."""
+    setting, state = problem().setting, estimate()
+    return jax.jit(lambda k: learner.propose(k, setting, state, CONTEXT))(key)
 
 
 def rows_of(every: choice_sets.Choices) -> choice_sets.Choices:
