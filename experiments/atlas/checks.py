@@ -27,6 +27,7 @@ from jax_klrlhf.core import (
     select,
     welfare,
 )
+from jax_klrlhf.core.numerics import Scalar
 
 ACTIONS, KL_COEF = 6, 0.3
 
@@ -42,7 +43,7 @@ def _reward(key, *shape):
     return jax.random.normal(key, shape or (1, ACTIONS))
 
 
-def _law(reward, ref, kl_coef=KL_COEF):
+def _law(reward, ref, kl_coef: Scalar = KL_COEF):
     return gibbs.log_prob(reward, ref, kl_coef=kl_coef)
 
 
@@ -106,28 +107,29 @@ def minimum_inside_is_max_min(key):
 
 
 def constrained_means_stop_hacking(key):
-    """Two proxies of opposite error, held at a threshold in the mean, against a ceiling each."""
-    key_gold, key_noise = jax.random.split(key)
-    gold = jnp.minimum(_reward(key_gold, 1, 200), 0.5)
-    noise = 2 * _reward(key_noise, 1, 200)
-    proxies, ref = jnp.stack([gold + noise, gold - noise**2 / 2 + 2]), _uniform(1, 200)
-    proxies = aggregate.centre(proxies, ref)
-    gold = measure.canonical(gold, ref)
-    held = saddle.cone(proxies, ref, kl_coef=1.0, threshold=jnp.array([0.8, 0.0])).log_prob
-    spent = jnp.sum(jnp.exp(held) * (held - ref))
-    bar = jnp.full(1, 0.8)
-    capped = sum(reshape.ceiling(r, reference=bar) for r in proxies)
-    plain = proxies.sum(0)
+    """Two proxies, each with hacks of its own, held at a mean of 1, against a ceiling of 1 on each.
 
-    def worth(proxy):
-        kl_coef = measure.at_divergence(proxy, ref, divergence=spent)
-        return jnp.sum(jnp.exp(_law(proxy, ref, kl_coef)) * gold)
+    At equal KL; the control has no hacks.
+    """
+    gold, ref = _reward(key, 1, 120), _uniform(1, 120)
+    place = jnp.arange(120)
+    hacks = jnp.stack([place < 6, place >= 114]).reshape(2, 1, 120)
 
-    return Effect(jnp.sum(jnp.exp(held) * gold) - worth(capped), worth(gold) - worth(plain))
+    def gain(hacked):
+        bad = hacks & hacked
+        proxies = aggregate.centre(gold[None] + jnp.where(bad, 6.0, 0.0), ref)
+        truth = gold - jnp.where(bad.any(0), 3.0, 0.0)
+        held = saddle.free(proxies, ref, kl_coef=1.0, threshold=jnp.ones(2)).log_prob
+        spent = jnp.sum(jnp.exp(held) * (held - ref))
+        capped = jnp.minimum(proxies, 1.0).sum(0)
+        kl_coef = measure.at_divergence(capped, ref, divergence=spent)
+        return jnp.sum((jnp.exp(held) - jnp.exp(_law(capped, ref, kl_coef))) * truth)
+
+    return Effect(gain(True), gain(False))
 
 
 def multi_task_weights_repair_a_pooled_fit(key):
-    """MORE from a warm start: how far the min-norm direction still improves both tasks."""
+    """MORE from a warm start: the min-norm direction's length, less 0.01; control: a cold start."""
     keys = jax.random.split(key, 4)
     theta = jax.random.normal(keys[0], (2, 4)) * 2
     z = jax.random.normal(keys[1], (2, 300, 4))
@@ -340,7 +342,7 @@ def laplace_calibrates_off_the_data(key):
     """Brier score saved on inputs three times as long; control: on inputs like the data's."""
     keys = jax.random.split(key, 4)
     theta = jax.random.normal(keys[0], (4,))
-    z = jax.random.normal(keys[1], (40, 4))
+    z = jax.random.normal(keys[1], (20, 4))
     y = jax.random.bernoulli(keys[2], jax.nn.sigmoid(z @ theta))
     fit = estimation.fit(z, y, ridge=1.0).theta
     state = posterior.laplace(fit, estimation.hessian(fit, z, ridge=1.0))
@@ -486,14 +488,14 @@ def _random(mean, variance, noise):
 
 
 def asking_by_feature_distance_beats_random(key):
-    """The unweighted norm at |theta| = 10 (large margins); control: at |theta| = 2."""
+    """The unweighted norm at a theta of norm 10 (large margins); control: at norm 2."""
     norm = lambda mean, variance, noise: variance  # noqa: E731
     gain = lambda scale: _learn(key, _random, scale) - _learn(key, norm, scale)  # noqa: E731
     return Effect(gain(10.0), gain(2.0))
 
 
 def asking_by_information_beats_random(key):
-    """Mutual information at |theta| = 10; control: the Fisher score, its first order."""
+    """Mutual information at a theta of norm 10; control: the Fisher score, its first order."""
     by_information = lambda mean, variance, noise: posterior.information(mean, variance)  # noqa: E731
     by_fisher = lambda mean, variance, noise: select.fisher(mean, variance)  # noqa: E731
     random = _learn(key, _random, 10.0)

@@ -63,9 +63,9 @@ ROWS = (
     Row(
         system="constrained RLHF (2310.04373)",
         claim="constraints on mean proxies stop hacking better than a ceiling on each sample",
-        function="saddle.cone",
+        function="saddle.free",
         check=checks.constrained_means_stop_hacking,
-        control="gold itself over the plain sum",
+        control="no hacks",
     ),
     Row(
         system="MORE (2312.07401)",
@@ -195,14 +195,14 @@ ROWS = (
     ),
     Row(
         system="APO (2402.10500)",
-        claim="asking by feature distance beats random (|theta| = 10)",
+        claim="asking by feature distance beats random (theta of norm 10)",
         function="pairs.most_uncertain",
         check=checks.asking_by_feature_distance_beats_random,
-        control="|theta| = 2",
+        control="norm 2",
     ),
     Row(
         system="BALD (1112.5745)",
-        claim="asking by information beats random (|theta| = 10)",
+        claim="asking by information beats random (theta of norm 10)",
         function="select.most_informative",
         check=checks.asking_by_information_beats_random,
         control="Fisher score",

@@ -82,8 +82,8 @@ def make(regime: str, *, actions: int, members: int, labels: int, noise: float =
         believed = _fit(keys[3], features, gold, ref, members, labels, noise)
         if regime == "shared hacks":
             hacked = jax.random.permutation(keys[4], actions) < actions // 20
-            believed = believed + 6.0 * hacked[None]
-            gold = gold - 3.0 * hacked
+            believed = believed + jnp.where(hacked, 6.0, 0.0)[None]
+            gold = gold - jnp.where(hacked, 3.0, 0.0)
         rewards = aggregate.centre(believed[:, None], ref[None])
         return World(measure.canonical(gold[None], ref[None]), rewards, ref[None])
 

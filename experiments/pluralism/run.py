@@ -25,6 +25,7 @@ from experiments import plotting
 from jax_klrlhf import results
 from jax_klrlhf.bandit import human
 from jax_klrlhf.core import estimation, measure, mixture, posterior, saddle
+from jax_klrlhf.core.numerics import Scalar
 from jax_klrlhf.errors import InputError, reported
 
 METHODS = (
@@ -59,7 +60,7 @@ class Config:
     ridge: float = 0.1
     share: float = 5.0
     """What all known people's choices together count in a person's own fit, in choices."""
-    car_people: int = 1200
+    car_people: int = 300
     """Cars: people taken, half of them known."""
     smoke: bool = False
     """Two splits of few people, to see that it runs."""
@@ -138,18 +139,19 @@ def learn(key: Array, people: People, known: Bool[Array, " people"], config: Con
     """Every model of the known people."""
     count, rows, dim = people.differences.shape
     z, y = people.differences.reshape(-1, dim), people.label.reshape(-1)
-    weight = (people.weight * known[:, None]).reshape(-1)
+    weight = jnp.where(known[:, None], people.weight, 0.0).reshape(-1)
     user = jnp.repeat(jnp.arange(count), rows)
     single = estimation.fit(z, y, ridge=config.ridge, weights=weight).theta
     found = mixture.fit(
-        key, z, y, user, groups=config.groups, users=count, ridge=config.ridge, starts=3,
-        steps=25, weights=weight,
+        key, z, y, user, groups=config.groups, users=count, ridge=config.ridge, starts=2,
+        steps=20, weights=weight,
     )  # fmt: skip
     hull = mixture.prototypes(
-        z, y, user, start=found.theta, users=count, ridge=config.ridge, steps=3, weights=weight
+        z, y, user, start=found.theta, users=count, ridge=config.ridge, steps=2, weights=weight
     )
     # Every comparison is a context of two alternatives; groups' rewards are centred there.
-    rewards = jnp.einsum("gd,nd->gn", found.theta, z)[..., None] * jnp.array([0.5, -0.5])
+    half = jnp.einsum("gd,nd->gn", found.theta, z) / 2
+    rewards = jnp.stack([half, -half], -1)
     even = jnp.full((z.shape[0], 2), -jnp.log(2.0))
     share = weight / jnp.sum(weight)
     worst = saddle.simplex(rewards, even, kl_coef=1.0, context_prob=share).weight
@@ -157,12 +159,12 @@ def learn(key: Array, people: People, known: Bool[Array, " people"], config: Con
 
 
 def predict(
-    learned: Learned, people: People, known: Bool[Array, " people"], config: Config, labels: int
+    learned: Learned, people: People, known: Bool[Array, " people"], config: Config, labels: Scalar
 ) -> Float[Array, "methods people rows"]:
     """Probability of the label 1 of each person's rows, their first ``labels`` being known."""
     _, rows, dim = people.differences.shape
     crowd = people.differences.reshape(-1, dim), people.label.reshape(-1)
-    crowd_weight = (people.weight * known[:, None]).reshape(-1)
+    crowd_weight = jnp.where(known[:, None], people.weight, 0.0).reshape(-1)
     crowd_weight = crowd_weight * (config.share / jnp.sum(crowd_weight))
 
     def person(z: Array, y: Array, weight: Array) -> Array:
@@ -210,17 +212,18 @@ def score(
 ) -> Score:
     """On the rows from ``first`` on, of new people who have such rows."""
     _, rows, _ = people.differences.shape
-    weight = jnp.where(jnp.arange(rows) >= first, people.weight, 0.0) * new[:, None]
+    later = jnp.arange(rows) >= first
+    weight = jnp.where(later[None] & new[:, None], people.weight, 0.0)
     total = weight.sum(-1)
     label = people.label[None]
     each = label * jnp.log(prob) + (1 - label) * jnp.log1p(-prob)
     by_person = jnp.sum(each * weight[None], -1) / jnp.where(total > 0, total, 1)[None]
     # Who is not scored stands above all others, and the share counts them out.
-    scored = jnp.sum(total > 0)
+    scored = jnp.sum(jnp.where(total > 0, 1.0, 0.0))
     aside = jnp.where((total > 0)[None], by_person, jnp.inf)
     order = jnp.sort(aside, -1)
-    tenth = jnp.arange(order.shape[1]) < jnp.round(0.1 * scored)
-    worst = jnp.sum(jnp.where(tenth[None], order, 0), -1) / jnp.sum(tenth)
+    tenth = jnp.arange(order.shape[1], dtype=order.dtype) < jnp.round(0.1 * scored)
+    worst = jnp.sum(jnp.where(tenth[None], order, 0), -1) / jnp.sum(jnp.where(tenth, 1.0, 0.0))
     mean = jnp.sum(jnp.where((total > 0)[None], by_person, 0), -1) / scored
     margin = jnp.log(prob) - jnp.log1p(-prob)
     off = jax.vmap(
@@ -245,21 +248,18 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         labels = config.labels if name == "train_tickets" else (0,)
         first = max(labels)
         fitted = jax.jit(lambda key, people, known: learn(key, people, known, config))
-        scored = {
-            m: jax.jit(
-                lambda learned, people, known, m=m, first=first: score(
-                    predict(learned, people, known, config, m), people, ~known, first
-                )
+        scored = jax.jit(
+            lambda learned, people, known, m, first=first: score(
+                predict(learned, people, known, config, m), people, ~known, first
             )
-            for m in labels
-        }
+        )
         found[name] = {m: [] for m in labels}
         for split in range(config.splits):
             draw = np.random.default_rng([config.seed, split])
             known = jnp.asarray(draw.permutation(people.label.shape[0]) % 2 == 0)
             learned = fitted(jax.random.key(split), people, known)
             for m in labels:
-                numbers = jax.tree.map(np.asarray, scored[m](learned, people, known))
+                numbers = jax.tree.map(np.asarray, scored(learned, people, known, jnp.array(m)))
                 found[name][m].append(numbers)
             console.print(f"{name}: split {split + 1} of {config.splits}")
     metrics = _numbers(found)
