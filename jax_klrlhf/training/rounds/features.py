@@ -97,6 +97,7 @@ def linear(
             about 1 / (D eps).
     """
     empty = _empty(dim, ridge, origin, dtype)
+    lower = _Last(_factor)
 
     def fit(
         key: Any, belief: Any, comparisons: Sequence[Comparisons], policies: Policies
@@ -120,7 +121,7 @@ def linear(
     def score(belief: Any, policies: Policies, prompts: Ragged, responses: Ragged) -> Scored:
         del policies
         found = jnp.asarray(features(prompts, responses), dtype)
-        reward, white = _score(belief, found, radius)
+        reward, white = _score(belief, lower(belief.ellipsoid), found, radius)
         return Scored(
             np.asarray(reward),
             np.asarray(jnp.sqrt(jnp.sum(white**2, -1))),
@@ -198,12 +199,30 @@ def _programs(mesh: Mesh | None) -> tuple[Callable[..., Any], Callable[..., Any]
     return fit, update
 
 
+class _Last:
+    """A function that remembers its last value: a belief scores many batches, and is factorized
+    once."""
+
+    def __init__(self, function: Callable[[Ellipsoid], Array]):
+        self._function, self._of, self._value = function, None, None
+
+    def __call__(self, state: Ellipsoid) -> Any:
+        if self._of is not state.precision:
+            self._of, self._value = state.precision, self._function(state)
+        return self._value
+
+
+_factor = jax.jit(ellipsoid.factor)
+
+
 @jax.jit
-def _score(belief: Linear, features: Array, radius: Array) -> tuple[Array, Array]:
+def _score(belief: Linear, lower: Array, features: Array, radius: Array) -> tuple[Array, Array]:
     reward = jnp.einsum("bkd,d->bk", features, belief.theta)
     shift = features - belief.origin[None, None, :]
     scale = jnp.asarray(radius, features.dtype)
-    return reward, scale * ellipsoid.whiten(belief.ellipsoid, shift)
+    flat = shift.reshape(-1, shift.shape[-1])
+    white = jax.lax.linalg.triangular_solve(lower, flat.T, left_side=True, lower=True)
+    return reward, scale * white.T.reshape(shift.shape)
 
 
 def _empty(dim: int, ridge: float, origin: Any, dtype: Any) -> Linear:
