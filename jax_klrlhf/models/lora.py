@@ -129,7 +129,7 @@ def save(
         key = _PREFIX[config.family == "gpt2"] + module
         parts = {n: jax.tree.map(placement.host, adapter["layers"].get(n)) for n in names}
         for layer in range(config.layers):
-            found = {n: None if p is None else _pair(p, layer) for n, p in parts.items()}
+            found: Any = {n: None if p is None else _pair(p, layer) for n, p in parts.items()}
             a, b = found[names[0]] if names != FUSED else _fuse(found)
             tensors[f"{key.format(layer)}.lora_A.weight"] = np.ascontiguousarray(a)
             tensors[f"{key.format(layer)}.lora_B.weight"] = np.ascontiguousarray(b)

@@ -113,8 +113,12 @@ def dtypes(stored: Any, *, dtype: Any = None, param_dtype: Any = None) -> dict[s
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         if param_dtype is None:
-            wide = jnp.promote_types(stored, dtype)
-            param_dtype = jax.dtypes.canonicalize_dtype(wide)
+            # float16 and bfloat16 hold neither the other's range nor its digits.
+            kept = [np.dtype(x) for x in (stored, dtype)]
+            sizes = [x.itemsize for x in kept]
+            equal = sizes[0] == sizes[1] and kept[0] != kept[1]
+            wider = np.dtype(np.float32) if equal else kept[sizes.index(max(sizes))]
+            param_dtype = jax.dtypes.canonicalize_dtype(wider)
     return {"dtype": dtype, "param_dtype": dtype if param_dtype is None else param_dtype}
 
 

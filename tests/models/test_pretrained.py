@@ -120,6 +120,31 @@ def test_dtypes(params, folder, tmp_path):
         assert loaded.model.unembed(loaded.params, prefix.hidden).dtype == jnp.float32
 
 
+def test_the_device_chooses_what_is_computed_in_and_the_file_what_is_kept(
+    params, folder, tmp_path, monkeypatch, caplog
+):
+    """float32 on CPU, bfloat16 on accelerators; no bit of the file is lost unless asked."""
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    config = dataclasses.replace(CONFIG, param_dtype=jnp.bfloat16)
+    narrow = pretrained.save(tmp_path / "narrow", config, half)
+    with caplog.at_level("INFO", logger="jax_klrlhf"):
+        loaded = pretrained.load(narrow)
+    assert loaded.config.dtype == loaded.config.param_dtype == jnp.float32
+    assert "computed in float32; the file is bfloat16" in caplog.text
+    same(loaded.params, jax.tree.map(lambda x: x.astype(jnp.float32), half))
+    half_dtypes = pretrained.dtypes(np.float16)
+    assert half_dtypes == {"dtype": jnp.float32, "param_dtype": jnp.float32}
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    for stored, kept in ((np.float32, jnp.float32), (jnp.bfloat16, jnp.bfloat16)):
+        chosen = pretrained.dtypes(stored)
+        assert (chosen["dtype"], chosen["param_dtype"]) == (jnp.bfloat16, kept)
+    assert pretrained.dtypes(np.float16)["param_dtype"] == jnp.float32
+    # What is said is done.
+    assert pretrained.dtypes(np.float32, dtype=jnp.float16)["param_dtype"] == jnp.float16
+    chosen = pretrained.dtypes(np.float32, param_dtype=jnp.float16)
+    assert (chosen["dtype"], chosen["param_dtype"]) == (jnp.bfloat16, jnp.float16)
+
+
 def test_saving_is_whole_or_not_at_all(params, folder, monkeypatch):
     before = sorted(p.name for p in folder.parent.iterdir())
     other = jax.tree.map(lambda x: x + 1, params)
