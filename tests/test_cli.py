@@ -128,6 +128,7 @@ def test_dpo_trains_and_leaves_everything(dpo_run, tiny):
         "eval/sigmoid/calibration_error",
         "eval/sigmoid/kl/ref",
         "eval/sigmoid/entropy",
+        "eval/sigmoid/sampler_scorer_mismatch",
     ):
         assert isinstance(metrics[name]["value"], float), name
     assert metrics["eval/sigmoid/kl/ref"]["value"] > 0

@@ -115,6 +115,8 @@ def test_a_run_leaves_a_policy_a_line_for_each_round_and_results(online, place):
     for row in lines(online):
         assert row["labels/count"] <= 8
         assert row["eval/kl/ref"] >= -1e-6
+        # Rounding in float32, over at most six tokens.
+        assert 0 <= row["eval/sampler_scorer_mismatch"] < 1e-4
         assert {"loss", "eval/reward", "eval/wins", "eval/length"} <= row.keys()
     for name in ("pi0", "round-1", "round-2", "best-of-2"):
         assert found[f"{name}/pessimistic/eval/reward"]["n"] == 4
@@ -124,6 +126,10 @@ def test_a_run_leaves_a_policy_a_line_for_each_round_and_results(online, place):
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), trained.params, start.params)
     assert max(jax.tree.leaves(moved)) > 1e-5
     assert trained.tokenizer is not None
+    assert trained.generation == start.generation
+    assert models.stop_tokens(trained.tokenizer, trained.generation) == (
+        start.tokenizer.eos_token_id,
+    )
 
 
 def test_the_saved_configuration_is_the_run(online):
@@ -344,6 +350,7 @@ BAD = {
     "context": ({"max-prompt-length": 30}, "exceed the model's context of 32"),
     "few": ({"held-out": 14}, "14 different prompts, of which --held-out 14"),
     "portion": ({"prompts-per-round": 11}, "--prompts-per-round is 11; there are 10"),
+    "stop": ({"stop": "<never>"}, "stop: '<never>' is neither a token of the vocabulary nor"),
     "batch": ({"fit.batch-size": 12}, "--fit.batch-size 12 must be a multiple of 8"),
     "mesh": ({"mesh.data": 3}, "mesh data=3"),
     "rounds": ({"rounds": 0}, "--rounds is 0"),

@@ -227,7 +227,7 @@ class _Evaluation:
         kl, scored = self._kl((params, self._place.loaded.params), self._prompts, responses)
         return found | {
             "eval/kl/ref": mean(np.asarray(kl, np.float64).mean(1)),
-            "perf/sampler_scorer_mismatch": mean(np.abs(drawn - scored).mean(1)),
+            "eval/sampler_scorer_mismatch": mean(np.abs(drawn - scored).mean(1)),
         }
 
     def best(self, key: Key[Array, ""], outcome: Outcome, count: int) -> Metrics:

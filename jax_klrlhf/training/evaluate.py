@@ -132,7 +132,7 @@ def make_divergence(
             "kl/k1": (scores.log_prob - reference).sum(-1).mean(-1),
             "entropy": scores.entropy.sum(-1).mean(-1),
             "length/sampled": drawn.responses.lengths.astype(reference.dtype).mean(-1),
-            "perf/sampler_scorer_mismatch": sampling.mismatch(drawn, scores.log_prob).mean(-1),
+            "sampler_scorer_mismatch": sampling.mismatch(drawn, scores.log_prob).mean(-1),
             "finished": drawn.finished.astype(reference.dtype).mean(-1),
         }
 
@@ -145,10 +145,7 @@ def make_divergence(
                 )
             found.append(jax.device_get(out))
         together = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
-        return {
-            name if "perf/" in name else f"eval/{name}": mean(values)
-            for name, values in together.items()
-        }
+        return {f"eval/{name}": mean(values) for name, values in together.items()}
 
     return divergence
 

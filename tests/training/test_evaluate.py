@@ -61,7 +61,7 @@ def test_sampled_kl_is_the_exact_one(laws):
         assert abs(metric.value - exact.mean()) < 5 * metric.stderr, name
         assert metric.stderr < 0.1 * exact.mean()
     # Sampler and scorer are one function; only rounding is between them.
-    assert 0 <= found["perf/sampler_scorer_mismatch"].value < 1e-5
+    assert 0 <= found["eval/sampler_scorer_mismatch"].value < 1e-5
     # The Rao-Blackwell form is the one with less variance.
     assert found["eval/kl/ref"].stderr < found["eval/kl/k1"].stderr
     # On the offline pairs of a batch the mean log-ratio is another number altogether.
