@@ -33,6 +33,6 @@ def robust(
     The loss to descend is ``weight @ loss``. Source: arXiv 1911.08731, algorithm 1.
 
     >>> robust(jnp.log(jnp.array([1.0, 3.0])), jnp.array([0.5, 0.5]), rate=1.0).tolist()
-    [0.25, 0.75]
+    [0.25, 0.75...]
     """
     return jax.nn.softmax(jnp.log(weight) + rate * loss)

@@ -28,7 +28,7 @@ def matrix(reward: Float[Array, "*batch actions"]) -> Float[Array, "*batch actio
     """The Bradley-Terry preferences ``sigma(r_i - r_j)``.
 
     >>> matrix(jnp.log(jnp.array([3.0, 1.0]))).tolist()
-    [[0.5, 0.75], [0.25, 0.5]]
+    [[0.5, 0.75...], [0.25, 0.5]]
     """
     return jax.nn.sigmoid(reward[..., :, None] - reward[..., None, :])
 

@@ -350,7 +350,7 @@ def simplex_step(
     converge, the last need not.
 
     >>> simplex_step(jnp.array([0.5, 0.5]), jnp.log(jnp.array([1.0, 3.0])), rate=1.0).tolist()
-    [0.75, 0.25]
+    [0.75..., 0.25]
     """
     return jax.nn.softmax(jnp.log(weight) - rate * value)
 
