@@ -36,7 +36,7 @@ def carried(step):
     """A state that no other step has."""
     rng = np.random.default_rng(step)
     params = {
-        "layers": {"kernel": rng.normal(size=(4, 8)).astype(np.float32)},
+        "layers": {"kernel": rng.normal(size=(64, 64)).astype(np.float32)},
         "head": rng.normal(size=8).astype(np.float32),
     }
     fresh = state.init(
@@ -143,7 +143,7 @@ def test_two_hundred_and_fifty_damages(saved, tmp_path):
 def test_the_arrays_and_the_position_are_covered(damage, saved, tmp_path):
     """Whatever happens to the file of the arrays, or to the one of the position, is noticed."""
     rng = np.random.default_rng(1)
-    sizes = [path.relative_to(saved) for path in files(saved / "2" / "state" / "d")]
+    sizes = [path.relative_to(saved) for path in files(saved / "2" / "state")]
     data = max(sizes, key=lambda path: (saved / path).stat().st_size)
     for number, path in enumerate((data, next((saved / "2" / "extra").glob("metadata")))):
         folder = tmp_path / str(number)
