@@ -162,3 +162,10 @@ def test_an_improvement_may_explore(comparisons):
     step = jax.tree.map(lambda g: -0.1 * 0.2 * g, jax.jit(jax.grad(bonus))(world.PARAMS))
     got = _flat(found) - _flat(plain)
     np.testing.assert_allclose(got, _flat(step), rtol=1e-3, atol=1e-7)
+
+
+def test_weights_are_a_targets_and_no_option_is_ignored():
+    fitting = rounds.Fitting(optimizer=world.FITTING.optimizer, steps=1, batch_size=8)
+    for wrong in ({}, {"kl_coef": 1.0, "target": lambda given: given.log_mass}):
+        with pytest.raises(ValueError, match="one of them"):
+            rounds.weighted_likelihood(world.MODEL, world.DRAW, fitting=fitting, **wrong)

@@ -9,23 +9,36 @@ Axes: ``B`` prompts, ``K`` responses, ``N`` rows of a training set.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jax_klrlhf.core import targets
+from jax_klrlhf.core.choices import Choices
 from jax_klrlhf.core.preferences import PreferenceModel, bradley_terry
 from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.core.targets import Target
 from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.results import mean
 from jax_klrlhf.training import tasks
-from jax_klrlhf.training.rounds import coefficient
+from jax_klrlhf.training.rounds import coefficient, pairing
 from jax_klrlhf.training.rounds.coefficient import Loss, LossAt
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.fitting import Deal, Fitted, Fitting, comparisons_deal, deal
-from jax_klrlhf.training.rounds.parts import Improve, Improved, Judge, Situation, pick, ragged
+from jax_klrlhf.training.rounds.parts import (
+    Drawn,
+    Improve,
+    Improved,
+    Judge,
+    Situation,
+    pick,
+    ragged,
+)
 from jax_klrlhf.training.rounds.samplers import Draw
 from jax_klrlhf.training.state import cast_floating
 from jax_klrlhf.training.tasks import Batch
@@ -167,26 +180,48 @@ def reference_log_prob(
 
 
 def weighted_likelihood(
-    model: LanguageModel, draw: Draw, *, kl_coef: float, fitting: Fitting
+    model: LanguageModel,
+    draw: Draw,
+    *,
+    fitting: Fitting,
+    kl_coef: float | None = None,
+    target: Target | None = None,
 ) -> Improve:
-    r"""Maximum likelihood on responses of the reference, weighted by :math:`e^{r/\eta}`.
+    r"""Maximum likelihood on responses of the reference, weighted by a target of improvement.
 
-    Weights are normalized over a prompt's K responses: self-normalized importance sampling from
-    the Gibbs policy of what is believed. ``weights/effective_share`` reports 1 / (K sum w^2), the
+    ``target`` is any of :mod:`core.targets`, the very object that ``bandit.from_target`` deploys;
+    with ``kl_coef`` in its place it is :func:`targets.optimum`, weights :math:`e^{r/\eta}`
+    normalized over a prompt's K responses: self-normalized importance sampling from the Gibbs
+    policy of what is believed. ``weights/effective_share`` (:func:`targets.effective_share`) is the
     share of the responses that carry the estimate: 1 at equal weights, 1 / K at a single one.
+
+    Raises:
+        ValueError: for both or none of ``kl_coef`` and ``target``.
     """
+    if (kl_coef is None) == (target is None):
+        raise ValueError("weighted_likelihood takes kl_coef= or target=, one of them.")
+    aim = target or partial(targets.optimum, kl_coef=kl_coef)  # pyright: ignore[reportArgumentType]
     fit = fitting.compile(tasks.likelihood(model))
+
+    @jax.jit
+    def weigh(given: Choices) -> tuple[Array, Array]:
+        log_weight = aim(given)
+        ratio = jnp.exp(log_weight - jnp.where(given.where, given.log_mass, 0))
+        return ratio, targets.effective_share(given, log_weight)
 
     def improve(key: Key[Array, ""], situation: Situation) -> Improved:
         key_draw, key_fit = jax.random.split(key)
         responses = draw(key_draw, situation.policies.reference, situation.prompts)
-        reward = situation.score(situation.prompts, responses).reward.astype(np.float64)
-        tilt = np.exp((reward - reward.max(1, keepdims=True)) / kl_coef)
-        weight = tilt / tilt.sum(1, keepdims=True)
-        rows = single_responses(situation.prompts, responses, weight * weight.shape[1])
+        scored = situation.score(situation.prompts, responses)
+        alone = np.zeros(scored.reward.shape, np.int32)
+        given = pairing.choices(Drawn(situation.prompts, responses, alone), scored)
+        ratio, share = weigh(given)
+        # Of each draw its share of what the target gives to its kind: w / p of the first copy.
+        ratio = np.take_along_axis(np.asarray(ratio), np.asarray(given.number), 1)
+        rows = single_responses(situation.prompts, responses, ratio)
         fitted = fit(key_fit, situation.start, deal([rows]), folder=situation.folder)
-        share = mean(1 / (weight.shape[1] * (weight**2).sum(1)))
-        return Improved(fitted.params, {**fitted.metrics, "weights/effective_share": share})
+        report = {**fitted.metrics, "weights/effective_share": mean(np.asarray(share))}
+        return Improved(fitted.params, report)
 
     return improve
 
