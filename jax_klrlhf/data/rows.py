@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_klrlhf.data.examples import Content, Example
-from jax_klrlhf.data.tokenize import Encoder, begun, ended, ids_of
+from jax_klrlhf.data.tokenize import Encoder, begun, ended
 from jax_klrlhf.errors import InputError
 
 _CHUNK = 1024  # examples handed to the tokenizer's threads at a time
@@ -99,8 +99,8 @@ def assemble(
 ) -> Iterator[tuple[list[int], list[list[int]], "Texts"]]:
     """Ids of prompt and responses of each example, uncut; all texts are tokenized at one time."""
     texts = [_placed_texts(encoder, example) for example in examples]
-    opened = iter(ids_of(encoder.opening, [t for e in texts for t in e.opening]))
-    continued = iter(ids_of(encoder.continuation, [t for e in texts for t in e.continuing]))
+    opened = iter(encoder.ids([t for e in texts for t in e.opening]))
+    continued = iter(encoder.ids([t for e in texts for t in e.continuing], continuing=True))
     for example, text in zip(examples, texts, strict=True):
         prompt, responses = _assemble(
             encoder,

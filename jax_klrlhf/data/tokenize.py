@@ -38,6 +38,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from jax_klrlhf.data.control import Control
 from jax_klrlhf.data.examples import Message
+from jax_klrlhf.data.words import Words
 from jax_klrlhf.errors import InputError
 
 
@@ -58,19 +59,29 @@ class Encoder:
     """None: control tokens in a user's text are read as such."""
     digest: str
     """SHA-256 of the tokenizer that `opening` and `continuation` were made of."""
+    words: tuple[Words, Words]
+    """Of `opening` and of `continuation`: the same tokens, sooner."""
+
+    def ids(self, texts: Sequence[str], *, continuing: bool = False) -> list[list[int]]:
+        """Ids of many texts, nothing added, by `opening` or `continuation`."""
+        try:
+            return self.words[continuing].ids(texts)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InputError(
+                f"not text that can be tokenized ({error}): half of a surrogate pair?"
+            ) from error
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a prompt, begin token first where the tokenizer has one."""
-        return begun(ids_of(self.opening, [text])[0], self.begin)
+        return begun(self.ids([text])[0], self.begin)
 
     def response(self, text: str) -> list[int]:
         """Ids of a response, end token last."""
-        return ended(ids_of(self.continuation, [text])[0], self.end)
+        return ended(self.ids([text], continuing=True)[0], self.end)
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to where the assistant is to speak."""
-        text = self.framed(messages, add_generation_prompt=True)
-        return ids_of(self.opening, [text])[0]
+        return self.ids([self.framed(messages, add_generation_prompt=True)])[0]
 
     def framed(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """A conversation as `opening` and `continuation` are to read it.
@@ -173,15 +184,22 @@ def encoder(tokenizer: PreTrainedTokenizerBase, *, control_tokens: bool = False)
         special = tokenizer.all_special_tokens
         control = Control(spec, special=special, frame=_frame(tokenizer))
     named = spec if control is None else control.renamed(spec)
+    opening = tokenizers.Tokenizer.from_str(json.dumps(named))
+    words = Words(opening, named)
+    continuation, continued, rules = opening, words, _continuing(named)
+    if rules != named:  # many tokenizers invent no space
+        continuation = tokenizers.Tokenizer.from_str(json.dumps(rules))
+        continued = Words(continuation, rules)
     return Encoder(
         tokenizer=tokenizer,
         vocab_size=len(tokenizer),
         begin=added[0] if begins else None,
         end=end,
-        opening=tokenizers.Tokenizer.from_str(json.dumps(named)),
-        continuation=tokenizers.Tokenizer.from_str(json.dumps(_continuing(named))),
+        opening=opening,
+        continuation=continuation,
         control=control,
         digest=hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest(),
+        words=(words, continued),
     )
 
 
@@ -239,13 +257,6 @@ def begun(ids: list[int], begin: int | None) -> list[int]:
 def ended(ids: list[int], end: int) -> list[int]:
     """The end token once at the end (rule 2)."""
     return ids if ids[-1:] == [end] else [*ids, end]
-
-
-def ids_of(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of many texts, nothing added, on the tokenizer's own threads."""
-    if not texts:
-        return []
-    return [e.ids for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> str:
