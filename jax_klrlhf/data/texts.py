@@ -4,6 +4,7 @@ A raw tokenizer would put its begin token before each response, and no end token
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -86,6 +87,7 @@ def batch_of_texts(
                 number=number,
             )
         )
+    pad: Any = encoder.tokenizer.pad_token_id or 0
     whole = lambda longest: max(-(-longest // multiple), 1) * multiple  # noqa: E731
     return collate(
         made,
@@ -97,5 +99,5 @@ def batch_of_texts(
         ),
         numbers=np.arange(size),
         weight=np.ones(size, np.float32),
-        pad=encoder.tokenizer.pad_token_id or 0,
+        pad=pad,
     )

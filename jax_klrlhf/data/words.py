@@ -33,9 +33,9 @@ class Words:
     def __init__(self, tokenizer: tokenizers.Tokenizer, spec: dict[str, Any] | None = None):
         """`spec`: what `tokenizer` is saved as, where it is at hand."""
         self._tokenizer = tokenizer
-        spec = spec or json.loads(tokenizer.to_str())
-        self._expression = _expression(spec)
-        added = [re.escape(token["content"]) for token in spec["added_tokens"]]
+        rules: dict[str, Any] = json.loads(tokenizer.to_str()) if spec is None else spec
+        self._expression = _expression(rules)
+        added = [re.escape(token["content"]) for token in rules["added_tokens"]]
         self._added = re.compile("|".join(added) or r"(?!)")
         self._known: dict[str, list[int]] = {}
         self._uncertain: set[str] = set()
