@@ -69,12 +69,13 @@ def join(*, auto: bool, coordinator: str | None, count: int, index: int) -> None
             raise InputError("--processes.count needs --processes.coordinator, such as host0:1234.")
         return
     _relay()
-    facts = {"heartbeat_timeout_seconds": HEARTBEAT}
     try:
         if auto:
-            jax.distributed.initialize(**facts)
+            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
         else:
-            jax.distributed.initialize(coordinator, count, index, **facts)
+            jax.distributed.initialize(
+                coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT
+            )
     except (RuntimeError, ValueError) as error:
         text = " ".join(str(error).split())[:200]
         raise InputError(f"--processes: they could not be joined ({text}).") from None
