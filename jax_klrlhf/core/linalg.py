@@ -131,7 +131,10 @@ def ball_minimum(
         point, change, done = at(mu)
         return mu, point, change, done, count + 1
 
-    multiplier = jnp.asarray(multiplier, target.dtype)
+    # The root is not below this, as M is at most its trace; without it t(0) of a nearly singular M
+    # may overflow.
+    least = jnp.linalg.norm(target) / bound - jnp.trace(model)
+    multiplier = jnp.maximum(jnp.asarray(multiplier, target.dtype), least)
     point, change, done = at(multiplier)
     first = (multiplier, point, change, done, jnp.array(0, jnp.int32))
     mu, point, _, _, _ = lax.while_loop(lambda c: ~c[3] & (c[4] < 40), body, first)

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_klrlhf.core import gibbs, numerics
+from jax_klrlhf.core import gibbs, linalg, numerics
 from jax_klrlhf.core import simplex as simplices
 from jax_klrlhf.core.numerics import Scalar
 
@@ -290,7 +290,8 @@ def ball(
         here = model(weight, jnp.zeros((), dtype))
         jitter = eps * jnp.trace(here.hessian) + jnp.finfo(dtype).tiny
         hessian = here.hessian + jitter * identity
-        move = _ball_minimum(hessian, hessian @ weight - here.gradient) - weight
+        target = hessian @ weight - here.gradient
+        move = linalg.ball_minimum(hessian, target, 1.0)[0] - weight
         size = here.change(move)
         safe = jnp.where(size > 0, jnp.log1p(size) / jnp.where(size > 0, size, 1), 1)
         lengths = jnp.append(2.0 ** -jnp.arange(8, dtype=dtype), safe)
@@ -312,30 +313,6 @@ def ball(
     value = world.moments(weight)[0]
     gap = numerics.safe_sqrt(value @ value) + weight @ value
     return Saddle(world.policy(weight), weight, value, gap, jnp.zeros_like(gap), iterations)
-
-
-def _ball_minimum(
-    model: Float[Array, "dim dim"], target: Float[Array, " dim"]
-) -> Float[Array, " dim"]:
-    r"""Minimize :math:`\tfrac12 u^\top M u - b^\top u` over the unit ball.
-
-    u = (M + mu I)^-1 b with the least mu >= 0 that makes it fit: Newton on 1/||u(mu)||, which is
-    concave, rises to the root from the left (Moré and Sorensen, 1983).
-    """
-    curvature, axes = jnp.linalg.eigh(model)
-    curvature = jnp.maximum(curvature, jnp.finfo(model.dtype).tiny)
-    along = axes.T @ target
-
-    def rise(_: Array, mu: Array) -> Array:
-        scaled = along / (curvature + mu)
-        square = scaled @ scaled
-        slope = scaled @ (scaled / (curvature + mu))
-        change = (jnp.sqrt(square) - 1) * square / jnp.where(slope > 0, slope, 1)
-        return jnp.maximum(mu + change, 0)
-
-    mu = jax.lax.fori_loop(0, 25, rise, jnp.zeros((), model.dtype))
-    u = axes @ (along / (curvature + mu))
-    return u / jnp.maximum(jnp.sqrt(u @ u), 1)
 
 
 def simplex_step(

@@ -58,3 +58,41 @@ def test_not_positive_definite_is_nan_and_gradients_are_those_of_cholesky(x64):
 
     by_lapack = of(lambda a: jnp.linalg.inv(jnp.linalg.cholesky(a)))
     np.testing.assert_allclose(of(linalg.inverse_factor), by_lapack, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 6])
+def test_ball_minimum_is_the_constrained_minimum_of_any_model(rank):
+    """Singular up to a jitter, in float32: never NaN, within the ball, and KKT by float64.
+
+    (M + mu I) t = b with mu >= 0, and mu = 0 inside: the value is within 1e-3 of what an
+    eigendecomposition in float64 finds.
+    """
+    rng = np.random.default_rng(rank)
+    root = rng.normal(size=(60, 6, rank)) * 10 ** rng.uniform(-3, 1, size=(60, 1, 1))
+    models = root @ root.swapaxes(1, 2)
+    models += 1.2e-7 * np.trace(models, axis1=1, axis2=2)[:, None, None] * np.eye(6)
+    targets = rng.normal(size=(60, 6)) * 10 ** rng.uniform(-6, 6, size=(60, 1))
+    single = jnp.asarray(models, jnp.float32), jnp.asarray(targets, jnp.float32)
+    points, multipliers = jax.jit(jax.vmap(lambda m, t: linalg.ball_minimum(m, t, 1.0)))(*single)
+    assert np.isfinite(points).all()
+    assert (np.asarray(multipliers) >= 0).all()
+    assert np.linalg.norm(points, axis=1).max() < 1 + 1e-6
+    inside = np.linalg.norm(points, axis=1) < 0.99
+    assert inside.any()
+    assert (~inside).any()
+    models, targets = (np.asarray(x, np.float64) for x in single)
+    for model, target, point in zip(models, targets, np.asarray(points, np.float64), strict=True):
+        values, axes = np.linalg.eigh(model)
+        along = axes.T @ target
+        best = None
+        low, high = -12.0, 12.0  # of log10 mu
+        if np.linalg.norm(along / values) <= 1:
+            best = axes @ (along / values)
+        else:
+            for _ in range(200):
+                middle = (low + high) / 2
+                over = np.linalg.norm(along / (values + 10**middle)) > 1
+                low, high = (middle, high) if over else (low, middle)
+            best = axes @ (along / (values + 10**low))
+        of = lambda u, m=model, t=target: u @ m @ u / 2 - t @ u  # noqa: E731
+        assert of(point) <= of(best) + 1e-3 * abs(of(best)) + 1e-12
