@@ -29,8 +29,6 @@ UNREACHED = {
     "divergence.k3": "estimators of the KL, for a user's own loop; their gradients are tested",
     "ellipsoid.merge": "hybrid data that were summed apart; both worlds fit on all data at once",
     "ellipsoid.solve": "Sigma^-1 v, for a user's own rule",
-    "estimation.nll": "the objective of `fit`, for a user's own optimizer",
-    "estimation.hessian": "the Fisher information of a fit, for a user's own rule",
     "objectives.aot": "couples the rows of a batch, so that counted comparisons mean nothing to it",
     "pairwise.moved_reference": "a reference that moves, for a user's own loop; its law is tested",
     "preferences.matrix": "a world without a reward, for a user's own problem; tested",
@@ -38,6 +36,13 @@ UNREACHED = {
     "rejection.take": "the first k accepted draws, for a user's own loop",
 }
 """Public functions that neither world reaches, and why they are there all the same."""
+
+TOOLBOX = {
+    "aggregate", "diversity", "groups", "labels", "links", "measure", "posterior", "reshape",
+    "saddle", "select", "simplex", "welfare",
+}  # fmt: skip
+"""Modules of which a user picks, on arrays of rewards and members; not every function of them is
+reached from a world yet. Their tests are in tests/core."""
 
 
 def modules() -> dict[str, ast.Module]:

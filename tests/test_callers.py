@@ -7,6 +7,7 @@ def test_most_of_the_core_is_reached_from_both_worlds_and_nothing_from_neither()
     found = callers.reached()
     assert sum(len(by) == 2 for by in found.values()) >= 40
     nowhere = {name for name, by in found.items() if not by}
+    nowhere = {name for name in nowhere if name.split(".")[0] not in callers.TOOLBOX}
     listed = set(callers.UNREACHED)
     assert not nowhere - listed, f"reached by neither world: {sorted(nowhere - listed)}"
     assert not listed - set(found), f"no such function: {sorted(listed - set(found))}"
