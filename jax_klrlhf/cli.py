@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jax_klrlhf import __version__
+from jax_klrlhf import __version__, finished
 from jax_klrlhf.errors import InputError, meant
 
 
@@ -140,14 +140,20 @@ def _main(given: list[str]) -> int:
             raise InputError(
                 f"no command {name!r}{meant(name, COMMANDS)}; there are {', '.join(COMMANDS)}."
             )
+        run = COMMANDS[name].run
+        # At once for the same command line, without the imports that reading it costs.
+        if run and (said := finished.again(name, rest)) is not None:
+            print(said)
+            return 0
         program, config = parse(name, rest)
-        if COMMANDS[name].run:
-            from jax_klrlhf.programs.finished import finished
-
-            if (said := finished(name, config)) is not None:
-                print(said)
-                return 0
+        if run and (said := finished.finished(name, config)) is not None:
+            print(said)
+            return 0
         program(config)
+        if run:
+            from jax_klrlhf import placement
+
+            placement.lead(lambda: finished.note(Path(config.output), rest))
     except InputError as error:
         text = " ".join(str(error).split())
         for ours, theirs in _WORDS.items():

@@ -172,6 +172,15 @@ def test_a_run_goes_on_or_refuses_another_configuration(dpo_run, capsys):
         assert cli.main(["dpo", *arguments]) == 0
         said = capsys.readouterr().out
         assert "finished already" in said
+        # Said in other words it is read first, and is as finished.
+        assert cli.main(["dpo", "--tensorboard", *arguments[:-1]]) == 0
+        assert capsys.readouterr().out == said
+        # The same command line is not even read.
+        patch.setattr(cli, "parse", None)
+        assert cli.main(["dpo", *arguments]) == 0
+        assert capsys.readouterr().out == said
+        patch.undo()
+        patch.setattr(models, "load", None)
         assert str(output / "model") in said
         # What a finished run would not read is refused by name.
         assert cli.main(["dpo", *arguments, "--kl-prompts", "9"]) == 2

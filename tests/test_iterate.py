@@ -9,10 +9,10 @@ import pytest
 import safetensors.numpy
 from rich.console import Console
 
-from jax_klrlhf import cli, models
+from jax_klrlhf import cli, finished, models
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.models import reward as rewards
-from jax_klrlhf.programs import finished, iterate, iterate_config, iterate_parts
+from jax_klrlhf.programs import iterate, iterate_config, iterate_parts
 from jax_klrlhf.training.rounds import journal
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "under", "mat", "tree"]

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Key
 from rich.console import Console
 
-from jax_klrlhf import models, placement
+from jax_klrlhf import finished, models, placement
 from jax_klrlhf.core import pairs
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import check as suits
@@ -25,7 +25,6 @@ from jax_klrlhf.data import tokenize
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import pretrained, scoring
-from jax_klrlhf.programs import finished
 from jax_klrlhf.programs import iterate_parts as parts
 from jax_klrlhf.programs import run as runs
 from jax_klrlhf.programs.iterate_config import FREE, IterateConfig, check

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jax_klrlhf import folders, models, placement
+from jax_klrlhf import finished, folders, models, placement
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import check as suits
 from jax_klrlhf.data import packing, prepare, statistics, tokenize
@@ -31,7 +31,6 @@ from jax_klrlhf.data.prepare import Prepared
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import LanguageModel, partition
-from jax_klrlhf.programs import finished
 from jax_klrlhf.programs.config import FREE, TrainingConfig, check, steps_of
 from jax_klrlhf.results import Metric, output_folder, write_json, write_results
 from jax_klrlhf.training import defaults, health, loop, metrics, optimizers, processes

@@ -1,16 +1,16 @@
 """Runs that are finished: known before anything is loaded, left alone, and open to more steps.
 
 ``finished.json`` is the last thing that a run writes: its configuration and what it left where.
-Whoever goes on with the run takes it away first.
+Whoever goes on with the run takes it away first. Nothing heavy is imported here.
 """
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.results import write_json
 
 MARK = "finished.json"
 # Where a run is and on what it computes: of no interest to one that computes nothing.
@@ -35,13 +35,41 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 def mark(folder: Path, command: str, config: Any, *, left: str) -> None:
     """Say that the run is finished and that ``folder/left`` holds what it has made."""
-    content = {"command": command, "config": plain(config), "left": left}
-    write_json(folder / MARK, content)
+    from jax_klrlhf.results import write_json
+
+    write_json(folder / MARK, {"command": command, "config": plain(config), "left": left})
 
 
 def unmark(folder: Path) -> None:
     """The run goes on."""
     (folder / MARK).unlink(missing_ok=True)
+
+
+def note(folder: Path, arguments: Sequence[str]) -> None:
+    """Keep the command line of a finished run beside its configuration, for :func:`again`."""
+    from jax_klrlhf.results import write_json
+
+    if (found := read(folder)) is not None:
+        write_json(folder / MARK, {**found, "arguments": list(arguments)})
+
+
+def again(command: str, arguments: Sequence[str]) -> str | None:
+    """:func:`finished` of the very command line that finished the run, without reading it.
+
+    None where it is another, or has a part in a file, which may have changed.
+    """
+    output = None
+    for number, argument in enumerate(arguments):
+        if argument.split("=")[0] == "--config":
+            return None
+        if argument == "--output":
+            output = next(iter(arguments[number + 1 :]), None)
+        elif argument.startswith("--output="):
+            output = argument.removeprefix("--output=")
+    found = None if output is None else read(Path(output))
+    if found is None or found["command"] != command or found.get("arguments") != list(arguments):
+        return None
+    return _done(command, Path(output or ""), found)
 
 
 def finished(command: str, config: Any) -> str | None:
@@ -64,6 +92,10 @@ def finished(command: str, config: Any) -> str | None:
             f"{folder}: this run is finished, so that --{name.replace('_', '-')} would be read by "
             f"nothing; {_more(command)}, or name another --output."
         )
+    return _done(command, folder, found)
+
+
+def _done(command: str, folder: Path, found: dict[str, Any]) -> str:
     return f"{folder}: finished already, nothing to do. {next_step(command, folder, found['left'])}"
 
 
