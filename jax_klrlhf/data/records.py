@@ -30,12 +30,13 @@ class Writer:
 
     def add(self, split: str, row: Row) -> None:
         """One more row of a split."""
-        from array_record.python import array_record_module
+        import array_record.python.array_record_module as compiled
 
+        module: Any = compiled
         shards = self._shards[split]
         if split not in self._files:
             path = self._folder / f"{DATASET}-{split}.{_FORMAT}-{len(shards):05d}"
-            self._files[split] = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+            self._files[split] = module.ArrayRecordWriter(str(path), "group_size:1")
             shards.append(0)
         content = to_bytes(row)
         self._files[split].write(content)
@@ -46,8 +47,9 @@ class Writer:
 
     def close(self) -> None:
         """Finish the files and write what TFDS wants to know of them."""
-        import tensorflow_datasets as tfds
+        import tensorflow_datasets
 
+        tfds: Any = tensorflow_datasets  # its names are lazy, beyond what a type checker follows
         for file in self._files.values():
             file.close()
         self._files = {}
@@ -95,9 +97,7 @@ def reader(folder: Path, split: str) -> tuple[int, Callable[[Sequence[int]], lis
 
 def to_bytes(row: Row) -> bytes:
     """A row as a serialized ``tf.train.Example``."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    example = tf_example_pb2.Example()
+    example = _example_type()()
     feature = example.features.feature
     feature["prompt"].int64_list.value.extend(row.prompt)
     flat = feature["responses"].int64_list.value
@@ -116,9 +116,7 @@ def to_bytes(row: Row) -> bytes:
 
 def from_bytes(content: bytes) -> Row:
     """The row of a serialized ``tf.train.Example``."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    feature = tf_example_pb2.Example.FromString(content).features.feature
+    feature = _example_type().FromString(content).features.feature
     flat = list(feature["responses"].int64_list.value)
     responses, begin = [], 0
     for length in feature["response_lengths"].int64_list.value:
@@ -132,6 +130,14 @@ def from_bytes(content: bytes) -> Row:
         weight=feature["weight"].float_list.value[0],
         number=feature["number"].int64_list.value[0],
     )
+
+
+def _example_type() -> Any:
+    """The protocol buffer, whose class is made at import."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    module: Any = tf_example_pb2
+    return module.Example
 
 
 def _info(folder: Path) -> Any:

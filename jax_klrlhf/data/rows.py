@@ -69,8 +69,9 @@ def encode(
             prompt = cut_prompt(prompt, max_prompt_length, begin=encoder.begin)
             responses = [cut_response(response, max_response_length) for response in responses]
             total = len(prompt) + max(map(len, responses), default=0)
-            beyond = max_length is not None and total > max_length
-            if beyond:
+            beyond = False
+            if max_length is not None and total > max_length:
+                beyond = True
                 prompt, responses = cut_to_context(
                     prompt, responses, max_length, begin=encoder.begin
                 )
