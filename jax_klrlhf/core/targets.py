@@ -78,6 +78,37 @@ def best_of(choices: Choices, *, n: int) -> Float[Array, "*batch choices"]:
     return jnp.take_along_axis(law, back, axis=-1)
 
 
+def top(choices: Choices, *, share: float) -> Float[Array, "*batch choices"]:
+    r"""The best ``share`` of the mass by reward, in its own proportions: RAFT, filtered SFT.
+
+    A choice is kept where the mass of strictly better ones is below ``share``, so at least one is,
+    and ties are kept together. Learned by weighted likelihood on pi0's draws it is the upper tail
+    of pi0; on the policy's own draws, again and again, it ends deterministic (arXiv 2304.06767).
+
+    ValueError for a share outside (0, 1].
+
+    >>> four = choice_sets.enumerated(
+    ...     jnp.log(jnp.array([0.4, 0.1, 0.2, 0.3])), reward=jnp.array([0.0, 3.0, 2.0, 1.0])
+    ... )
+    >>> jnp.exp(top(four, share=0.3)).tolist()
+    [0.0, 0.333..., 0.666..., 0.0]
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must lie in (0, 1], got {share}")
+    reward = choices.require("reward", by="the top share")
+    mass = choices.mass
+    value = jnp.where(mass > 0, reward, 0)
+    better = (value[..., None, :] > value[..., :, None]) & (mass > 0)[..., None, :]
+    above = jnp.sum(jnp.where(better, mass[..., None, :], 0), axis=-1)
+    # Rounding of a sum of masses must not let one more in.
+    kept = (mass > 0) & (above < share - 4 * jnp.finfo(mass.dtype).eps)
+    total = jnp.sum(jnp.where(kept, mass, 0), axis=-1, keepdims=True)
+    some = kept & (total > 0)
+    return jnp.where(
+        some, jnp.log(jnp.where(some, mass, 1)) - jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf
+    )
+
+
 def accepted(
     choices: Choices,
     *,

@@ -78,32 +78,24 @@ class Fitting:
             self._shared[key] = make()
         return self._shared[key]
 
-    def compile(self, task: Task) -> Callable[..., Fitted]:
-        """``fit(key, params, mixture, *, pi0=None, folder=None) -> Fitted`` for one task.
+    def begin(self, task: Task) -> Callable[..., tuple[step.TrainStep, TrainState]]:
+        """``begin(key, params, *, pi0=None) -> (step, state)``: a fresh optimizer on ``params``.
 
-        The step is compiled once for all rounds in which the batches have the same shape.
-        ``pi0`` are the parameters of the reference, whose fingerprint the state carries.
+        The step is compiled once for all that begin. ``pi0`` are the parameters of the reference,
+        whose fingerprint the state carries.
         """
         compiled: list[step.TrainStep] = []
 
-        def fit(
-            key: Any,
-            params: Any,
-            mixture: "Mixture | Deal",
-            *,
-            pi0: Any = None,
-            folder: Path | None = None,
-        ) -> Fitted:
-            key_state, key_data = jax.random.split(key)
+        def begin(key: Any, params: Any, *, pi0: Any = None) -> tuple[step.TrainStep, TrainState]:
             mark = None if pi0 is None else states.digest(pi0)
             if self.mesh is None:
                 carried = states.init(
-                    key_state, params, self.optimizer, trainable=self.trainable, fingerprint=mark
+                    key, params, self.optimizer, trainable=self.trainable, fingerprint=mark
                 )
                 laid = None
             else:
                 carried, laid = meshes.init(
-                    key_state, params, self.optimizer, shardings=self.shardings,
+                    key, params, self.optimizer, shardings=self.shardings,
                     trainable=self.trainable, fingerprint=mark,
                 )  # fmt: skip
             if not compiled:
@@ -116,6 +108,28 @@ class Fitting:
                         shardings=laid,
                     )
                 )
+            return compiled[0], carried
+
+        return begin
+
+    def compile(self, task: Task) -> Callable[..., Fitted]:
+        """``fit(key, params, mixture, *, pi0=None, folder=None) -> Fitted`` for one task.
+
+        The step is compiled once for all rounds in which the batches have the same shape.
+        ``pi0`` are the parameters of the reference, whose fingerprint the state carries.
+        """
+        begin = self.begin(task)
+
+        def fit(
+            key: Any,
+            params: Any,
+            mixture: "Mixture | Deal",
+            *,
+            pi0: Any = None,
+            folder: Path | None = None,
+        ) -> Fitted:
+            key_state, key_data = jax.random.split(key)
+            compiled, carried = begin(key_state, params, pi0=pi0)
             deal = mixture if isinstance(mixture, Deal) else comparisons_deal(mixture)
             stream = deal.stream(key_data, batch_size=self.batch_size, mesh=self.mesh)
             store, log = None, None
@@ -124,7 +138,7 @@ class Fitting:
                 carried, log = loop.resume(store, carried, stream, console=self.console)
             try:
                 outcome = loop.train(
-                    compiled[0],
+                    compiled,
                     carried,
                     stream,
                     steps=self.steps,

@@ -1,0 +1,3 @@
+from experiments.objectives.run import cli
+
+cli()

@@ -1,0 +1,167 @@
+r"""Policy improvement from the policy's own draws: regression on rewards, and policy gradients.
+
+.. math:: \text{draw } a_{1..K} \sim \pi_\theta(\cdot|x), \quad \text{score } r, \quad
+          \theta \leftarrow \theta - \nabla\, \ell(\text{group})
+
+again and again, with any ``loss(group)`` of :mod:`core.group_losses`: RLOO, GRPO and its
+relatives, PRDP, or one's own. The reward is what the run believes (a reward model, an ensemble, a
+judge), the reference the situation's. The optimizer goes on from one draw to the next.
+
+A draw is taken under the policy as it is sampled, and trained on as it is *scored*; in another
+precision these are two laws. ``perf/sampler_scorer_mismatch`` reports how far apart they are, and
+``importance_limit`` weighs each response by their (truncated) ratio.
+
+Axes: ``B`` prompts, ``K`` responses, ``C`` response positions.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from jax_klrlhf.core import policy_gradient
+from jax_klrlhf.core.group_losses import Loss
+from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.models import scoring
+from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.results import Metric, mean
+from jax_klrlhf.training import loop
+from jax_klrlhf.training.checkpoint import Checkpoints
+from jax_klrlhf.training.group import GroupBatch, group
+from jax_klrlhf.training.rounds.compute import mapped
+from jax_klrlhf.training.rounds.fitting import Deal, Fitting
+from jax_klrlhf.training.rounds.parts import Improve, Improved, Situation
+from jax_klrlhf.training.rounds.samplers import Draw
+from jax_klrlhf.training.state import cast_floating
+
+
+def on_policy(
+    model: LanguageModel,
+    draw: Draw,
+    loss: Loss,
+    *,
+    fitting: Fitting,
+    iterations: int,
+    informative_only: bool = False,
+    importance_limit: float | None = None,
+    rows: int = 64,
+) -> Improve:
+    """Improve the policy by ``iterations`` draws of its own, each followed by a few steps.
+
+    Args:
+        model: the policy.
+        draw: K responses to each of the round's prompts, at temperature 1 and from the whole law:
+            the gradient is that of the law that is drawn from.
+        loss: ``loss(group) -> [B]``.
+        fitting: optimizer and sizes; ``steps`` are those after each draw, on batches of
+            ``batch_size`` *prompts*. One pass over the draws is on-policy; more are stale.
+        iterations: how often is drawn.
+        informative_only: drop prompts whose rewards are all equal (DAPO's filter).
+        importance_limit: weigh each response by scored over sampled probability, at most this.
+        rows: prompts that are scored at one time.
+
+    Reports the last steps' metrics (:data:`.group.NAMES`), and of the last draw ``reward/drawn``,
+    ``groups/informative`` and ``perf/sampler_scorer_mismatch``.
+
+    A fit with a folder and ``fitting.save_every`` is saved after every draw's steps, and goes on
+    from there to the same bits.
+
+    Raises:
+        ValueError: where the numbers are out of range, ``draw`` is of another law than the
+            policy's, or no prompt is informative.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    if draw.samples < 2:
+        raise ValueError(f"a group has at least two responses, got samples={draw.samples}")
+    if draw.temperature != 1.0 or draw.top_k is not None or draw.top_p is not None:
+        raise ValueError(
+            "on_policy draws from the policy itself: temperature 1, without top_k and top_p; of "
+            "another law its gradient would be another's"
+        )
+    if importance_limit is not None and not importance_limit > 0:
+        raise ValueError(f"importance_limit must be positive, got {importance_limit}")
+    task = group(model, loss)
+    begin = fitting.begin(task)
+
+    def tokens(params: Any, prompts: Ragged, responses: Ragged) -> Array:
+        params = cast_floating(params, fitting.compute_dtype)
+        return scoring.token_log_prob(model, params, prompts, responses)
+
+    score = fitting.shared(
+        ("tokens", model, rows), lambda: mapped(tokens, rows=rows, mesh=fitting.mesh)
+    )
+
+    def groups(
+        key: Key[Array, ""], params: Any, reference: Any, situation: Situation
+    ) -> tuple[GroupBatch, dict[str, Metric]]:
+        prompts = situation.prompts
+        responses, sampled = draw.with_log_prob(key, params, prompts)
+        reward = np.asarray(situation.score(prompts, responses).reward, np.float32)
+        old = np.asarray(score(params, prompts, responses))
+        ref = np.asarray(score(reference, prompts, responses))
+        gap = old.sum(-1) - np.asarray(sampled)
+        useful = np.asarray(policy_gradient.informative(jax.numpy.asarray(reward)))
+        importance = None
+        if importance_limit is not None:
+            importance = np.minimum(np.exp(gap), importance_limit).astype(np.float32)
+        weight = useful.astype(np.float32) if informative_only else np.ones(len(reward), np.float32)
+        batch = GroupBatch(
+            prompts, responses, weight, reward,
+            ref_log_prob=ref, old_log_prob=old, importance=importance,
+        )  # fmt: skip  # pyright: ignore[reportArgumentType]  # NumPy: on the host
+        return batch, {
+            "reward/drawn": mean(reward.mean(1)),
+            "groups/informative": mean(useful.astype(np.float64)),
+            "perf/sampler_scorer_mismatch": mean(np.abs(gap).mean(1)),
+        }
+
+    def improve(key: Key[Array, ""], situation: Situation) -> Improved:
+        key_state, key_data = jax.random.split(key)
+        reference = situation.policies.reference
+        step, state = begin(key_state, situation.start, pi0=reference)
+        store = _store(situation.folder, fitting)
+        metrics: dict[str, Metric] = {}
+        try:
+            if store is not None:
+                state = loop.resume(store, state, loop.Repeat([()]), console=fitting.console).state
+            for number in range(int(state.step) // fitting.steps, iterations):
+                final = number == iterations - 1
+                key_draw, key_rows = jax.random.split(jax.random.fold_in(key_data, number))
+                batch, found = groups(key_draw, state.policy, reference, situation)
+                keep = np.asarray(batch.weight) > 0
+                if not keep.any():
+                    raise ValueError(
+                        f"on_policy, draw {number + 1} of {iterations}: at every prompt all "
+                        "rewards are equal, so there is nothing to learn; draw more responses, or "
+                        "take a reward that tells them apart."
+                    )
+                kept = jax.tree.map(lambda x, at=keep: np.asarray(x)[at], batch)
+                outcome = loop.train(
+                    step,
+                    state,
+                    Deal(kept, [int(keep.sum())], None).stream(
+                        key_rows, batch_size=fitting.batch_size
+                    ),
+                    steps=(number + 1) * fitting.steps,
+                    names=task.names,
+                    log_every=fitting.log_every,
+                    save_last=not final,  # the result is about to be written anyway
+                    evaluate=fitting.evaluate if final else None,
+                    checkpoints=store,
+                    limits=fitting.limits,
+                    console=fitting.console,
+                )
+                state, metrics = outcome.state, {**outcome.metrics, **found}
+        finally:
+            if store is not None:
+                store.close()
+        return Improved(state.policy, metrics)
+
+    return improve
+
+
+def _store(folder: Path | None, fitting: Fitting) -> Checkpoints | None:
+    return None if folder is None or fitting.save_every is None else Checkpoints(folder)
