@@ -33,13 +33,20 @@ UNREACHED = {
     "pairwise.moved_reference": "a reference that moves, for a user's own loop; its law is tested",
     "preferences.matrix": "a world without a reward, for a user's own problem; tested",
     "rejection.acceptance_rate": "the exact rate, for planning a chain",
+    "regression.listwise": "a listwise loss without a law, for a user's own groups; tested",
+    "regression.quantile": "QRPO's reward from draws of pi0, for a user's own groups; tested",
+    "regression.squared_pairs": "`regression.loss` as its paper writes it: the test's other side",
+    "policy_gradient.answer_entropy": "of COPO's consistency, for answers that can be compared",
+    "policy_gradient.by_batch_std": "an advantage to hand to `group_losses.clipped`",
+    "policy_gradient.consistency": "COPO's set reward, for answers that can be compared",
+    "policy_gradient.truncated": "importance weights, for a user's own loop",
     "rejection.take": "the first k accepted draws, for a user's own loop",
 }
 """Public functions that neither world reaches, and why they are there all the same."""
 
 TOOLBOX = {
     "aggregate", "diversity", "groups", "labels", "links", "measure", "posterior", "reshape",
-    "saddle", "select", "simplex", "welfare",
+    "guided", "saddle", "select", "self_play", "sets", "simplex", "welfare",
 }  # fmt: skip
 """Modules of which a user picks, on arrays of rewards and members; not every function of them is
 reached from a world yet. Their tests are in tests/core."""

@@ -1,7 +1,7 @@
 r"""Which objective, and which law: losses on groups and pairs, the same samples for each.
 
-On small bandits with a tabular policy (every expectation exact) each loss is trained by Adam on K
-draws of the current policy per context and step. Measured at the end, over seeds (problems):
+On small linear bandits with a tabular policy (every expectation exact) each loss is trained by Adam
+on K draws of the current policy per context and step. Measured at the end, over seeds (problems):
 
 - J(pi*) - J(pi) at the loss's own ``kl_coef``;
 - reward below the frontier: E r of the Gibbs law of equal KL, less E r (never negative);
@@ -26,8 +26,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments import plotting, study
-from jax_klrlhf import results
-from jax_klrlhf.core import divergence, fdivergence, gibbs, group_losses, measure, numerics
+from jax_klrlhf import bandit, results
+from jax_klrlhf.core import (
+    divergence,
+    fdivergence,
+    gibbs,
+    group_losses,
+    measure,
+    numerics,
+    regularized,
+)
 from jax_klrlhf.core import policy_gradient as gradients
 from jax_klrlhf.errors import InputError
 
@@ -46,6 +54,11 @@ class Config:
     kl_coefs: tuple[float, ...] = (0.2, 0.5, 1.0)
     contexts: int = 8
     actions: int = 12
+    dim: int = 6
+    bound: float = 3.0
+    """Norm of theta*: rewards lie between plus and minus it."""
+    coverage: float = 0.3
+    """Of the rarer half of the actions by pi0; 1 is a uniform pi0."""
     samples: int = 8
     """Draws at each context and step, K."""
     steps: int = 1500
@@ -57,7 +70,7 @@ class Config:
         if not self.smoke:
             return self
         return dataclasses.replace(
-            self, seeds=4, kl_coefs=(0.5,), contexts=2, actions=4, samples=4, steps=60
+            self, seeds=4, kl_coefs=(0.5,), contexts=2, actions=4, dim=3, samples=4, steps=60
         )
 
     def check(self) -> None:
@@ -72,16 +85,6 @@ class Config:
             )
         if not self.learning_rate > 0:
             raise InputError(f"--learning-rate {self.learning_rate}: a positive number.")
-
-
-class World:
-    """A problem of one seed: rewards, and a pi0 that is not uniform."""
-
-    def __init__(self, key: Key[Array, ""], config: Config):
-        key_reward, key_ref = jax.random.split(key)
-        shape = (config.contexts, config.actions)
-        self.reward = jax.random.normal(key_reward, shape)
-        self.ref = jax.nn.log_softmax(jax.random.normal(key_ref, shape))
 
 
 def losses(config: Config) -> dict[str, Callable[[Array], group_losses.Loss]]:
@@ -124,7 +127,7 @@ def forward_law(
     reward: Float[Array, "contexts actions"], ref: Float[Array, "contexts actions"], kl_coef: Array
 ) -> Float[Array, "contexts actions"]:
     """log of eta pi0 / (lambda - r), the optimum of E r - eta KL(pi0 || pi)."""
-    return fdivergence.optimum(reward, ref, kl_coef=kl_coef, divergence=fdivergence.forward_kl)
+    return regularized.log_prob(reward, ref, kl_coef=kl_coef, divergence=fdivergence.forward_kl)
 
 
 def train(
@@ -133,7 +136,12 @@ def train(
 ) -> dict[str, Array]:  # fmt: skip
     """One loss at one coefficient on one problem: what it came to."""
     key_world, key_run = jax.random.split(key)
-    world, loss = World(key_world, config), make(kl_coef)
+    problem = bandit.sphere(
+        key_world, contexts=config.contexts, actions=config.actions, dim=config.dim,
+        kl_coef=kl_coef, bound=config.bound, coverage=config.coverage,
+    )  # fmt: skip
+    reward, ref = problem.reward, problem.setting.ref_log_prob
+    loss = make(kl_coef)
     schedule = optax.linear_schedule(config.learning_rate, 0.0, config.steps)
     optimizer = optax.adam(schedule)
 
@@ -148,7 +156,7 @@ def train(
             log_prob = jax.nn.log_softmax(logits)
             at = functools.partial(jnp.take_along_axis, indices=drawn, axis=-1)
             made = group_losses.from_actions(
-                at(log_prob), at(world.reward), ref_log_prob=at(world.ref),
+                at(log_prob), at(reward), ref_log_prob=at(ref),
                 old_log_prob=jax.lax.stop_gradient(at(log_prob)),
             )  # fmt: skip
             return jnp.mean(loss(made))
@@ -158,21 +166,21 @@ def train(
             logits = optax.apply_updates(logits, updates)
         return (logits, state), None
 
-    begin = (world.ref, optimizer.init(world.ref))
+    begin = (ref, optimizer.init(ref))
     (logits, _), _ = jax.lax.scan(step, begin, jnp.arange(config.steps))
     log_prob = jax.nn.log_softmax(logits)
-    optimum = gibbs.log_prob(world.reward, world.ref, kl_coef=kl_coef)
-    forward = forward_law(world.reward, world.ref, kl_coef)
+    optimum = gibbs.log_prob(reward, ref, kl_coef=kl_coef)
+    forward = forward_law(reward, ref, kl_coef)
 
     def variation(law: Array) -> Array:
         return jnp.mean(jnp.sum(jnp.abs(jnp.exp(log_prob) - jnp.exp(law)), -1) / 2)
 
-    expected = jnp.mean(numerics.expectation(log_prob, world.reward))
+    expected = jnp.mean(numerics.expectation(log_prob, reward))
     return {
-        "gap": jnp.mean(gibbs.gap(log_prob, world.reward, world.ref, kl_coef=kl_coef)),
-        "reward": expected - jnp.mean(numerics.expectation(world.ref, world.reward)),
-        "KL": jnp.mean(divergence.categorical(log_prob, world.ref)),
-        "below the frontier": measure.frontier_gap(log_prob, world.reward, world.ref),
+        "gap": jnp.mean(gibbs.gap(log_prob, reward, ref, kl_coef=kl_coef)),
+        "reward": expected - jnp.mean(numerics.expectation(ref, reward)),
+        "KL": jnp.mean(divergence.categorical(log_prob, ref)),
+        "below the frontier": measure.frontier_gap(log_prob, reward, ref),
         "TV to Gibbs": variation(optimum),
         "TV to forward KL": variation(forward),
         "largest probability": jnp.mean(jnp.exp(jnp.max(log_prob, -1))),
