@@ -11,7 +11,7 @@ from jax_klrlhf.models import enumerate as enumerated
 from jax_klrlhf.models import scoring
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.group import GroupBatch, group
-from jax_klrlhf.training.rounds import on_policy
+from jax_klrlhf.training.rounds import grouped
 from tests.training import rounds_world as world
 
 FITTING = rounds.Fitting(optimizer=optax.adam(0.02), steps=2, batch_size=4)
@@ -83,7 +83,7 @@ def exact(params):
     ids=["rloo", "regression", "dr_grpo"],
 )
 def test_the_exact_objective_rises(loss):
-    improve = on_policy.on_policy(
+    improve = grouped.on_policy(
         world.MODEL, world.DRAW, loss, fitting=FITTING, iterations=12, importance_limit=2.0
     )
     found = improve(jax.random.key(0), situation())
@@ -96,7 +96,7 @@ def test_the_exact_objective_rises(loss):
 def test_a_killed_fit_goes_on_to_the_same_bits(tmp_path):
     fitting = rounds.Fitting(optimizer=optax.adam(0.02), steps=2, batch_size=4, save_every=2)
     loss = group_losses.rloo(kl_coef=world.KL_COEF)
-    whole = on_policy.on_policy(world.MODEL, world.DRAW, loss, fitting=fitting, iterations=4)
+    whole = grouped.on_policy(world.MODEL, world.DRAW, loss, fitting=fitting, iterations=4)
     straight = whole(jax.random.key(5), situation(tmp_path / "straight"))
     calls = []
 
@@ -123,7 +123,7 @@ def test_a_killed_fit_goes_on_to_the_same_bits(tmp_path):
 
 def test_groups_of_equal_rewards_are_left_out_or_refused():
     loss = group_losses.dapo()
-    improve = on_policy.on_policy(
+    improve = grouped.on_policy(
         world.MODEL, world.DRAW, loss, fitting=FITTING, iterations=1, informative_only=True
     )
 
@@ -149,4 +149,4 @@ def test_groups_of_equal_rewards_are_left_out_or_refused():
 def test_what_makes_no_sense_is_refused(changes, match):
     given = {"draw": world.DRAW, "iterations": 1, "fitting": FITTING} | changes
     with pytest.raises(ValueError, match=match):
-        on_policy.on_policy(world.MODEL, given.pop("draw"), group_losses.rloo(kl_coef=0.1), **given)
+        grouped.on_policy(world.MODEL, given.pop("draw"), group_losses.rloo(kl_coef=0.1), **given)

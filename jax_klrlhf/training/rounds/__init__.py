@@ -21,6 +21,7 @@ from jax_klrlhf.training.rounds.beliefs import (
 )
 from jax_klrlhf.training.rounds.features import Linear, hidden_features, linear
 from jax_klrlhf.training.rounds.fitting import Fitting
+from jax_klrlhf.training.rounds.grouped import on_policy
 from jax_klrlhf.training.rounds.improve import (
     best_of_n,
     dpo,
@@ -94,6 +95,7 @@ __all__ = [
     "main_agent",
     "mean",
     "mixture",
+    "on_policy",
     "oracle",
     "pairing",
     "pessimistic_dpo",
