@@ -12,7 +12,7 @@ A configuration may have ``resized()`` (itself, or the small size that was asked
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class Study(NamedTuple):
         self,
         metrics: Mapping[str, results.Metric],
         *,
-        seeds: Iterable[int] | None = None,
+        seeds: Sequence[int] | None = None,
         beside: str = "the figures",
     ) -> Path:
         """Write ``results.json``, say where it is, and return its path.

@@ -99,19 +99,22 @@ def on_policy(
     ) -> tuple[GroupBatch, dict[str, Metric]]:
         prompts = situation.prompts
         responses, sampled = draw.with_log_prob(key, params, prompts)
-        reward = np.asarray(situation.score(prompts, responses).reward, np.float32)
-        old = np.asarray(score(params, prompts, responses))
-        ref = np.asarray(score(reference, prompts, responses))
+        # Any: NumPy, on the host, where the record says arrays.
+        reward: Any = np.asarray(situation.score(prompts, responses).reward, np.float32)
+        old: Any = np.asarray(score(params, prompts, responses))
+        ref: Any = np.asarray(score(reference, prompts, responses))
         gap = old.sum(-1) - np.asarray(sampled)
         useful = np.asarray(policy_gradient.informative(jax.numpy.asarray(reward)))
-        importance = None
+        importance: Any = None
         if importance_limit is not None:
             importance = np.minimum(np.exp(gap), importance_limit).astype(np.float32)
-        weight = useful.astype(np.float32) if informative_only else np.ones(len(reward), np.float32)
+        weight: Any = (
+            useful.astype(np.float32) if informative_only else np.ones(len(reward), np.float32)
+        )
         batch = GroupBatch(
             prompts, responses, weight, reward,
             ref_log_prob=ref, old_log_prob=old, importance=importance,
-        )  # fmt: skip  # pyright: ignore[reportArgumentType]  # NumPy: on the host
+        )  # fmt: skip
         return batch, {
             "reward/drawn": mean(reward.mean(1)),
             "groups/informative": mean(useful.astype(np.float64)),
