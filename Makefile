@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # A module's tests stay on one worker, with its fixtures and compiled programs.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint types unit parity env clean
+.PHONY: demo test lint types unit parity faults docs env clean
 
 demo: env
 	$(BIN)/python -m experiments.quickstart
@@ -37,5 +37,14 @@ parity:
 	$(MAKE) env EXTRAS=test,parity
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m parity tests
 
+# Kills, damages and fuzzes by seed, the slow ones too: minutes.
+faults: env
+	KLRLHF_FAULTS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/faults
+
+# The documentation, offline, warnings as errors: docs/_build/html/index.html.
+docs:
+	$(MAKE) env EXTRAS=test,docs
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .cache build dist results
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .cache build dist results docs/_build

@@ -89,7 +89,7 @@ def test_the_exact_objective_rises(loss):
     found = improve(jax.random.key(0), situation())
     after, before = exact(found.params)
     assert after > before + 0.05
-    assert found.metrics["perf/sampler_scorer_mismatch"].value < 1e-4
+    assert found.metrics["eval/sampler_scorer_mismatch"].value < 1e-4
     assert found.metrics["reward/drawn"].n == 6
 
 

@@ -8,7 +8,7 @@ relatives, PRDP, or one's own. The reward is what the run believes (a reward mod
 judge), the reference the situation's. The optimizer goes on from one draw to the next.
 
 A draw is taken under the policy as it is sampled, and trained on as it is *scored*; in another
-precision these are two laws. ``perf/sampler_scorer_mismatch`` reports how far apart they are, and
+precision these are two laws. ``eval/sampler_scorer_mismatch`` reports how far apart they are, and
 ``importance_limit`` weighs each response by their (truncated) ratio.
 
 Axes: ``B`` prompts, ``K`` responses, ``C`` response positions.
@@ -63,7 +63,7 @@ def on_policy(
         rows: prompts that are scored at one time.
 
     Reports the last steps' metrics (:data:`.group.NAMES`), and of the last draw ``reward/drawn``,
-    ``groups/informative`` and ``perf/sampler_scorer_mismatch``.
+    ``groups/informative`` and ``eval/sampler_scorer_mismatch``.
 
     A fit with a folder and ``fitting.save_every`` is saved after every draw's steps, and goes on
     from there to the same bits.
@@ -118,7 +118,7 @@ def on_policy(
         return batch, {
             "reward/drawn": mean(reward.mean(1)),
             "groups/informative": mean(useful.astype(np.float64)),
-            "perf/sampler_scorer_mismatch": mean(np.abs(gap).mean(1)),
+            "eval/sampler_scorer_mismatch": mean(np.abs(gap).mean(1)),
         }
 
     def improve(key: Key[Array, ""], situation: Situation) -> Improved:
