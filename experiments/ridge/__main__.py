@@ -1,0 +1,3 @@
+from experiments.ridge.run import cli
+
+cli()
