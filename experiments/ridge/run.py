@@ -1,4 +1,4 @@
-r"""The ridge as an axis: what holds of pessimism and exploration at one ridge only, and what at all.
+r"""The ridge as an axis: what holds of pessimism and exploration at one ridge, and what at all.
 
 The theory panel's problem (`experiments.quickstart`): unit features, ||theta*|| = B, a pi0 that
 covers the optimum poorly, 512 comparisons. The estimate's ridge is a prior: lambda = d / B^2 is the
