@@ -1,7 +1,7 @@
 """One program in a folder at a time, and results that appear whole or not at all.
 
 A program that writes in a folder holds it; a second one is refused in one line that names the
-first. What a killed program left half-written is removed by the next one that comes:
+first. What a killed program left half-written is removed by the next one that comes::
 
     with folders.locked(run):                      # of a run with several processes: the first
         folders.sweep(run / "model", alone=True)   # left-overs of killed programs

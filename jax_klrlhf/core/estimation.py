@@ -13,8 +13,8 @@ gamma Sigma and Sigma. Source: Xiong et al. (arXiv 2312.11456), the MLE of secti
 
 The solver is Newton's method with the step length of a generalized self-concordant function (Sun &
 Tran-Dinh, arXiv 1703.04599, nu = 2). Along a step p the logistic curvature changes by at most the
-factor exp(t max_i |z_i^T p|), so t = log(1 + m) / m with m = max_i |z_i^T p| lowers F at every
-iteration without a line search, and tends to 1 fast enough to keep the quadratic rate. So it is
+factor exp(t m), m = ``max_i |z_i^T p|``, so t = log(1 + m) / m lowers F at every iteration without
+a line search, and tends to 1 fast enough to keep the quadratic rate. So it is
 for every model that is ``concave``; for others the Hessian is replaced by the Fisher information
 where it is not positive definite, and the step is halved until F falls.
 

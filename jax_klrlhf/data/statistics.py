@@ -84,7 +84,7 @@ class DataConfig:
     """Tokens of prompt and response together; by default the context of the model, where
     --tokenizer is the folder of one."""
     control_tokens: bool = False
-    """Read control tokens such as <|im_end|> in the data's text as such, not as words: for data
+    """Read control tokens such as ``<|im_end|>`` in the data's text as such, not as words: for data
     that were put in a chat template before."""
     test_fraction: float = 0.0
     """Share of the prompts to hold out as the split `test`."""

@@ -77,7 +77,7 @@ class TrainingConfig:
     """Tokens; a longer response loses its end. Where both together exceed the model's context, the
     prompt gives first."""
     control_tokens: bool = False
-    """Read control tokens such as <|im_end|> in the data's text as such, not as words: for data
+    """Read control tokens such as ``<|im_end|>`` in the data's text as such, not as words: for data
     that were put in a chat template before."""
     columns: Columns = field(default_factory=Columns)
     """What the columns are called."""

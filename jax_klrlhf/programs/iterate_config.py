@@ -193,7 +193,7 @@ class IterateConfig:
     chat: bool = False
     """Prompts that are text are a user's message, put in the tokenizer's chat template."""
     control_tokens: bool = False
-    """Read control tokens such as <|im_end|> in the data's text as such, not as words."""
+    """Read control tokens such as ``<|im_end|>`` in the data's text as such, not as words."""
     max_prompt_length: int = 512
     """Tokens; a longer prompt loses its beginning."""
     max_response_length: int = 512

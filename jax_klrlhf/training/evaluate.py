@@ -83,9 +83,10 @@ def make_evaluate(
 def calibration_error(margin: np.ndarray, *, bins: int = 10) -> float:
     r"""Expected calibration error of the probabilities :math:`\sigma(|m|)` of being right.
 
-    The predictions are cut into ``bins`` equal intervals of [1/2, 1]; the mean over pairs of
-    |share right - mean prediction| of their interval. Positive even for a calibrated model, by
-    about the square root of bins over pairs. :func:`core.measure.calibration` of certain labels.
+    The predictions are cut into ``bins`` equal intervals of [1/2, 1]; the mean over pairs of the
+    distance between share right and mean prediction of their interval. Positive even for a
+    calibrated model, by about the square root of bins over pairs.
+    :func:`core.measure.calibration` of certain labels.
     """
     margins = jnp.asarray(margin, jnp.float32)
     return float(measure.calibration(margins, jnp.ones_like(margins), bins=bins))

@@ -3,18 +3,16 @@
 Inside the program quantities are sums over rows (:class:`~.step.Moments`); names are given here,
 TRL's where TRL has one:
 
-| name | what |
-|---|---|
-| `loss` | weighted mean of the rows' losses |
-| `rewards/chosen`, `rewards/rejected`, `rewards/margins` | implicit rewards, nats |
-| `rewards/accuracies` | share of pairs with a positive margin |
-| `logps/chosen`, `logps/rejected` | log-probabilities of whole responses |
-| `grad_norm`, `update_norm` | of the gradient before clipping; of the optimizer's step |
-| `learning_rate` | of the schedule, where it is known |
-| `updates/skipped` | steps so far whose loss or gradient was not finite: they moved nothing |
-| `perf/padding_fraction` | token slots that held no token |
-| `perf/tokens_per_second` | true prompt and response tokens |
-| `perf/mfu` | share of the chips' peak arithmetic, on the true tokens alone |
+- ``loss``: weighted mean of the rows' losses
+- ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins``: implicit rewards, nats
+- ``rewards/accuracies``: share of pairs with a positive margin
+- ``logps/chosen``, ``logps/rejected``: log-probabilities of whole responses
+- ``grad_norm``, ``update_norm``: of the gradient before clipping; of the optimizer's step
+- ``learning_rate``: of the schedule, where it is known
+- ``updates/skipped``: steps so far whose loss or gradient was not finite: they moved nothing
+- ``perf/padding_fraction``: token slots that held no token
+- ``perf/tokens_per_second``: true prompt and response tokens
+- ``perf/mfu``: share of the chips' peak arithmetic, on the true tokens alone
 
 A sink is a function ``(step, metrics) -> None``. Each run writes ``metrics.jsonl``, one object a
 line; TensorBoard and wandb join in where they are installed and asked for.
