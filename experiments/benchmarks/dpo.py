@@ -279,7 +279,10 @@ def _prepare(config: Config, work: Path) -> Task:
     )["train"]
     if data.responses != 2:
         raise InputError(f"{config.data}: {data.responses} responses to a prompt; pairs are wanted")
-    settings = {"token_budget": config.token_budget, "max_shapes": config.max_shapes}
+    settings: dict[str, Any] = {
+        "token_budget": config.token_budget,
+        "max_shapes": config.max_shapes,
+    }
     # A rectangle for each shape: attention then wastes least, which is what a CPU spends most on.
     layouts = packing.fit(data.lengths, **settings, rectangles=config.max_shapes)
     loader = PackedLoader(data.fetch, data.lengths, layouts=layouts, seed=0)

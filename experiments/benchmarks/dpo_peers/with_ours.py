@@ -115,13 +115,13 @@ def make(job: dict[str, Any]) -> Contender:
     optimizer = optimizers.adamw(job["learning_rate"])
     task = tasks.preference(loaded.model, sigmoid, kl_coef=kl_coef)
     live = "cache" in without
-    key, options = jax.random.key(0), {"ref_params": loaded.params if live else None}
+    key, ref_params = jax.random.key(0), loaded.params if live else None
 
     def fresh() -> tuple[state.TrainState, Any]:
         if mesh is None:
-            return state.init(key, loaded.params, optimizer, **options), None
+            return state.init(key, loaded.params, optimizer, ref_params=ref_params), None
         placed = partition.shardings(loaded.params, mesh)
-        return meshes.init(key, loaded.params, optimizer, shardings=placed, **options)
+        return meshes.init(key, loaded.params, optimizer, shardings=placed, ref_params=ref_params)
 
     step = make_step(dataclasses.replace(task, score=scores), optimizer, shardings=fresh()[1])
 
