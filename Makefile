@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # A module's tests stay on one worker, with its fixtures and compiled programs.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint types unit parity faults docs env clean
+.PHONY: demo test lint types unit parity slow faults docs env clean
 
 demo: env
 	$(BIN)/python -m experiments.quickstart
@@ -36,6 +36,10 @@ unit: env
 parity:
 	$(MAKE) env EXTRAS=test,parity
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m parity tests
+
+# Whole experiments and notebooks at their smallest.
+slow: env
+	KLRLHF_SLOW=1 $(BIN)/python -m pytest -n $(WORKERS) --dist load -m slow tests
 
 # Kills, damages and fuzzes by seed, the slow ones too: minutes.
 faults: env

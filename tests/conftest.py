@@ -35,6 +35,14 @@ settings.load_profile("klrlhf")
 DATA = Path(os.environ.get("KLRLHF_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
+def pytest_collection_modifyitems(items):
+    """Whole experiments and notebooks take minutes together: `make slow` runs them, and CI does."""
+    if os.environ.get("KLRLHF_SLOW") != "1":
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: make slow (KLRLHF_SLOW=1)"))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
     """Free the compiled programs of a module: a worker would hold gigabytes of them by the end."""

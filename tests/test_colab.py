@@ -35,6 +35,7 @@ def test_the_notebook_installs_the_library_and_has_a_badge(source):
     assert "jax-klrlhf @ git+https://" in text
 
 
+@pytest.mark.slow
 def test_the_source_runs_at_a_small_size(source, monkeypatch, capsys):
     monkeypatch.setenv("KLRLHF_SMALL", "1")
     try:

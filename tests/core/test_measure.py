@@ -60,7 +60,7 @@ def test_the_best_of_n_is_worth_its_law(world):
     found = measure.best_of_curve(reward, gold, ref, counts=(1, 2), context_prob=PROB)
     p = np.exp(ref)
     order = np.asarray(reward)
-    two = p * (p * (order[:, None] == order[:, :, None])).sum(-1)
+    two = p * (p[:, None] * (order[:, None] == order[:, :, None])).sum(-1)
     beats = np.einsum("xb,xab->xa", p, order[:, None] < order[:, :, None])
     two = two + 2 * p * beats
     np.testing.assert_allclose(found.gold, [PROB @ (q * gold).sum(-1) for q in (p, two)], rtol=1e-9)

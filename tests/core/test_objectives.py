@@ -160,6 +160,7 @@ CASES = {
     "mm_dpo": Case(
         on(objectives.mm_dpo, growth=0.5, rate=2.0),
         lambda c, r, eta: softplus(-eta * (1 + 0.5 * (1 - np.exp(-1.4))) * (c - r)),
+        normalized=True,  # of a pair whose rewards stay what they are
         shift_free=True,
     ),
     "exo": Case(
@@ -178,7 +179,6 @@ CASES = {
             + np.exp(-eta * (c - r) - softplus(-2 * eta * (c - r)))
         ),
         shift_free=True,
-        monotone=False,
     ),
     "nca": Case(
         on(onesided.nca),

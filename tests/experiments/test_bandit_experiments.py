@@ -125,6 +125,7 @@ def test_log_slope_of_a_power_law():
 # coverage
 
 
+@pytest.mark.slow
 def test_coverage(quick, tmp_path):
     config = dataclasses.replace(
         coverage.Config(smoke=True).resized(), smoke=False, output=tmp_path, seeds=4, rounds=2
@@ -305,6 +306,7 @@ def test_human_choices_refuses(choices, tmp_path):
 # the benchmark
 
 
+@pytest.mark.slow
 def test_benchmark(quick, tmp_path):
     config = benchmark.Config(smoke=True, output=tmp_path, turns=2)
     found = metrics_of(benchmark.main(config, console=QUIET))

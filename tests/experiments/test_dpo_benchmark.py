@@ -62,6 +62,7 @@ def _config(folder: Path, **settings) -> dpo.Config:
     )
 
 
+@pytest.mark.slow
 def test_ours_alone_says_how_to_add_the_peers_and_counts_useful_tokens(tmp_path):
     console = Console(record=True, width=200, quiet=False, file=open(tmp_path / "log", "w"))  # noqa: SIM115
     with console.file:

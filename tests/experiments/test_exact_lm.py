@@ -19,6 +19,7 @@ TINY = run.Config(
 )
 
 
+@pytest.mark.slow
 def test_a_run_leaves_results_and_a_figure(tmp_path):
     path = run.main(dataclasses.replace(TINY, output=tmp_path), console=Console(quiet=True))
     assert (tmp_path / "exact_lm.png").stat().st_size > 0

@@ -211,6 +211,7 @@ def test_a_run_cut_short_is_balanced_and_goes_on(finished, monkeypatch):
     assert reported == [len(kept)]
 
 
+@pytest.mark.slow
 def test_seeds_are_divided_over_processes(tmp_path, monkeypatch):
     rows = grammar.stories(60, seed=0)
     tokenizer = tokenize.train_tokenizer(
@@ -308,6 +309,7 @@ def test_shares_count_the_tokens_that_are_asked_for():
     np.testing.assert_allclose(found, [[[0.25, 0.5, 0], [1, 0, 0]], [[0, 0, 0], [0, 0, 0]]])
 
 
+@pytest.mark.slow
 def test_a_reward_model_can_be_the_proxy(place, tmp_path):
     config = dataclasses.replace(
         CONFIG, seeds=1, first_seed=3, proxy="reward-model", methods=("RSO",),

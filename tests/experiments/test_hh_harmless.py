@@ -67,6 +67,7 @@ def test_a_prompt_is_on_one_side_only(tmp_path):
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in test}
 
 
+@pytest.mark.slow
 def test_the_whole_run_leaves_results_and_a_figure(tmp_path):
     path = _write(tmp_path / "polite_words.jsonl", _records(60))
     config = run.Config(data=(path,), output=tmp_path / "out", smoke=True)

@@ -85,6 +85,7 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_run_the_whole_recipe_at_a_toy_size(place, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

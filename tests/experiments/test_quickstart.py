@@ -68,6 +68,7 @@ def test_the_embedded_default_leaves_results_figures_and_tables(tmp_path):
     assert (tmp_path / "out" / "practice.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_real_job_runs_on_the_real_model_and_the_real_choices(
     tmp_path, data_dir, stories_model
 ):

@@ -20,6 +20,7 @@ def metrics_of(path):
     return json.loads(path.read_text())["metrics"]
 
 
+@pytest.mark.slow
 def test_goodhart(tmp_path):
     found = metrics_of(goodhart.main(goodhart.Config(output=tmp_path, smoke=True), console=QUIET))
     assert (tmp_path / "goodhart.png").is_file()
@@ -59,6 +60,7 @@ def test_the_atlas_writes_what_it_measured_and_reads_other_results(tmp_path):
         atlas.main(config, console=QUIET)
 
 
+@pytest.mark.slow
 def test_pluralism(data_dir, tmp_path):
     config = pluralism.Config(choices_dir=data_dir / "choices", output=tmp_path, smoke=True)
     found = metrics_of(pluralism.main(config, console=QUIET))

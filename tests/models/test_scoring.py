@@ -148,7 +148,7 @@ def test_entropy_and_kl_are_the_sums_over_the_vocabulary():
             MODEL, params, prompts, responses, reference=(MODEL, REFERENCE), chunk=5
         )
     )(PARAMS)
-    expected = scoring.Scores(*(np.zeros((B, K, C)) for _ in range(3)))
+    expected = scoring.Scores(*(np.zeros((B, K, C)) for _ in range(4)))
     for b, k, prompt, response in rows(prompts, responses):
         if not response:
             continue
@@ -157,6 +157,7 @@ def test_entropy_and_kl_are_the_sums_over_the_vocabulary():
         expected.log_prob[b, k, at] = law[at, response]
         expected.entropy[b, k, at] = -(np.exp(law) * law).sum(-1)
         expected.kl[b, k, at] = (np.exp(law) * (law - ref)).sum(-1)
+        expected.ref_log_prob[b, k, at] = ref[at, response]
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), scores, expected)
     assert scoring.score(MODEL, PARAMS, prompts, responses).kl is None
 

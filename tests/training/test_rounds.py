@@ -149,7 +149,7 @@ def test_a_finished_run_is_read_and_not_run_again(tmp_path, offline, whole):
     assert again.computed == []
     same(again, whole)
     manifest = json.loads((tmp_path / "round-001" / "label.json").read_text())
-    assert set(manifest) == {"inputs", "content", "seconds", "metrics"}
+    assert set(manifest) == {"inputs", "content", "seconds", "metrics", "seal"}
     assert not [*tmp_path.rglob("*.tmp"), *tmp_path.rglob("fits")]
 
 

@@ -41,7 +41,8 @@ def run(folder: Path, count: int, *, order: tuple[int, ...] | None):
     belief = rounds.linear(world.counts, dim=world.VOCAB, ridge=1.0, radius=0.5, mesh=mesh)
     return rounds.iterate(
         jax.random.key(0), params, prompts=world.PROMPTS, rounds=count,
-        sampler=rounds.main_agent(draw), reward=belief, pair_rule=pairs.best_worst,
+        sampler=rounds.main_agent(draw), reward=belief,
+        pair_rule=pairs.otherwise(pairs.best_worst, pairs.sampled),
         oracle=oracle.expected(world.gold), output=folder,
         improve=rounds.pessimistic_dpo(world.MODEL, kl_coef=0.5, fitting=fitting, rows=8),
     )  # fmt: skip
