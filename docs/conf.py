@@ -65,7 +65,8 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
 }
-suppress_warnings = ["mystnb.unknown_mime_type"]
+# A short name in a docstring (`loss`, `Rows`) may be several objects: the first is linked.
+suppress_warnings = ["mystnb.unknown_mime_type", "ref.python"]
 
 
 def _notebooks() -> None:

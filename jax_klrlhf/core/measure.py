@@ -245,8 +245,8 @@ def calibration(
     r"""Expected calibration error of :math:`\sigma(|m|)`, over equal bins of [1/2, 1].
 
     ``label_prob`` is P(first preferred): a label, or the true probability for the exact error,
-    without the noise of labels. The weighted mean over pairs of |share right - confidence| of their
-    bin; a margin of 0 is right half the time. With drawn labels it is positive even for a
+    without the noise of labels. The weighted mean over pairs of the distance between share right
+    and confidence of their bin; a margin of 0 is right half the time. With drawn labels it is positive even for a
     calibrated model, by about sqrt(bins / pairs). Source: arXiv 1706.04599, eq. 3.
     """
     dtype = margin.dtype

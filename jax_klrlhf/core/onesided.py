@@ -5,14 +5,14 @@ population sees of an action only how often it wins: its win rate W against thos
 laws are laws of *win rates*, not of rewards, and they pin the level of x, which a margin leaves
 free: where the numbers named don't normalize, the policy is as near as it can be.
 
-============= ============================================= ==========================
-loss          of a winner, of a loser                       x at the minimum
-============= ============================================= ==========================
-:func:`nca`   -log s(x) - log s(-x)/2, -log s(-x)/2         log 2W
-:func:`bco`   -log s(x - d), -log s(d - x)                  d + log W/(1 - W)
-:func:`sppo`  (x - 1/2)^2, (x + 1/2)^2, over eta^2          W - 1/2
-:func:`apo_zero`, :func:`apo_down`                          none: at the edge
-============= ============================================= ==========================
+================ =========================================== ==========================
+loss             of a winner, of a loser                     x at the minimum
+================ =========================================== ==========================
+:func:`nca`      -log s(x) - log s(-x)/2, -log s(-x)/2       log 2W
+:func:`bco`      -log s(x - d), -log s(d - x)                d + log W/(1 - W)
+:func:`sppo`     (x - 1/2)^2, (x + 1/2)^2, over eta^2        W - 1/2
+:func:`apo_zero` :func:`apo_down` likewise                   none: at the edge
+================ =========================================== ==========================
 
 Axes: ``batch`` (free axes, one entry per pair), ``responses`` (chosen at 0, rejected at 1).
 """

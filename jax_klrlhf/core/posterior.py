@@ -133,7 +133,7 @@ def overseen(
 ) -> Float[Array, "*batch"]:
     r"""Value of deferring to one who errs: E[U sigma(U)], for one who lets U pass at rate sigma(U).
 
-    Against max(E U, 0): worse at a large |E U|, however large the variance was worth to an
+    Against max(E U, 0): worse at a large ``|E U|``, however large the variance was worth to an
     overseer without error.
     """
     return _expect(lambda u: u * jax.nn.sigmoid(u), mean, variance)

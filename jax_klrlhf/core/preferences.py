@@ -69,7 +69,7 @@ class PreferenceModel:
     parameters: Any = ()
     concave: bool = True
     """Whether log_prob is concave in the margin, with :func:`curvature` that changes by no more
-    than a factor exp(|change of the margin|): then Newton needs no line search."""
+    than a factor exp of the margin's change: then Newton needs no line search."""
     merges: bool = True
     """Whether labels of one pair may be averaged: up to what does not depend on the margin, the
     likelihood is linear in the label. With two outcomes it is. To Davidson a win and a loss say
