@@ -247,7 +247,8 @@ def calibration(
     ``label_prob`` is P(first preferred): a label, or the true probability for the exact error,
     without the noise of labels. The weighted mean over pairs of the distance between share right
     and confidence of their bin; a margin of 0 is right half the time. With drawn labels it is
-    positive even for a calibrated model, by about sqrt(bins / pairs). Source: arXiv 1706.04599, eq. 3.
+    positive even for a calibrated model, by about sqrt(bins / pairs).
+    Source: arXiv 1706.04599, eq. 3.
     """
     dtype = margin.dtype
     label_prob = label_prob.astype(dtype)
