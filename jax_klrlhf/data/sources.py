@@ -147,6 +147,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises :class:`InputError` naming the line that is not UTF-8, or too long to be one.
     """
     opened = gzip.open if path.suffix == ".gz" else open
+    _not_cut_to_nothing(path)
     number = 0
     try:
         with opened(path, "rb") as file:
@@ -174,7 +175,14 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         raise InputError(f"{path}: not readable ({error.strerror or error})") from error
 
 
+def _not_cut_to_nothing(path: Path) -> None:
+    """A gzip file of no bytes reads as an empty one, without a word from gzip."""
+    if path.suffix == ".gz" and path.is_file() and path.stat().st_size == 0:
+        raise InputError(f"{path}: not readable (it has no bytes): is it whole?")
+
+
 def _json(path: Path) -> Iterator[Record]:
+    _not_cut_to_nothing(path)
     if ".json" in path.suffixes and _begins_array(path):
         yield from _array(path)
         return

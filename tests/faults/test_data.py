@@ -261,3 +261,11 @@ def test_full_disk_is_one_line_and_leaves_nothing(tokenizer, tmp_path):
         signal.signal(signal.SIGXFSZ, old)
     assert found is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gzip_file_cut_to_nothing_is_refused(tmp_path):
+    """gzip reads it as an empty file, without a word."""
+    for name in ("a.json.gz", "a.jsonl.gz"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(InputError, match="no bytes"):
+            list(sources.open_source(str(tmp_path / name)).records())
