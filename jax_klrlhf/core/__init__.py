@@ -94,3 +94,5 @@ __all__ = [
     "uncertainty",
     "welfare",
 ]
+
+records.document(__name__)
