@@ -16,6 +16,7 @@ from jax_klrlhf.data import tokenize
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models import sampling, scoring, streaming
 from jax_klrlhf.programs import evaluate, generate, policies
+from jax_klrlhf.programs import run as runs
 from jax_klrlhf.training.rounds import known_text, oracle
 from jax_klrlhf.training.rounds.parts import Policies, ragged
 
@@ -138,7 +139,7 @@ def test_one_answer_is_streamed_in_the_chat_template(place, monkeypatch):
         return stream(key, model, params, prompt, **options)
 
     monkeypatch.setattr(streaming, "stream", watched)
-    monkeypatch.setattr(policies, "make_mesh", lambda sizes: None)
+    monkeypatch.setattr(runs, "mesh_of", lambda sizes: None)
     screen = io.StringIO()
     config = generate.GenerateConfig(
         models=(str(place / "ours"),), text=("a good dog",), chat=True, max_response_length=8

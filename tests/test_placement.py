@@ -7,7 +7,7 @@ from jax_klrlhf import placement
 from jax_klrlhf.data import batch, buckets
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.programs import run as runs
+from jax_klrlhf.programs import batches
 from jax_klrlhf.results import output_folder
 from jax_klrlhf.training import mesh as meshes
 
@@ -49,8 +49,8 @@ def test_every_process_takes_as_many_batches_of_prompts(count):
         )
         for h in range(4)
     ]  # fmt: skip
-    found = [runs.first_prompts(loader, count) for loader in hosts]
-    alone = runs.first_prompts(batch.Loader(fetch, lengths, shapes=shapes, seed=None), count)
+    found = [batches.first_prompts(loader, count) for loader in hosts]
+    alone = batches.first_prompts(batch.Loader(fetch, lengths, shapes=shapes, seed=None), count)
     seen = [len(hosts[0].piece(step).rows) for step in range(len(alone.batches))]
     assert sum(seen) >= count > sum(seen[:-1])
     assert {len(one.batches) for one in found} == {len(alone.batches)}

@@ -32,7 +32,7 @@ from jax_klrlhf.data.sources import open_source
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import pretrained
 from jax_klrlhf.models import reward as rewards
-from jax_klrlhf.programs import run as runs
+from jax_klrlhf.programs import batches as feeds
 from jax_klrlhf.programs import train as programs
 from jax_klrlhf.programs.config import DpoConfig, RewardConfig, SftConfig
 from jax_klrlhf.results import Metric
@@ -306,7 +306,7 @@ def _measure(
     )
 
     def batches() -> Any:
-        return runs.whole_epoch(loader)
+        return feeds.whole_epoch(loader)
 
     pi0 = models.load(place / "sft" / "model")
     policy = models.load(place / "dpo" / "model")
@@ -334,7 +334,7 @@ def _measure(
         jax.random.key(seed),
         policy.params,
         pi0.params,
-        runs.first_prompts(loader, config.kl_prompts).batches,
+        feeds.first_prompts(loader, config.kl_prompts).batches,
     )
 
 

@@ -39,6 +39,7 @@ from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import pretrained, scoring
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.programs import policies
+from jax_klrlhf.programs import run as runs
 from jax_klrlhf.programs.config import MeshSizes, check_seed, load_function, positive
 from jax_klrlhf.programs.gold import CLASSES, fit_sentiment
 from jax_klrlhf.programs.policies import Asked, Policy
@@ -116,7 +117,7 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> dict[str,
     names = {"policy": config.model, "reference": config.against}
     contexts = {name: policies.context_of(policies.folder_of(name)) for name in names.values()}
     config = policies.within_context(config, contexts, console)
-    mesh = policies.make_mesh(config.mesh)
+    mesh = runs.mesh_of(config.mesh)
     judge = make_judge(config.reward, config, mesh)
     found: dict[str, Said] = {}
     loaded: dict[str, Policy] = {}

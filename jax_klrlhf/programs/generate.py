@@ -16,6 +16,7 @@ from jax_klrlhf.data.examples import Columns, Example
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import streaming
 from jax_klrlhf.programs import policies
+from jax_klrlhf.programs import run as runs
 from jax_klrlhf.programs.config import MeshSizes, check_seed, flag, positive
 from jax_klrlhf.programs.policies import Asked, Policy, printable
 
@@ -111,7 +112,7 @@ def generate(config: GenerateConfig, *, console: Console | None = None) -> list[
     folders = {name: policies.folder_of(name) for name in config.models}
     contexts = {name: policies.context_of(folder) for name, folder in folders.items()}
     config = policies.within_context(config, contexts, console)
-    mesh = policies.make_mesh(config.mesh)
+    mesh = runs.mesh_of(config.mesh)
     load = lambda name: policies.load(name, dtype=config.dtype, stop=config.stop, mesh=mesh)  # noqa: E731
     key = jax.random.key(config.seed)
     if not config.text and config.prompts is None:

@@ -4,7 +4,6 @@ A run's folder holds ``config.json``, ``rounds/`` (every phase's result), ``metr
 for each round), ``results.json`` and ``model/``, the last policy as Hugging Face would have it.
 """
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -29,11 +28,10 @@ from jax_klrlhf.programs import iterate_parts as parts
 from jax_klrlhf.programs import run as runs
 from jax_klrlhf.programs.iterate_config import FREE, IterateConfig, check
 from jax_klrlhf.programs.iterate_parts import Place
-from jax_klrlhf.programs.policies import context_of, stop_of, within_context
-from jax_klrlhf.results import mean, output_folder, print_table, write_json, write_results
-from jax_klrlhf.training import mesh as meshes
+from jax_klrlhf.programs.policies import context_of, folder_of, stop_of, within_context
+from jax_klrlhf.results import mean, output_folder, print_table, write_results
 from jax_klrlhf.training import metrics as sinks
-from jax_klrlhf.training import processes, rounds
+from jax_klrlhf.training import rounds
 from jax_klrlhf.training import state as states
 from jax_klrlhf.training.metrics import Metrics
 from jax_klrlhf.training.rounds.compute import mapped
@@ -75,13 +73,13 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     """
     began, original = time.perf_counter(), config
     check(config)
-    mesh = _devices(config)
+    mesh = runs.devices(config)
     console = console or Console(quiet=not placement.leader())
     folder = output_folder(config.output)
     runs.hold(folder)
     _claim(config, folder)
     name = config.model
-    found = pretrained.find(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)
+    found = folder_of(name)
     tokenizer = pretrained.load_tokenizer(found)
     if tokenizer is None:
         raise InputError(f"{name}: the folder has no tokenizer, which prompts need.")
@@ -289,47 +287,18 @@ def _offline(
     return before.phase(0, "offline", collect, like=_COMPARISONS)[0]
 
 
-def _devices(config: IterateConfig) -> Any:
-    """Join the processes; the mesh over all devices, None for one."""
-    processes.join(**dataclasses.asdict(config.processes))
-    if jax.device_count() == 1:
-        return None
-    try:
-        return meshes.make(**dataclasses.asdict(config.mesh))
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
 def _claim(config: IterateConfig, folder: Path) -> None:
     """Write the configuration, or see that the one that is there is the same."""
-    path = folder / "config.json"
-    ours = {"command": "iterate", **finished.plain(config)}
-    if path.exists() and ((folder / "before").exists() or (folder / "rounds").exists()):
-        try:
-            theirs = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON ({error}); name another --output.") from None
-        if not isinstance(theirs, dict):
-            raise InputError(f"{path}: not the configuration of a run; name another --output.")
-        done = finished.read(folder)
-        rounds = 0 if done is None else done["config"].get("rounds", 0)
-        if config.setting != "offline" and config.rounds < rounds:
-            raise InputError(
-                f"{folder}: {rounds} rounds are done, --rounds asks for {config.rounds}; ask for "
-                "more, or name another --output."
-            )
-        for key in sorted(ours.keys() - FREE):
-            if theirs.get(key) != ours[key]:
-                raise InputError(
-                    f"{path}: this run was started with {key} {theirs.get(key)!r}, now it is "
-                    f"{ours[key]!r}; give the same to go on with it, or another --output."
-                )
-
-    def claim() -> None:
-        write_json(path, ours)
-        finished.unmark(folder)
-
-    placement.lead(claim)
+    done = finished.read(folder)
+    rounds = 0 if done is None else done["config"].get("rounds", 0)
+    if config.setting != "offline" and config.rounds < rounds:
+        raise InputError(
+            f"{folder}: {rounds} rounds are done, --rounds asks for {config.rounds}; ask for "
+            "more, or name another --output."
+        )
+    begun = (folder / "before").exists() or (folder / "rounds").exists()
+    runs.claim(folder, "iterate", config, free=FREE, begun=begun)
+    placement.lead(lambda: finished.unmark(folder))
 
 
 def _read(config: IterateConfig, encoder: tokenize.Encoder) -> Data:

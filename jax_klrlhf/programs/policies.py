@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -23,7 +22,6 @@ from jax_klrlhf.models import pretrained, stopping
 from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.programs.config import default_of
 from jax_klrlhf.programs.iterate_parts import read_examples
-from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds.parts import ragged
 
@@ -116,16 +114,6 @@ def load(name: str, *, dtype: str, stop: Sequence[str] | None, mesh: Mesh | None
     kind = jnp.dtype(dtype)
     loaded = models.load(folder, mesh=mesh, param_dtype=kind, dtype=kind)
     return Policy(name, loaded, tokenize.encoder(tokenizer), stop_of(stop, tokenizer, folder))
-
-
-def make_mesh(sizes: Any) -> Mesh | None:
-    """The mesh over all devices, None for one."""
-    if jax.device_count() == 1:
-        return None
-    try:
-        return meshes.make(**dataclasses.asdict(sizes))
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
 
 def read_prompts(source: str, config: Any, *, count: int | None) -> list[Asked]:

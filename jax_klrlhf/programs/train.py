@@ -17,9 +17,12 @@ from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import lora, partition, pretrained
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models.config import ModelConfig
+from jax_klrlhf.programs import batches
 from jax_klrlhf.programs import config as configs
 from jax_klrlhf.programs import run as runs
 from jax_klrlhf.programs.config import Adapter, DpoConfig, RewardConfig, SftConfig, objective
+from jax_klrlhf.programs.fit import fit
+from jax_klrlhf.programs.splits import Splits, open_data
 from jax_klrlhf.training import evaluate as evaluation
 from jax_klrlhf.training import reference, state, tasks
 from jax_klrlhf.training.state import TrainState
@@ -44,7 +47,7 @@ def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
     run = runs.begin(config, "dpo", console)
     options = runs.optional(config, frozen=config.lora.rank > 0)
     loaded = models.load(config.model, mesh=run.mesh, **options)
-    splits = runs.open_data(run, loaded, needs=check.pairs)
+    splits = open_data(run, loaded, needs=check.pairs)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     model, params, adapter = _adapted(key, loaded, config.lora)
     pi0 = {"base": loaded.params, "lora": {}} if adapter else loaded.params
@@ -71,12 +74,12 @@ def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
         more = _divergence(run, model, splits, stop, kept=kept, adapted=bool(adapter))
     whole, generation = loaded.config, loaded.generation
     del loaded, pi0
-    final = runs.fit(
+    final = fit(
         run,
         task,
         params,
         splits,
-        runs.pairs,
+        batches.pairs,
         tables=tables,
         trainable=_is_adapter if adapter else None,
         live=live,
@@ -105,18 +108,18 @@ def sft(config: SftConfig, *, console: Console | None = None) -> TrainState:
     else:
         options = runs.optional(config, frozen=config.lora.rank > 0)
         loaded = models.load(config.model, mesh=run.mesh, **options)
-    splits = runs.open_data(run, loaded, needs=check.responses)
+    splits = open_data(run, loaded, needs=check.responses)
     model, params, adapter = _adapted(key, loaded, config.lora)
     task = tasks.likelihood(model, chunk=runs.chunk(run, model))
     whole, generation = loaded.config, loaded.generation
     del loaded
-    final = runs.fit(
+    final = fit(
         run,
         task,
         params,
         splits,
-        runs.firsts,
-        picked=runs.best,
+        batches.firsts,
+        picked=batches.best,
         trainable=_is_adapter if adapter else None,
     )
     _save(run, whole, final.policy, splits, adapter, generation)
@@ -135,7 +138,7 @@ def reward(config: RewardConfig, *, console: Console | None = None) -> TrainStat
     """
     run = runs.begin(config, "reward", console)
     loaded = models.load(config.model, mesh=run.mesh, **runs.optional(config))
-    splits = runs.open_data(run, loaded, needs=check.pairs)
+    splits = open_data(run, loaded, needs=check.pairs)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     params = rewards.RewardParams(
         loaded.params, rewards.init_head(key, dim=loaded.config.hidden_size)
@@ -147,7 +150,7 @@ def reward(config: RewardConfig, *, console: Console | None = None) -> TrainStat
     )
     whole = loaded.config
     del loaded
-    final = runs.fit(run, task, params, splits, runs.pairs)
+    final = fit(run, task, params, splits, batches.pairs)
     rewards.save(run.folder / "model", whole, final.policy, splits.encoder.tokenizer)
     runs.close(run, "model")
     return final
@@ -215,7 +218,7 @@ def _reference_table(run: runs.Run, model: Any, pi0: Any, data: Prepared, name: 
     table = reference.tabulate(
         model,
         pi0,
-        runs.whole_epoch(runs.loader(run, data, seed=None)),
+        batches.whole_epoch(batches.loader(run, data, seed=None)),
         rows=len(data),
         responses=data.responses,
         compute_dtype=run.compute_dtype,
@@ -229,7 +232,7 @@ def _reference_table(run: runs.Run, model: Any, pi0: Any, data: Prepared, name: 
 def _divergence(
     run: runs.Run,
     model: Any,
-    splits: runs.Splits,
+    splits: Splits,
     stop: tuple[int, ...],
     *,
     kept: Callable[[], Any] | None,
@@ -241,8 +244,8 @@ def _divergence(
     """
     config: DpoConfig = run.config
     assert splits.held_out is not None
-    loaded = runs.loader(run, splits.held_out, seed=None)
-    prompts = runs.first_prompts(loaded, config.kl_prompts)
+    loaded = batches.loader(run, splits.held_out, seed=None)
+    prompts = batches.first_prompts(loaded, config.kl_prompts)
     room = model.max_length - prompts.longest
     tokens = min(config.max_response_length, room)
     if tokens < 1:
@@ -277,7 +280,7 @@ def _save(
     run: runs.Run,
     whole: ModelConfig,
     params: Any,
-    splits: runs.Splits,
+    splits: Splits,
     adapter: lora.Lora | None,
     generation: Mapping[str, Any] | None,
 ) -> None:

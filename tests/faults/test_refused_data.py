@@ -17,8 +17,7 @@ from rich.console import Console
 from jax_klrlhf import cli, models
 from jax_klrlhf.data import check, prepare, rows, tokenize
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.programs import SftConfig, sft
-from jax_klrlhf.programs import run as runs
+from jax_klrlhf.programs import SftConfig, sft, train
 from jax_klrlhf.training import loop, reference
 
 CONTEXT = 48
@@ -217,7 +216,7 @@ def test_a_program_says_what_it_cut_and_what_contradicts_itself(tiny, tmp_path, 
     def stop(*args, **kwargs):
         raise InputError("enough")
 
-    monkeypatch.setattr(runs, "fit", stop)
+    monkeypatch.setattr(train, "fit", stop)
     one = {"prompt": "which? ", "chosen": "this", "rejected": "that"}
     other = {"prompt": "which? ", "chosen": "that", "rejected": "this"}
     records = [*pairs(6), one, other, *pairs(1, prompt="word " * 60)]

@@ -12,8 +12,8 @@ from rich.console import Console
 from jax_klrlhf.data.prepare import Prepared
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import scoring
+from jax_klrlhf.programs import batches, train
 from jax_klrlhf.programs import run as runs
-from jax_klrlhf.programs import train
 from jax_klrlhf.training import reference
 from jax_klrlhf.training.rounds import Policies, improve
 from jax_klrlhf.training.rounds.fitting import deal
@@ -45,7 +45,7 @@ def test_a_rounds_reference_is_the_situations_not_the_policy_that_answered():
 
 def test_the_pair_of_several_responses_is_the_best_and_the_worst():
     lengths = np.array([[3, 2, 1, 0], [2, 0, 0, 0], [1, 1, 1, 1], [4, 4, 0, 0], [0, 0, 0, 0]])
-    assert runs.best_and_worst(lengths).tolist() == [[0, 2], [0, 0], [0, 3], [0, 1], [0, 0]]
+    assert batches.best_and_worst(lengths).tolist() == [[0, 2], [0, 0], [0, 3], [0, 1], [0, 0]]
 
 
 def test_a_table_is_computed_in_the_steps_type():
@@ -70,8 +70,8 @@ def test_a_cache_of_another_type_is_refused(tmp_path, monkeypatch):
     data.__len__.return_value = 3
     recipe = {"tokenizer": "t", "max_prompt_length": 8, "max_response_length": 8}
     data.configure_mock(split="train", manifest={"recipe": recipe}, fingerprint="d", responses=2)
-    for name in ("loader", "whole_epoch", "chunk"):
-        monkeypatch.setattr(runs, name, lambda *given, **settings: 1)
+    for module, name in ((batches, "loader"), (batches, "whole_epoch"), (runs, "chunk")):
+        monkeypatch.setattr(module, name, lambda *given, **settings: 1)
     table = np.arange(6, dtype=np.float32).reshape(3, 2)
     monkeypatch.setattr(reference, "tabulate", lambda *given, **settings: table)
 

@@ -27,8 +27,8 @@ from jax_klrlhf.data.buckets import Shape
 from jax_klrlhf.data.packing import Layout, collate_streams
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.models import attention, partition, scoring
-from jax_klrlhf.programs.run import packed as as_packed
-from jax_klrlhf.programs.run import pairs as as_pairs
+from jax_klrlhf.programs.batches import packed as as_packed
+from jax_klrlhf.programs.batches import pairs as as_pairs
 from jax_klrlhf.training import loop, make_step, optimizers, reference, state, tasks
 from jax_klrlhf.training import mesh as meshes
 
