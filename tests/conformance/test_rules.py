@@ -98,13 +98,15 @@ def agree(first, second, valid, sets, rule, *, samples=None):
     return True
 
 
-def check(name, first, second, valid, sets, *, samples=None):
+def agreement(name, first, second, valid, sets, *, samples=None):
+    """Whether pairs agree with the rule's law, and whether with the wrong one beside it."""
     found = [np.asarray(x) for x in (first, second, valid)]
     law = ON_DRAWS.get(name, RULES[name][1]) if samples else RULES[name][1]
-    assert agree(*found, sets, law, samples=samples)
+    ours, wrong = agree(*found, sets, law, samples=samples), False
     # Draws come in no order to begin with: only what is listed tells whether one was made.
     if name in CONTROLS and not (name == "first_round" and samples):
-        assert not agree(*found, sets, CONTROLS[name], samples=samples)
+        wrong = agree(*found, sets, CONTROLS[name], samples=samples)
+    return ours, wrong
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -115,7 +117,8 @@ def test_on_the_bandit(name, samples):
     asked = worlds.ask(learner, jax.random.key(1))
     # Where the rule makes no pair an action stands against itself.
     first, second = asked
-    check(name, first, second, first != second, worlds.bandit_sets(), samples=samples)
+    pair = first, second, first != second
+    assert agreement(name, *pair, worlds.bandit_sets(), samples=samples) == (True, False)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -124,7 +127,8 @@ def test_on_the_exact_language_bandit(language, name):
     pair = jax.jit(RULES[name][0])(jax.random.key(2), worlds.rows_of(language.listed))
     if pair.first.ndim == 2:  # one of several, as the bandit takes it
         pair = bandit.rules.one_match(jax.random.key(3), pair)
-    check(name, pair.first, pair.second, pair.valid, language.sets)
+    found = agreement(name, pair.first, pair.second, pair.valid, language.sets)
+    assert found == (True, False)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -138,7 +142,8 @@ def test_on_responses_that_a_model_drew(language, responses, name):
         first, second, valid = bandit.rules.one_match(jax.random.key(5), wide)
     first, second, valid = (np.asarray(x).reshape(len(number)) for x in (first, second, valid))
     rows = np.arange(len(number))
-    check(name, number[rows, first], number[rows, second], valid, language.sets, samples=SAMPLES)
+    pair = number[rows, first], number[rows, second], valid
+    assert agreement(name, *pair, language.sets, samples=SAMPLES) == (True, False)
 
 
 # --- the enhancer

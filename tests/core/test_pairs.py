@@ -128,14 +128,24 @@ def test_ties_are_broken_uniformly():
     assert not second.valid.any()  # its two best are equal
 
 
-def test_a_key_is_used_once(monkeypatch):
+def test_a_key_is_used_once():
     """Every draw inside a rule has a key of its own; all rules, with JAX's own checker."""
+
+    def careless(key, choices):
+        return [rule(key, choices) for rule in (pairs.sampled, pairs.sampled)]
+
     given = choice_set(jnp.array([0.3, 0.1, 0.2, 0.0, 0.5]), None, jnp.array(PHI, "float32"))
     several = {**RULES, "first_round": pairs.first_round, "tournament": pairs.tournament}
     several["fallback"] = pairs.otherwise(pairs.best_worst, pairs.sampled)
+    several["careless"] = careless
+    reused = []
     with jax.debug_key_reuse(True):
-        for rule in several.values():
-            jax.jit(rule)(jax.random.key(1), given)
+        for name, rule in several.items():
+            try:
+                jax.jit(rule)(jax.random.key(1), given)
+            except jax.errors.KeyReuseError:
+                reused.append(name)
+    assert reused == ["careless"]
 
 
 def test_the_orders_of_a_bracket_and_its_matches_are_independent():

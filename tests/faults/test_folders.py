@@ -68,7 +68,8 @@ def test_stale_lock_with_our_own_process_number_does_not_block(tmp_path):
     # In a container every start has the same number.
     (tmp_path / ".lock").write_text(f'{{"process": {os.getpid()}}}')
     with folders.locked(tmp_path):
-        pass
+        assert '"since"' in (tmp_path / ".lock").read_text()  # held anew
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_process_is_refused_too_and_other_names_are_other_locks(tmp_path):
@@ -105,15 +106,17 @@ import os
 context = folders.locked({str(tmp_path)!r})
 context.__enter__()
 if os.fork() == 0:
+    print("ready", flush=True)  # the child says so: it has let go by then
     os.close(1)
     time.sleep(20)
     os._exit(0)
-print("ready", flush=True)
 time.sleep(60)
 """
-    kill(other(code))
+    parent = other(code)
+    kill(parent)
     with folders.locked(tmp_path):
-        pass
+        assert f'"process": {os.getpid()}' in (tmp_path / ".lock").read_text()
+    assert parent.returncode == -signal.SIGKILL
 
 
 def test_place_that_cannot_be_held_is_named(tmp_path):

@@ -50,11 +50,11 @@ def folder(whole, tmp_path):
     )
 
 
-def refused(folder, words, *, by=models.load):
+def refusal(folder, *, by=models.load):
+    """The one line with which a folder is refused."""
     with pytest.raises(InputError) as error:
         by(folder)
     text = str(error.value)
-    assert words in text, text
     assert "\n" not in text
     assert len(text) < 700
     return text
@@ -92,7 +92,9 @@ def test_settings_that_are_none(folder, name, content, words):
         return  # Without generation_config.json nothing is amiss.
     else:
         (folder / name).write_bytes(content)
-    assert refused(folder, words).startswith(str(folder / name))
+    said = refusal(folder)
+    assert words in said
+    assert said.startswith(str(folder / name))
 
 
 def test_tensors_that_are_no_weights(folder, whole):
@@ -118,7 +120,7 @@ def test_tensors_that_are_no_weights(folder, whole):
     good = (folder / WEIGHTS).read_bytes()
     for name, value, words in cases:
         retold(folder, put(name, value))
-        refused(folder, words)
+        assert words in refusal(folder)
         (folder / WEIGHTS).write_bytes(good)
     # What other programs leave beside the weights, and both ends of a tie: the same model.
     table = safetensors.numpy.load_file(folder / WEIGHTS)["model.embed_tokens.weight"]
@@ -135,7 +137,7 @@ def test_nothing_is_read_before_every_name_and_shape_was_seen(folder):
         tensors["zzz"] = np.ones(3, np.float32)
 
     retold(folder, change)
-    refused(folder, "tensor zzz is read by nothing")
+    assert "tensor zzz is read by nothing" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_nothing_is_read_before_every_name_and_shape_was_seen(folder):
 def test_an_index_that_does_not_hold(folder, weight_map, words):
     shutil.copy(folder / WEIGHTS, folder.parent / "secret.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    refused(folder, words)
+    assert words in refusal(folder)
 
 
 def test_more_layers_than_there_are(folder):
@@ -165,7 +167,7 @@ def test_more_layers_than_there_are(folder):
     for layers, words in ((3, "model.layers.2."), (10**9, "at most 4096")):
         settings["num_hidden_layers"] = layers
         (folder / "config.json").write_text(json.dumps(settings))
-        refused(folder, words)
+        assert words in refusal(folder)
 
 
 def test_tokenizers_that_are_none(folder, tmp_path):
@@ -175,19 +177,19 @@ def test_tokenizers_that_are_none(folder, tmp_path):
     good = (folder / "tokenizer.json").read_bytes()
     for bad in (good[: len(good) // 2], b"", b"[]", b"null", b"\xff\xfe", b'{"model": {}}'):
         (folder / "tokenizer.json").write_bytes(bad)
-        refused(folder, "its tokenizer cannot be read")
+        assert "its tokenizer cannot be read" in refusal(folder)
     (folder / "tokenizer.json").write_bytes(good)
     (folder / "tokenizer_config.json").write_text("[]")
-    refused(folder, "tokenizer_config.json: holds a list")
+    assert "tokenizer_config.json: holds a list" in refusal(folder)
     (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "a.B"}}')
-    refused(folder, "auto_map names a tokenizer's own code, which is never run")
+    assert "auto_map names a tokenizer's own code, which is never run" in refusal(folder)
 
 
 def test_a_reward_head_that_is_none(whole, tmp_path):
     params = rewards.RewardParams(whole[1], jnp.ones(8))
     folder = rewards.save(tmp_path / "reward", CONFIG, params)
     assert rewards.load(folder).params.head.shape == (8,)
-    refused(folder, "score.weight is read by nothing")  # No policy.
+    assert "score.weight is read by nothing" in refusal(folder)  # No policy.
     for head, words in (
         (np.full((1, 8), np.nan, np.float32), "not finite"),
         (np.ones((1, 7), np.float32), "asks for [1, 8]"),
@@ -196,7 +198,7 @@ def test_a_reward_head_that_is_none(whole, tmp_path):
         (np.ones((1, 8), np.int32), "is of type I32"),
     ):
         retold(folder, lambda tensors, head=head: tensors.update({"score.weight": head}))
-        refused(folder, words, by=rewards.load)
+        assert words in refusal(folder, by=rewards.load)
 
 
 def test_names_with_markup_in_them_are_shown_as_they_are(whole, tmp_path):
@@ -204,7 +206,9 @@ def test_names_with_markup_in_them_are_shown_as_they_are(whole, tmp_path):
     shutil.copytree(whole[0], folder)
     jax.tree.map(np.testing.assert_array_equal, models.load(folder).params, whole[1])
     (folder / "config.json").write_text("[]")
-    assert refused(folder, "holds a list").startswith(str(folder))
+    said = refusal(folder)
+    assert "holds a list" in said
+    assert said.startswith(str(folder))
 
 
 def test_left_overs_of_killed_saves_go_with_the_next(whole, tmp_path):

@@ -130,7 +130,7 @@ def test_an_undamaged_checkpoint_is_taken(saved, tmp_path):
 def test_a_damaged_newest_checkpoint_is_as_written_or_left_for_the_one_before(
     seed, saved, tmp_path
 ):
-    broken(saved, tmp_path / "run", seed)
+    assert broken(saved, tmp_path / "run", seed) in ("as if nothing had happened", "fell back")
 
 
 @slow
