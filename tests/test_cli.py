@@ -15,6 +15,7 @@ from jax_klrlhf import cli, models
 from jax_klrlhf.core.objectives import Scores
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.errors import InputError
+from jax_klrlhf.models import lora
 from jax_klrlhf.programs import DpoConfig
 from jax_klrlhf.programs import config as configs
 
@@ -271,12 +272,23 @@ def test_lora_with_the_base_as_reference(tiny, pairs, tmp_path):
     tensors = safetensors.numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert any(np.abs(value).max() > 0 for name, value in tensors.items() if "lora_B" in name)
     assert "eval/sigmoid/kl/ref" not in results(tmp_path)["metrics"]
+    # The whole model beside it is the base with the adapter in it, and opens like any other.
+    merged, base = models.load(tmp_path / "model"), models.load(tiny)
+    facts, adapter = lora.load(tmp_path / "adapter", base.config)
+    want = lora.merge({"base": base.params, "lora": adapter}, facts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged.params, want)
+    assert any(
+        np.abs(a - b).max() > 1e-4
+        for a, b in zip(jax.tree.leaves(merged.params), jax.tree.leaves(base.params), strict=True)
+    )
 
 
 def test_dpo_in_streams_without_padding(dpo_run, tiny, pairs, tmp_path):
     output = tmp_path / "packed"
     arguments = options(tiny, pairs, output, **{"layout": "packed", "kl-prompts": 0})
-    assert cli.main(["dpo", *arguments, "--lora.rank", "2"]) == 0
+    assert cli.main(["dpo", *arguments, "--lora.rank", "2", "--lora.no-merged"]) == 0
+    assert (output / "adapter").is_dir()
+    assert not (output / "model").exists()
     rows = history(output)
     # The cached reference was scored in padded batches: the policy begins at it all the same.
     assert abs(rows[0]["loss"] - np.log(2)) < 0.1

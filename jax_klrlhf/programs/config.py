@@ -134,6 +134,9 @@ class Adapter:
     """0 trains all parameters."""
     alpha: float = 16.0
     targets: tuple[str, ...] = ("query", "key", "value", "out", "up", "gate", "down")
+    merged: bool = True
+    """Beside the adapter, write the whole model with the adapter in it: what every other command
+    and transformers open."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ from jax_klrlhf.training.state import TrainState
 def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
     """Train a policy on preferences against the model it starts from.
 
-    Leaves the policy in ``output/model`` (the adapter in ``output/adapter`` with LoRA).
+    Leaves the policy in ``output/model``; with LoRA the adapter in ``output/adapter`` too.
 
     Raises:
         InputError: naming what is wrong with configuration, model or data.
@@ -95,7 +95,7 @@ def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
 def sft(config: SftConfig, *, console: Console | None = None) -> TrainState:
     """Train a model on the first response of each row by maximum likelihood.
 
-    Leaves the model in ``output/model`` (the adapter in ``output/adapter`` with LoRA).
+    Leaves the model in ``output/model``; with LoRA the adapter in ``output/adapter`` too.
 
     Raises:
         InputError: naming what is wrong with configuration, model or data.
@@ -284,12 +284,14 @@ def _save(
     adapter: lora.Lora | None,
     generation: Mapping[str, Any] | None,
 ) -> None:
-    if adapter is None:
-        models.save(
-            run.folder / "model", whole, params, splits.encoder.tokenizer, generation=generation
-        )
-        runs.close(run, "model")
-    else:
+    if adapter is not None:
         base = str(Path(run.config.model).expanduser())
         lora.save(run.folder / "adapter", whole, adapter, params["lora"], base=base)
-        runs.close(run, "adapter")
+        if not run.config.lora.merged:
+            runs.close(run, "adapter")
+            return
+        params = jax.jit(lora.merge)(params, adapter)
+    models.save(
+        run.folder / "model", whole, params, splits.encoder.tokenizer, generation=generation
+    )
+    runs.close(run, "model")
