@@ -1,0 +1,111 @@
+"""What the documentation says to type can be typed: commands parse, names exist, snippets run."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jax_klrlhf import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").glob("[!_agt]*/*.md")),
+    *sorted((ROOT / "experiments").glob("*/README.md")),
+]
+
+
+def _commands():
+    """Page, line and text of every ``klrlhf`` line, continuation lines joined, comments cut."""
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        for number, line in enumerate(text.splitlines(), 1):
+            found = re.match(r"(?: {4}|\$ )(?:\S+=\S+ )*(?:klrlhf|python -m jax_klrlhf) (.+)", line)
+            if found:
+                yield page, number, found[1]
+
+
+def _names():
+    """Page and dotted path of every role that links to an object of the library."""
+    for page in PAGES:
+        for path in re.findall(r"\{(?:mod|class|func|meth|data)\}`~?([\w.]+)`", page.read_text()):
+            yield page, path
+
+
+def _snippets():
+    for page in sorted((ROOT / "docs" / "howto").glob("*.md")):
+        source = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+        if source:
+            yield page, source
+
+
+def _label(value):
+    return value.name if isinstance(value, Path) else None
+
+
+COMMANDS, NAMES, SNIPPETS = list(_commands()), sorted(set(_names())), list(_snippets())
+
+
+def test_all_were_found():
+    pages = {page.name for page, _, _ in COMMANDS}
+    assert pages >= {"README.md", "data.md", "lora.md", "plan.md", "pods.md", "five_minutes.md"}
+    assert {"pods.md", "objective.md"} <= {page.name for page, _ in NAMES}
+    assert {"loss.md", "learner.md", "lora.md"} <= {page.name for page, _ in SNIPPETS}
+
+
+@pytest.mark.parametrize(("page", "number", "line"), COMMANDS, ids=_label)
+def test_a_command_parses(page, number, line, capsys):
+    name, *arguments = shlex.split(line, comments=True)
+    arguments = [word for word in arguments if word not in ("...", "[...]")]
+    if name.startswith("-"):
+        assert cli.main([name]) == 0
+        return
+    assert name in cli.COMMANDS, f"{page.name}, line {number}: no command {name!r}"
+    if "..." in line:  # what the reader fills in may be required
+        arguments += _required(name, arguments)
+    status = 0
+    try:
+        cli.parse(name, arguments)
+    except SystemExit as stop:
+        status = stop.code
+    shown = capsys.readouterr()
+    assert status == 0, f"{page.name}, line {number}: {line}\n{shown.out}{shown.err}"
+
+
+def _required(name: str, given: list[str]) -> list[str]:
+    asked = {
+        "dpo": ("model", "data", "output"),
+        "sft": ("model", "data", "output"),
+        "reward": ("model", "data", "output"),
+        "data": ("model", "data"),
+        "iterate": ("model", "prompts", "reward", "output"),
+        "plan": ("model",),
+    }.get(name, ())
+    return [word for option in asked if f"--{option}" not in given for word in (f"--{option}", "x")]
+
+
+@pytest.mark.parametrize(("page", "path"), NAMES, ids=_label)
+def test_a_name_exists(page, path):
+    parts = path.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[cut:]:
+            assert hasattr(value, part), f"{page.name}: {path} has no {part}"
+            value = getattr(value, part)
+        return
+    pytest.fail(f"{page.name}: there is no {path}")
+
+
+@pytest.mark.parametrize(("page", "source"), SNIPPETS, ids=_label)
+def test_a_snippet_runs(page, source):
+    if "..." in source:
+        pytest.skip("an outline: the reader fills it in")
+    scope: dict = {}
+    exec(compile(source, page.name, "exec"), scope)
+    assert set(scope) - {"__builtins__"}
