@@ -36,7 +36,7 @@ DATA = Path(os.environ.get("KLRLHF_DATA", Path(__file__).resolve().parents[2] / 
 
 
 def pytest_collection_modifyitems(items):
-    """Whole experiments and notebooks take minutes together: `make slow` runs them, and CI does."""
+    """Whole experiments, notebooks, and what takes half a minute each: `make slow`, and so CI."""
     if os.environ.get("KLRLHF_SLOW") != "1":
         for item in items:
             if item.get_closest_marker("slow"):

@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import jax
 from jax.sharding import AxisType, PartitionSpec
@@ -33,6 +35,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_sixty_four_seeds_a_device_do_not_wait_for_ever():
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}

@@ -38,6 +38,7 @@ def _run(folder: Path, **settings) -> tuple[dict, str]:
     return json.loads(path.read_text()), console.export_text()
 
 
+@pytest.mark.slow
 def test_the_embedded_default_leaves_results_figures_and_tables(tmp_path):
     found, text = _run(tmp_path, theory=THEORY, practice=PRACTICE)
     metrics = found["metrics"]
