@@ -49,6 +49,9 @@ COMMANDS = {
         "rounds of sample, compare, fit",
         run=True,
     ),
+    "label": Command(
+        "jax_klrlhf.label.program", "LabelConfig", "label", "a page on which people compare answers"
+    ),
     "plan": Command("jax_klrlhf.plan", "PlanConfig", "main", "will it fit on a TPU slice?"),
     "reward": Command(_PROGRAMS, "RewardConfig", "reward", "train a reward model", run=True),
     "sft": Command(_PROGRAMS, "SftConfig", "sft", "train on demonstrations", run=True),

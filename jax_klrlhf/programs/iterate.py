@@ -151,7 +151,7 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
         sampler=sampler,
         reward=belief,
         pair_rule=parts.make_pair_rule(config),
-        oracle=parts.make_oracle(config, judge, known),
+        oracle=parts.make_oracle(place, judge, known),
         improve=improve if measure is None else _measured(improve, measure),
         rounds=0 if config.setting == "offline" else config.rounds,
         reference=getattr(rounds, config.reference),
@@ -269,7 +269,7 @@ def _offline(
     """Random pairs of pi0's responses, labelled; from disk where they are there."""
     config = place.config
     count = config.offline_prompts or len(prompts.lengths)
-    oracle = parts.make_oracle(config, judge, None)
+    oracle = parts.make_oracle(place, judge, None)
 
     def collect() -> tuple[Comparisons, Metrics]:
         place.console.print(f"{count} pairs of pi0's responses", highlight=False)

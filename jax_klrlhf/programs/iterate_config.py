@@ -23,7 +23,8 @@ from jax_klrlhf.training import defaults
 
 @dataclass(frozen=True, kw_only=True)
 class Annotator:
-    """Who labels pairs: Bradley-Terry on --reward. Recorded labels are taken as they are."""
+    """Who labels pairs: Bradley-Terry on --reward, or people. Recorded labels are taken as they
+    are."""
 
     labels: Literal["drawn", "expected"] = "drawn"
     """A preference drawn for each pair, or its probability as a soft label."""
@@ -33,6 +34,10 @@ class Annotator:
     """Rate at which a label is swapped."""
     tie: float = 0.0
     """Width of a tie in nats of reward, of drawn labels."""
+    folder: Path | None = None
+    """people: where pairs wait for them; by default OUTPUT/labels."""
+    each: int = 1
+    """people: how many are asked of each pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +179,8 @@ class IterateConfig:
     """What the annotator has in mind: folder or hub id of a reward model, or a folder with
     positive.txt and negative.txt (one sentence a line), on which one is fitted; or module:function
     of your own, reward(prompts, texts) with a number for each text; or the word `recorded`: the
-    labels of --data, among whose responses pairs are then chosen."""
+    labels of --data, among whose responses pairs are then chosen; or the word `human`: people, on
+    the page of `klrlhf label --output OUTPUT/labels`, for whom the run waits."""
     output: Path
     """Folder of the run. A run that was cut off goes on from it."""
     prompts: str | None = None
@@ -258,6 +264,11 @@ class IterateConfig:
         return self.reward == "recorded"
 
     @property
+    def human(self) -> bool:
+        """Whether people label."""
+        return self.reward == "human"
+
+    @property
     def draws(self) -> bool:
         """Whether the improvement draws responses of its own."""
         return self.improve.method in (*REJECTION, "weighted")
@@ -311,8 +322,9 @@ _READ: Mapping[str, tuple[str, Sequence[Any]]] = {
 _POSITIVE = (
     "samples", "temperature", "top_k", "kl_coef", "rows", "eval_samples", "best_of",
     "prompts_per_round", "offline_prompts", "max_prompt_length", "max_response_length",
-    "annotator.scale", "belief.members", "belief.steps", "belief.learning_rate", "belief.ridge",
-    "belief.radius", "belief.bound", "pairs.temperature", "pairs.samples", "improve.chain",
+    "annotator.scale", "annotator.each", "belief.members", "belief.steps", "belief.learning_rate",
+    "belief.ridge", "belief.radius", "belief.bound", "pairs.temperature", "pairs.samples",
+    "improve.chain",
     "improve.proposals", "improve.keep", "fit.steps", "fit.batch_size", "fit.micro_batches",
     "fit.learning_rate", "fit.save_every", "fit.log_every", "fit.clip",
     "fit.max_skipped",
@@ -405,6 +417,7 @@ def _check_sources(config: IterateConfig) -> None:
         raise InputError("--prompts is missing: a file of prompts to answer (or --data).")
     if config.data is not None and config.offline_prompts is not None:
         raise InputError("--offline-prompts: there is --data already; leave one of them out.")
+    _check_annotator(config)
     if not config.recorded:
         return
     if config.data is None:
@@ -424,11 +437,25 @@ def _check_sources(config: IterateConfig) -> None:
     for name in ("temperature", "top_k", "top_p"):
         if not config.draws and _value(config, name) != _default(name):
             raise InputError(f"{flag(name)}: recorded responses are not sampled; leave it out.")
+
+
+def _check_annotator(config: IterateConfig) -> None:
+    """Options of labelling that nobody reads."""
+    people = ("folder", "each")
     for field_of in dataclasses.fields(Annotator):
-        if getattr(config.annotator, field_of.name) != field_of.default:
-            raise InputError(
-                f"--annotator.{field_of.name}: recorded labels are taken as they are; leave it out."
-            )
+        if getattr(config.annotator, field_of.name) == field_of.default:
+            continue
+        if config.recorded:
+            why = "recorded labels are taken as they are"
+        elif config.human and field_of.name not in people:
+            why = "people label as they like"
+        elif not config.human and field_of.name in people:
+            why = f"it is of people, who label where --reward is human, not {config.reward}"
+        else:
+            continue
+        raise InputError(f"--annotator.{field_of.name}: {why}; leave it out.")
+    if config.human and config.belief.kind == "annotator":
+        raise InputError("--belief.kind annotator: people have no reward that could be believed.")
 
 
 def _value(config: Any, name: str) -> Any:

@@ -218,13 +218,13 @@ def recorded_pool(rows: Sequence[Row], prompts: Sequence[tuple[int, ...]]) -> Sa
 
 
 def make_judge(place: Place) -> Judge | None:
-    """The reward that the annotator has in mind; None where labels are recorded.
+    """The reward that the annotator has in mind; None where labels are recorded or people's.
 
     Raises:
         InputError: where --reward names neither a reward model nor two heaps of sentences.
     """
     config = place.config
-    if config.recorded:
+    if config.recorded or config.human:
         return None
     scale = np.float32(config.annotator.scale)
     folder = Path(config.reward).expanduser()
@@ -266,8 +266,18 @@ def translation(ours: tokenize.Encoder, theirs: tokenize.Encoder) -> oracle.Tran
     return translate
 
 
-def make_oracle(config: IterateConfig, judge: Judge | None, data: Comparisons | None) -> Oracle:
+def make_oracle(place: Place, judge: Judge | None, data: Comparisons | None) -> Oracle:
     """Who labels."""
+    config = place.config
+    if config.human:
+        folder = config.annotator.folder or config.output / "labels"
+
+        def say(labelled: int, count: int) -> None:
+            where = f": klrlhf label --output {folder}" if labelled < count else ""
+            told = f"people have labelled {labelled} of {count} pairs{where}"
+            place.console.print(told, markup=False, highlight=False, soft_wrap=True)
+
+        return oracle.human(folder, place.encoder.decode, each=config.annotator.each, say=say)
     if judge is None:
         assert data is not None  # the configuration was checked
         return oracle.recorded(data)

@@ -112,7 +112,7 @@
     } else said.textContent = answer.text;
     card.append(said);
     const numbers = data.numbers.filter(name => answer.numbers[name] !== undefined && answer.numbers[name] !== null);
-    card.append(make('div', numbers.map(name => `${name} ${round(answer.numbers[name])}`).join('   '), 'numbers'));
+    card.append(make('div', numbers.map(name => `${name} ${round(answer.numbers[name])}`).join(' · '), 'numbers'));
     const value = answer.numbers[colour.value];
     if (value !== undefined && value !== null) card.style.backgroundColor = numberColour(colour.value, value);
     return card;

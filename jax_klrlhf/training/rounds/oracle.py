@@ -1,4 +1,4 @@
-r"""Who labels: a gold reward through Bradley-Terry, recorded choices of humans, a reward model.
+r"""Who labels: a gold reward through Bradley-Terry, recorded choices, a reward model, or people.
 
 A *judge* is any function ``(prompts, responses) -> reward [B, K]``; an oracle makes preferences of
 it, so that a learner sees labels and never the reward. With ties (Rao and Kupper, 1967), of width
@@ -14,6 +14,7 @@ Axes: ``B`` prompts, ``K`` responses, ``N`` pairs.
 """
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,8 +24,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
+from jax_klrlhf import placement
 from jax_klrlhf.core import bradley_terry as bt
 from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.data import labelling
+from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models import sampling
 from jax_klrlhf.training.rounds.compute import mapped
@@ -108,6 +112,82 @@ def recorded(comparisons: Comparisons) -> Oracle:
         label = [total / weight if weight else 0.5 for total, weight in found]
         weights = [weight for _, weight in found]
         return Labels(np.array(label, np.float32), np.array(weights, np.float32))
+
+    return oracle
+
+
+def human(
+    folder: str | os.PathLike[str],
+    decode: Callable[[list[int]], str],
+    *,
+    each: int = 1,
+    poll: float = 1.0,
+    say: Callable[[int, int], None] | None = None,
+) -> Oracle:
+    """People: pairs wait in a folder until somebody has labelled them, on the page of
+    ``klrlhf label --output FOLDER`` or otherwise (:mod:`data.labelling`).
+
+    A label is the mean over the annotators of a pair, and weighs as many as said something. What
+    was labelled before, by a run that was killed say, is not asked again; a pair that was skipped,
+    or whose answers are the same text, has weight 0.
+
+    Args:
+        folder: where pairs wait and labels are.
+        decode: text of token ids, as :meth:`data.tokenize.Encoder.decode` makes it.
+        each: how many people are asked of each pair.
+        poll: seconds between two looks.
+        say: ``say(labelled, pairs)``, called at first and whenever there are more.
+
+    Raises:
+        ValueError: where ``each`` is less than 1. When called, ``InputError`` where the folder
+            cannot be read or written, or all pairs were skipped.
+    """
+    if each < 1:
+        raise ValueError(f"human: each must be at least 1 person, got {each}")
+
+    def oracle(key: Key[Array, ""], prompts: Ragged, responses: Ragged) -> Labels:
+        del key
+        asked = [tuple(decode(list(ids)) for ids in rows) for rows in _pairs(prompts, responses)]
+        pairs = [
+            None if one == two else labelling.pair_of(prompt, one, two)
+            for prompt, one, two in asked
+        ]
+        waiting = {pair.name: pair for pair, _ in filter(None, pairs)}
+        count = np.zeros(2, np.int32)
+        placement.lead(lambda: labelling.write_pairs(folder, waiting.values(), each=each))
+
+        def look() -> None:
+            found = labelling.votes(labelling.read_labels(folder))
+            done = sum(name in found and found[name].people >= each for name in waiting)
+            if say is not None and (done > count[1] or count[0] == 0):
+                say(done, len(waiting))
+            count[:] = 1, done
+
+        def finished() -> bool:
+            placement.lead(look)  # The first process looks, and all hear of it.
+            return placement.agreed(bool(count[1] == len(waiting)))
+
+        while not finished():
+            time.sleep(poll)
+
+        def said() -> np.ndarray:
+            found = labelling.votes(labelling.read_labels(folder))
+            rows = []
+            for pair in pairs:
+                if pair is None:
+                    rows.append((0.5, 0.0))
+                    continue
+                vote = found[pair[0].name]
+                rows.append((1 - vote.label if pair[1] else vote.label, vote.weight))
+            if not any(weight for _, weight in rows):
+                raise InputError(
+                    f"{folder}: all {len(rows)} pairs were skipped, so that there is nothing to "
+                    f"learn from; remove their lines from {labelling.LABELS} to be asked again."
+                )
+            return np.array(rows, np.float32)
+
+        label, weight = placement.shared(said, jax.ShapeDtypeStruct((len(pairs), 2), np.float32)).T
+        return Labels(label, weight)
 
     return oracle
 
