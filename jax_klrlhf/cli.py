@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,46 +20,60 @@ from jax_klrlhf.errors import InputError, meant
 
 
 class Command(NamedTuple):
-    """Where a command lives: imported only when it is the one that was asked for."""
+    """Where a command lives: what it computes with is imported when it is to compute."""
 
-    module: str
     config: str
-    """Name of its configuration, a frozen dataclass."""
+    """``module:Name`` of its configuration, a frozen dataclass; nothing heavy is imported there."""
     function: str
-    """Name of its program, a function of the configuration."""
+    """``module:name`` of its program, a function of the configuration."""
     summary: str
     run: bool = False
     """It leaves a run's folder, which may be finished."""
 
 
-_PROGRAMS = "jax_klrlhf.programs"
+def _program(name: str, config: str, summary: str, *, run: bool = False) -> Command:
+    place = "jax_klrlhf.programs"
+    return Command(
+        f"{place}.{name}_config:{config}",
+        f"{place}.{name}:{name}",
+        summary,
+        run=run,
+    )
+
+
+def _training(name: str, config: str, summary: str) -> Command:
+    place = "jax_klrlhf.programs"
+    return Command(f"{place}.config:{config}", f"{place}.train:{name}", summary, run=True)
+
+
 COMMANDS = {
-    "data": Command("jax_klrlhf.data.statistics", "DataConfig", "main", "prepare and describe"),
-    "dpo": Command(_PROGRAMS, "DpoConfig", "dpo", "train a policy on preferences", run=True),
-    "eval": Command(
-        f"{_PROGRAMS}.evaluate", "EvalConfig", "evaluate", "a policy against another, by a judge"
-    ),
-    "generate": Command(
-        f"{_PROGRAMS}.generate", "GenerateConfig", "generate", "answers of policies; --chat to talk"
-    ),
-    "iterate": Command(
-        f"{_PROGRAMS}.iterate",
-        "IterateConfig",
-        "iterate",
-        "rounds of sample, compare, fit",
-        run=True,
-    ),
+    "data": _program("data", "DataConfig", "prepare and describe"),
+    "dpo": _training("dpo", "DpoConfig", "train a policy on preferences"),
+    "eval": _program("evaluate", "EvalConfig", "a policy against another, by a judge"),
+    "generate": _program("generate", "GenerateConfig", "answers of policies; --chat to talk"),
+    "iterate": _program("iterate", "IterateConfig", "rounds of sample, compare, fit", run=True),
     "label": Command(
-        "jax_klrlhf.label.program", "LabelConfig", "label", "a page on which people compare answers"
+        "jax_klrlhf.programs.label_config:LabelConfig",
+        "jax_klrlhf.label.program:label",
+        "a page on which people compare answers",
     ),
-    "plan": Command("jax_klrlhf.plan", "PlanConfig", "main", "will it fit on a TPU slice?"),
-    "reward": Command(_PROGRAMS, "RewardConfig", "reward", "train a reward model", run=True),
-    "sft": Command(_PROGRAMS, "SftConfig", "sft", "train on demonstrations", run=True),
+    "plan": Command(
+        "jax_klrlhf.programs.plan_config:PlanConfig",
+        "jax_klrlhf.plan:main",
+        "will it fit on a TPU slice?",
+    ),
+    "reward": _training("reward", "RewardConfig", "train a reward model"),
+    "sft": _training("sft", "SftConfig", "train on demonstrations"),
 }
 _CONFIG = """--config FILE reads these options from JSON or YAML, such as the config.json that a run
 leaves; options beside it change single values."""
 # What the library says of its own arguments, in the words of the command line.
-_WORDS = {"name yours with columns=": "name yours with --columns.prompt, --columns.chosen, ..."}
+_WORDS = {
+    "name yours with columns=": "name yours with --columns.prompt, --columns.chosen, ...",
+    "(control_tokens)": "(--control-tokens)",
+    "; test_fraction ": "; --test-fraction ",
+    "with test_fraction for": "with --test-fraction for",
+}
 
 
 def usage() -> str:
@@ -75,8 +89,8 @@ def usage() -> str:
     )
 
 
-def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any]:
-    """The program of a command and its configuration.
+def parse(name: str, arguments: Sequence[str]) -> Any:
+    """The configuration of a command, from its arguments.
 
     Raises:
         InputError: where a configuration file is wrong.
@@ -84,9 +98,7 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any]:
     """
     import tyro
 
-    command = COMMANDS[name]
-    module = importlib.import_module(command.module)
-    kind = getattr(module, command.config)
+    kind = _found(COMMANDS[name].config)
     path, rest = _take_config(list(arguments))
     options: dict[str, Any] = {
         "prog": f"klrlhf {name}",
@@ -97,7 +109,17 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any]:
         from jax_klrlhf.programs.config import read
 
         options["default"] = read(path, kind, command=name)
-    return getattr(module, command.function), tyro.cli(kind, **options)
+    return tyro.cli(kind, **options)
+
+
+def program(name: str) -> Callable[[Any], Any]:
+    """The program of a command, with all that it imports."""
+    return _found(COMMANDS[name].function)
+
+
+def _found(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
@@ -135,7 +157,7 @@ def _main(given: list[str]) -> int:
         print(f"klrlhf {__version__}")
         return 0
     name, rest = given[0], given[1:]
-    before = None
+    before = config = None
     if threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -143,20 +165,11 @@ def _main(given: list[str]) -> int:
             raise InputError(
                 f"no command {name!r}{meant(name, COMMANDS)}; there are {', '.join(COMMANDS)}."
             )
-        run = COMMANDS[name].run
-        # At once for the same command line, without the imports that reading it costs.
-        if run and (said := finished.again(name, rest)) is not None:
+        config = parse(name, rest)
+        if COMMANDS[name].run and (said := finished.finished(name, config)) is not None:
             print(said)
             return 0
-        program, config = parse(name, rest)
-        if run and (said := finished.finished(name, config)) is not None:
-            print(said)
-            return 0
-        program(config)
-        if run:
-            from jax_klrlhf import placement
-
-            placement.lead(lambda: finished.note(Path(config.output), rest))
+        program(name)(config)
     except InputError as error:
         text = " ".join(str(error).split())
         for ours, theirs in _WORDS.items():
@@ -164,11 +177,10 @@ def _main(given: list[str]) -> int:
         print(f"klrlhf: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        by = str(error) or "SIGINT"
-        print(
-            f"klrlhf: stopped by {by}; what was saved is kept, start again to go on from it.",
-            file=sys.stderr,
-        )
+        by, kept = str(error) or "SIGINT", "before it began; nothing was written."
+        if config is not None:
+            kept = finished.kept(name, config)
+        print(f"klrlhf: stopped by {by} {kept}", file=sys.stderr)
         return 3
     except RuntimeError as error:
         if type(error).__name__ != "Stopped":

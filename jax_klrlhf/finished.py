@@ -5,14 +5,17 @@ Whoever goes on with the run takes it away first. Nothing heavy is imported here
 """
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jax_klrlhf.errors import InputError
 
 MARK = "finished.json"
+RESULTS = "results.json"
+_SMALL = 2**20  # bytes of a file that is hashed
 # Where a run is and on what it computes: of no interest to one that computes nothing.
 _PLACE = {"output", "mesh", "processes"}
 # How far a run goes: a finished one may be asked to go farther.
@@ -25,11 +28,14 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The mark of a finished run; None where there is none, or what it is about has gone."""
+    """The mark of a finished run; None where there is none, or what it left is not as it was."""
     try:
         found = json.loads((folder / MARK).read_text())
-        return found if (folder / found["left"]).is_dir() else None
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = (folder / found["left"]).is_dir() and found["files"] == _files(
+            folder, found["files"]
+        )
+        return found if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -37,39 +43,26 @@ def mark(folder: Path, command: str, config: Any, *, left: str) -> None:
     """Say that the run is finished and that ``folder/left`` holds what it has made."""
     from jax_klrlhf.results import write_json
 
-    write_json(folder / MARK, {"command": command, "config": plain(config), "left": left})
+    made = [path for path in (folder / left).rglob("*") if path.is_file()]
+    names = [str(path.relative_to(folder)) for path in (folder / RESULTS, *sorted(made))]
+    found = {"command": command, "config": plain(config), "left": left}
+    write_json(folder / MARK, {**found, "files": _files(folder, names)})
+
+
+def _files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """What tells a file that was cut or edited: a hash of what is small, the size of weights."""
+    found = {}
+    for name in names:
+        size = (folder / name).stat().st_size
+        found[name] = f"{size} bytes"
+        if size < _SMALL:
+            found[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    return found
 
 
 def unmark(folder: Path) -> None:
     """The run goes on."""
     (folder / MARK).unlink(missing_ok=True)
-
-
-def note(folder: Path, arguments: Sequence[str]) -> None:
-    """Keep the command line of a finished run beside its configuration, for :func:`again`."""
-    from jax_klrlhf.results import write_json
-
-    if (found := read(folder)) is not None:
-        write_json(folder / MARK, {**found, "arguments": list(arguments)})
-
-
-def again(command: str, arguments: Sequence[str]) -> str | None:
-    """:func:`finished` of the very command line that finished the run, without reading it.
-
-    None where it is another, or has a part in a file, which may have changed.
-    """
-    output = None
-    for number, argument in enumerate(arguments):
-        if argument.split("=")[0] == "--config":
-            return None
-        if argument == "--output":
-            output = next(iter(arguments[number + 1 :]), None)
-        elif argument.startswith("--output="):
-            output = argument.removeprefix("--output=")
-    found = None if output is None else read(Path(output))
-    if found is None or found["command"] != command or found.get("arguments") != list(arguments):
-        return None
-    return _done(command, Path(output or ""), found)
 
 
 def finished(command: str, config: Any) -> str | None:
@@ -109,6 +102,29 @@ def next_step(command: str, folder: Path, left: str) -> str:
     else:
         use = f"try it: klrlhf generate --models {path} --prompts PROMPTS.txt"
     return f"The result is in {path}; {use}; {_more(command)} to go on."
+
+
+def kept(command: str, config: Any) -> str:
+    """What a program leaves that a signal ended before it was done, and how to go on."""
+    output = getattr(config, "output", None)
+    if command == "generate" and output is not None:
+        return f"before it was done; the answers until then are in {output}."
+    if command == "label":
+        return f"before it was done; every label that was confirmed is kept in {output}."
+    if command in ("data", "eval", "generate", "plan"):
+        return "before it was done; nothing was written: start again."
+    folder = Path(str(output))
+    if command == "iterate":
+        phases = [*folder.glob("before/round-*/*.json"), *folder.glob("rounds/round-*/*.json")]
+        if not phases:
+            return "before the first round; start again to begin."
+        last = max(phases, key=lambda path: (path.stat().st_mtime_ns, path.name))
+        where = last.relative_to(folder).with_suffix("")
+        return f"after {where}, which is kept: start again to go on from there."
+    steps = [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit()]
+    if not steps:
+        return "before the first step; start again to begin."
+    return f"after step {max(steps)}, whose checkpoint is kept: start again to go on from there."
 
 
 def _more(command: str) -> str:

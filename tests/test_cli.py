@@ -1,5 +1,6 @@
 """The command line: what it writes, what it refuses, and that a file says what the shell said."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from jax_klrlhf.core.objectives import Scores
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import lora
-from jax_klrlhf.programs import DpoConfig
+from jax_klrlhf.models import reward as rewards
+from jax_klrlhf.programs import DpoConfig, losses
 from jax_klrlhf.programs import config as configs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,15 +153,15 @@ def test_dpo_trains_and_leaves_everything(dpo_run, tiny):
 def test_the_saved_configuration_is_the_run(dpo_run, tmp_path, capsys):
     output, _ = dpo_run
     saved = output / "config.json"
-    program, config = cli.parse("dpo", ["--config", str(saved), "--kl-coef", "0.25"])
-    assert program.__name__ == "dpo"
+    config = cli.parse("dpo", ["--config", str(saved), "--kl-coef", "0.25"])
+    assert isinstance(config, DpoConfig)
     assert config.kl_coef == 0.25
     assert config.batch_size == 16
     assert config.output == output
     assert config.lora == configs.Adapter()
     yaml = tmp_path / "run.yaml"
     yaml.write_text("model: m\ndata: d\noutput: o\noptions: {label_smoothing: 0.1}\n")
-    assert cli.parse("dpo", [f"--config={yaml}"])[1].options == {"label_smoothing": 0.1}
+    assert cli.parse("dpo", [f"--config={yaml}"]).options == {"label_smoothing": 0.1}
     assert cli.main(["sft", "--config", str(saved)]) == 2
     assert "a configuration of klrlhf dpo, not of sft" in capsys.readouterr().err
 
@@ -176,12 +178,6 @@ def test_a_run_goes_on_or_refuses_another_configuration(dpo_run, capsys):
         # Said in other words it is read first, and is as finished.
         assert cli.main(["dpo", "--tensorboard", *arguments[:-1]]) == 0
         assert capsys.readouterr().out == said
-        # The same command line is not even read.
-        patch.setattr(cli, "parse", None)
-        assert cli.main(["dpo", *arguments]) == 0
-        assert capsys.readouterr().out == said
-        patch.undo()
-        patch.setattr(models, "load", None)
         assert str(output / "model") in said
         # What a finished run would not read is refused by name.
         assert cli.main(["dpo", *arguments, "--kl-prompts", "9"]) == 2
@@ -232,10 +228,10 @@ def test_an_objective_of_ones_own(tiny, pairs, tmp_path, monkeypatch, capsys):
         jax.numpy.array([[3, 4]]),
     )
     name = "mine_objective:squared"
-    loss, needs = configs.objective(name, kl_coef=0.5, options={"goal": 3.0})
+    loss, needs = losses.objective(name, kl_coef=0.5, options={"goal": 3.0})
     assert needs
     np.testing.assert_allclose(loss(scores), [(0.5 * 2 - 3) ** 2])
-    loss, needs = configs.objective("mine_objective:of_scores", kl_coef=0.5, options={})
+    loss, needs = losses.objective("mine_objective:of_scores", kl_coef=0.5, options={})
     np.testing.assert_allclose(loss(scores), np.log1p(np.exp([-1.0])), rtol=1e-6)
     assert needs
     for function, message in {
@@ -313,7 +309,7 @@ def test_sft_then_reward_from_a_configuration_alone(tiny, pairs, tmp_path):
     accuracy = metrics["eval/reward/rewards/accuracies"]
     assert accuracy["value"] > 0.9
     assert 0 <= metrics["eval/reward/calibration_error"]["value"] < 0.5
-    assert models.reward.load(tmp_path / "rm" / "model").params.head.shape == (16,)
+    assert rewards.load(tmp_path / "rm" / "model").params.head.shape == (16,)
 
 
 def test_data_describes(tiny, pairs, tmp_path, capsys):
@@ -406,13 +402,13 @@ def test_every_objective_has_a_name_that_works():
         "exo": {"label_smoothing": 0.1},
     }
     reads = {}
-    for name in configs.OBJECTIVES:
-        loss, reads[name] = configs.objective(name, kl_coef=0.1, options=needed.get(name, {}))
+    for name in losses.OBJECTIVES:
+        loss, reads[name] = losses.objective(name, kl_coef=0.1, options=needed.get(name, {}))
         value = loss(scores)
         assert value.shape == (1,)
         assert bool(jax.numpy.isfinite(value)[0])
     for name, needs in reads.items():
-        loss, _ = configs.objective(name, kl_coef=0.1, options=needed.get(name, {}))
+        loss, _ = losses.objective(name, kl_coef=0.1, options=needed.get(name, {}))
         if needs:
             with pytest.raises(ValueError, match="ref_log_prob"):
                 loss(scores._replace(ref_log_prob=None))
@@ -449,16 +445,36 @@ def test_version_module_and_a_reader_that_goes_away():
     assert done.stderr == "status 0\n"
 
 
-def test_help_and_version_load_nothing_heavy():
-    heavy = ("jax", "flax", "transformers", "tensorflow_datasets", "orbax", "tyro")
-    program = (
-        "import sys; from jax_klrlhf import cli; cli.main(['--help']); cli.main(['--version']);"
-        f"print([name for name in {heavy} if name in sys.modules])"
-    )
+HEAVY = ("numpy", "jax", "flax", "optax", "orbax", "torch", "transformers", "tokenizers")
+HEAVY += ("tensorflow_datasets", "array_record", "pyarrow", "safetensors", "huggingface_hub")
+HELP = """
+import contextlib, io, sys
+from jax_klrlhf import cli
+
+for arguments in [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)]:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        cli.main(arguments)
+    found = [name for name in sys.argv[1:] if name in sys.modules]
+    print(arguments[0], "usage: klrlhf" in said.getvalue() or said.getvalue(), found)
+"""
+
+
+def test_help_of_every_command_imports_nothing_heavy():
+    """By the modules that are there afterwards, so that no clock is asked."""
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", HELP, *HEAVY], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines()[-1] == "[]"
+    version = f"--version klrlhf {jax_klrlhf.__version__}"
+    names = ["--help True", version, *(f"{name} True" for name in cli.COMMANDS)]
+    assert done.stdout.replace("\n []", " []").splitlines() == [f"{name} []" for name in names]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_a_program_of_its_configuration(name):
+    """Both are imported when they are asked for, so a wrong name would be found by a user."""
+    parameter = inspect.signature(cli.program(name)).parameters["config"]
+    assert cli.COMMANDS[name].config.endswith(f":{parameter.annotation.__name__}")
 
 
 def test_options_that_prepared_data_would_ignore_are_refused(tiny, pairs, tmp_path, capsys):
@@ -480,4 +496,24 @@ def test_options_that_prepared_data_would_ignore_are_refused(tiny, pairs, tmp_pa
 def test_remedies_are_in_the_words_of_the_shell(tiny, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"question": "a", "good": "b"}\n')
     assert cli.main(["dpo", *options(tiny, tmp_path / "rows.jsonl", tmp_path / "run")]) == 2
+    assert "name yours with --columns.prompt, --columns.chosen" in capsys.readouterr().err
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    assert cli.main(["dpo", *options(tiny, tmp_path / "rows.jsonl", tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "column 'rejected' is missing" in error
+    assert "--columns.prompt, --columns.chosen" in error
+    # Another command's option is named with the command.
+    given = ["--prompts", str(tmp_path / "rows.jsonl"), "--models", str(tiny)]
+    assert cli.main(["generate", *given]) == 2
     assert "--columns.prompt" in capsys.readouterr().err
+    (tmp_path / "rows.jsonl").write_text(
+        '{"prompt": "a", "responses": ["b", "c"], "scores": [1, 1]}\n' * 9
+    )
+    few = options(tiny, tmp_path / "rows.jsonl", tmp_path / "run", **{"test-fraction": 0})
+    assert cli.main(["dpo", *few]) == 2
+    assert "klrlhf data --arrange best_worst" in capsys.readouterr().err
+    few = options(tiny, tmp_path / "rows.jsonl", tmp_path / "other", **{"test-fraction": 0.99})
+    assert cli.main(["dpo", *few]) == 2
+    error = capsys.readouterr().err
+    assert "would be empty" in error
+    assert "--test-fraction 0.99" in error

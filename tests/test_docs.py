@@ -80,7 +80,7 @@ def _required(name: str, given: list[str]) -> list[str]:
         "dpo": ("model", "data", "output"),
         "sft": ("model", "data", "output"),
         "reward": ("model", "data", "output"),
-        "data": ("model", "data"),
+        "data": ("tokenizer", "data"),
         "iterate": ("model", "prompts", "reward", "output"),
         "plan": ("model",),
     }.get(name, ())

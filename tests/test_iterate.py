@@ -12,7 +12,7 @@ from rich.console import Console
 from jax_klrlhf import cli, finished, models
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.models import reward as rewards
-from jax_klrlhf.programs import iterate, iterate_config, iterate_parts
+from jax_klrlhf.programs import iterate, iterate_config, iterate_parts, rows
 from jax_klrlhf.training.rounds import journal
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "under", "mat", "tree"]
@@ -133,8 +133,8 @@ def test_a_run_leaves_a_policy_a_line_for_each_round_and_results(online, place):
 
 
 def test_the_saved_configuration_is_the_run(online):
-    program, config = cli.parse("iterate", ["--config", str(online / "config.json")])
-    assert program is iterate.iterate
+    config = cli.parse("iterate", ["--config", str(online / "config.json")])
+    assert cli.program("iterate") is iterate.iterate
     assert config.belief == iterate_config.Belief(kind="linear")
     assert config.pairs.rule == "enhancer"
     assert config.prompts_per_round == 8
@@ -277,7 +277,7 @@ def test_pairs_are_turned_to_the_preferred_one_without_changing_what_they_say():
         return iterate_parts.Improved({}, {})
 
     data = iterate_parts.Comparisons(
-        iterate_parts.padded([(1, 2), (3,)]),
+        rows.padded([(1, 2), (3,)]),
         iterate_parts.ragged([[[5, 6], [7, 0]], [[8, 0], [9, 4]]], [[2, 1], [1, 2]]),
         np.array([0.25, 1.0], np.float32),
         np.ones(2, np.float32),
@@ -299,6 +299,9 @@ def _learns(given):
     return len(sources)
 
 
+handed = {}
+"""What the functions of :mod:`rounds` were called with, by their names."""
+
 BUILDS = {
     "ensemble": (
         {"belief.kind": "ensemble", "belief.members": 2, "belief.combine": "worst"},
@@ -309,6 +312,14 @@ BUILDS = {
         lambda given: len(given["reward"].init) == 3,
     ),
     "rejection": ({"improve.method": "rejection", "improve.chain": 2, "improve.keep": 2}, None),
+    "until": (
+        {"improve.method": "rso", "improve.passes": "until", "improve.keep": 2},
+        lambda given: handed["rso"]["passes"] == "until" and handed["rso"]["keep"] == 2,
+    ),
+    "until, rejection": (
+        {"improve.method": "rejection", "improve.passes": "until", "improve.keep": 2},
+        lambda given: handed["rejection_sampling"]["passes"] == "until",
+    ),
     "weighted": ({"improve.method": "weighted", "improve.proposals": 3}, None),
     "temperature": (
         {"pairs.other": "temperature", "pairs.temperature": 1.5, "pairs.rule": "tournament"},
@@ -339,6 +350,14 @@ def test_every_choice_builds_its_part(case, place, tmp_path, monkeypatch):
         raise Killed
 
     monkeypatch.setattr(iterate.rounds, "iterate", taking)
+    for name in ("rso", "rejection_sampling"):
+        function = getattr(iterate_parts.rounds, name)
+
+        def noting(*given, name=name, function=function, **named):
+            handed[name] = named
+            return function(*given, **named)
+
+        monkeypatch.setattr(iterate_parts.rounds, name, noting)
     with pytest.raises(Killed):
         cli.main(options(place, tmp_path, **{"held-out": 0, "eval-samples": None}, **changed))
     assert holds is None or holds(found)
@@ -363,6 +382,31 @@ BAD = {
     "nan": ({"kl-coef": "nan"}, "--kl-coef is nan; it must be positive"),
     "for ever": ({"temperature": "inf"}, "--temperature is inf"),
     "clip": ({"fit.clip": -1}, "--fit.clip is -1.0; it must be positive"),
+    "radius": ({"belief.kind": "linear", "belief.radius": 0}, "--belief.radius is 0.0"),
+    "no radius": ({"belief.kind": "linear", "belief.radius": "nan"}, "--belief.radius is nan"),
+    "negative radius": ({"belief.kind": "linear", "belief.radius": -1}, "--belief.radius is -1.0"),
+    "endless radius": ({"belief.kind": "linear", "belief.radius": "inf"}, "--belief.radius is inf"),
+    "until": (
+        {"improve.method": "rso", "improve.passes": "until"},
+        "--improve.passes until needs --improve.keep",
+    ),
+    "bound": (
+        {
+            "improve.method": "rso",
+            "improve.passes": "until",
+            "improve.keep": 2,
+            "improve.reward-bound": 1.0,
+        },
+        "--improve.reward-bound: with --improve.passes until",
+    ),
+    "keep": (
+        {"improve.method": "rso", "improve.keep": 5},
+        "--improve.keep is 5, of 4 proposals",
+    ),
+    "passes": (
+        {"improve.passes": "until", "improve.keep": 2},
+        "is read by no run with --improve.method preference",
+    ),
     "ridge": ({"belief.kind": "linear", "belief.ridge": 0}, "--belief.ridge is 0.0"),
     "random": ({"seed": -1}, "--seed is -1"),
     "unread": ({"belief.members": 4}, "--belief.members is read by no run with --belief.kind rew"),

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "jax_klrlhf"
 
 # What each layer may import of the library, besides itself. Leaves: `errors`, `folders`, `results`,
-# `placement`; what is not listed (`plan`, `cli`) is on top: it may import all, and nothing listed
-# imports it.
+# `placement`, `columns`, `defaults`; what is not listed (`plan`, `cli`) is on top: it may import
+# all, and nothing listed imports it.
 ALLOWED = {
     "core": set(),
     "errors": set(),
@@ -21,7 +21,9 @@ ALLOWED = {
     "results": {"errors"},
     "bandit": {"core", "errors"},
     "models": {"core", "errors", "folders", "placement"},
-    "data": {"core", "models", "errors", "folders", "placement", "results"},
+    "columns": set(),
+    "defaults": {"models"},
+    "data": {"core", "models", "columns", "errors", "folders", "placement", "results"},
     "training": {"core", "models", "errors", "folders", "placement", "results"},
 }
 # What the core may import from outside, besides the standard library.

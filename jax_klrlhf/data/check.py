@@ -41,13 +41,18 @@ def pairs(data: Prepared) -> None:
         ("one response", "one response, where a preference has two"),
         ("tied", "responses of equal scores, which are no preference"),
     ):
-        _refuse(data, kind, why, "remove such rows, or prepare the data with --arrange best_worst")
+        _refuse(
+            data,
+            kind,
+            why,
+            "remove such rows, or give what klrlhf data --arrange best_worst makes of them",
+        )
 
 
 def responses(data: Prepared) -> None:
     """Refuse rows without a response, where one is to be learned."""
     why = "a prompt without a response, and nothing to learn"
-    _refuse(data, "no response", why, "remove such rows, or name the column of responses")
+    _refuse(data, "no response", why, "remove such rows, or name yours with columns=")
 
 
 def context(data: Prepared, *, max_length: int, model: str) -> None:
@@ -58,7 +63,7 @@ def context(data: Prepared, *, max_length: int, model: str) -> None:
         raise InputError(
             f"{data.folder}: {too_long} of {len(data)} rows are longer than the context of "
             f"{model}, {max_length} tokens (the longest has {int(total.max())}): prepare the data "
-            f"with --max-length {max_length}"
+            f"with klrlhf data --max-length {max_length}"
         )
 
 

@@ -16,9 +16,9 @@ Numbers end in float32: a score lies within 1e30 of 0; a weight is 0, or between
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+from jax_klrlhf.columns import Columns
 from jax_klrlhf.data.messages import short
 from jax_klrlhf.errors import InputError
 
@@ -45,21 +45,6 @@ class Example(NamedTuple):
     weight: float = 1.0
     where: str = "example"
     """File and line, for messages."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """What the columns of a source are called."""
-
-    prompt: str = "prompt"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
-    response: str = "response"
-    responses: str = "responses"
-    scores: str = "scores"
-    ranks: str = "ranks"
-    label: str = "label"
-    weight: str = "weight"
 
 
 def parse(record: Mapping[str, Any], *, columns: Columns, where: str) -> Example:

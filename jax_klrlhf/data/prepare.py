@@ -26,10 +26,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jax_klrlhf import folders
+from jax_klrlhf.columns import Columns
 from jax_klrlhf.data import buckets, records, tokenize
 from jax_klrlhf.data.arrange import Arrangement, as_is
 from jax_klrlhf.data.batch import Lengths, Loader, Own
-from jax_klrlhf.data.examples import Columns
 from jax_klrlhf.data.facts import PLACES, Facts
 from jax_klrlhf.data.messages import first_line, short
 from jax_klrlhf.data.rows import Dropped, Row, encode

@@ -27,8 +27,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from jax_klrlhf.columns import Columns
 from jax_klrlhf.data import tfds_folder
-from jax_klrlhf.data.examples import Columns, Example, parse
+from jax_klrlhf.data.examples import Example, parse
 from jax_klrlhf.data.messages import first_line
 from jax_klrlhf.errors import InputError
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from jax_klrlhf.columns import Columns
 from jax_klrlhf.data import rows, tokenize
 from jax_klrlhf.data.batch import Batch, collate
 from jax_klrlhf.data.buckets import Shape
-from jax_klrlhf.data.examples import Columns, Content, parse
+from jax_klrlhf.data.examples import Content, parse
 from jax_klrlhf.errors import InputError
 
 

@@ -20,9 +20,8 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,15 +32,16 @@ from jax_klrlhf import results
 from jax_klrlhf.core import sequence
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import tokenize
-from jax_klrlhf.data.examples import Columns
 from jax_klrlhf.data.rows import Row, encode
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import pretrained, scoring
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.programs import policies
 from jax_klrlhf.programs import run as runs
-from jax_klrlhf.programs.config import MeshSizes, check_seed, load_function, positive
+from jax_klrlhf.programs.config import check_seed, positive
+from jax_klrlhf.programs.evaluate_config import EvalConfig
 from jax_klrlhf.programs.gold import CLASSES, fit_sentiment
+from jax_klrlhf.programs.losses import load_function
 from jax_klrlhf.programs.policies import Asked, Policy
 from jax_klrlhf.results import Metric, mean
 from jax_klrlhf.training.rounds.compute import mapped
@@ -49,48 +49,6 @@ from jax_klrlhf.training.rounds.parts import ragged
 
 Judge = Callable[[Sequence[Asked], Sequence[Sequence[str]]], Float[np.ndarray, "B K"]]
 """Rewards of texts ``[B][K]`` to prompts: by words, so that any tokenizer will do."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """A policy against another: reward by a judge, win rate, KL, diversity, with standard errors.
-
-    klrlhf eval --model run/model --against MODEL --prompts HELD_OUT.txt --reward SENTIMENT
-    """
-
-    model: str
-    """Folder or hub id of the policy."""
-    against: str
-    """Of the policy that it is compared with: what it was trained from, say."""
-    prompts: str
-    """A source of prompts, in the forms of `klrlhf iterate`; best such as it has not learned on."""
-    reward: str
-    """The judge: folder or hub id of a reward model, or a folder with positive.txt and negative.txt
-    on which one is fitted, or module:function of your own: reward(prompts, texts) with a number for
-    each text."""
-    output: Path | None = None
-    """Folder for results.json and answers.jsonl: every prompt's answers, rewards and KL."""
-    split: str | None = None
-    """Split of --prompts, where it has several."""
-    columns: Columns = field(default_factory=Columns)
-    """What its columns are called."""
-    count: int | None = 256
-    """The first so many prompts."""
-    chat: bool = False
-    """Prompts that are text are a user's message, put in the tokenizer's chat template."""
-    samples: int = 4
-    """Answers of each policy to each prompt, at temperature 1."""
-    max_prompt_length: int = 512
-    """Tokens; a longer prompt loses its beginning."""
-    max_response_length: int = 256
-    """Tokens of an answer at most."""
-    stop: tuple[str, ...] | None = None
-    """Tokens that end an answer, or their ids; by default as in `klrlhf iterate`."""
-    rows: int = 64
-    """Prompts answered at one time."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    mesh: MeshSizes = field(default_factory=MeshSizes)
-    seed: int = 0
 
 
 class Said(NamedTuple):

@@ -3,102 +3,20 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 
 from jax_klrlhf.core.sequence import Ragged
-from jax_klrlhf.data.examples import Columns, Example
+from jax_klrlhf.data.examples import Example
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import streaming
 from jax_klrlhf.programs import policies
 from jax_klrlhf.programs import run as runs
-from jax_klrlhf.programs.config import MeshSizes, check_seed, flag, positive
+from jax_klrlhf.programs.generate_config import GenerateConfig, check
 from jax_klrlhf.programs.policies import Asked, Policy, printable
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """Answers of one or several policies to prompts.
-
-    klrlhf generate --models run/model --text "Once upon a time"
-    klrlhf generate --models MODEL run/model --prompts PROMPTS.txt --output answers.jsonl
-    klrlhf generate --models CHAT_MODEL --chat
-
-    A single answer appears as it is drawn. With --chat and no prompts a conversation begins: every
-    line is a message, /new forgets what was said, and the end of input ends it.
-    """
-
-    models: tuple[str, ...]
-    """Folders or hub ids; every one answers every prompt."""
-    text: tuple[str, ...] = ()
-    """Prompts."""
-    prompts: str | None = None
-    """Or a source of them, in the forms of `klrlhf iterate`."""
-    split: str | None = None
-    """Split of --prompts, where it has several."""
-    columns: Columns = field(default_factory=Columns)
-    """What its columns are called."""
-    count: int | None = None
-    """The first so many prompts alone."""
-    chat: bool = False
-    """Prompts that are text are a user's message, put in the tokenizer's chat template."""
-    output: Path | None = None
-    """File of answers, a JSON object on each line: prompt, model, answers, tokens."""
-    samples: int = 1
-    """Answers to each prompt."""
-    temperature: float = 1.0
-    """0: the likeliest token each time."""
-    top_k: int | None = None
-    top_p: float | None = None
-    max_prompt_length: int = 512
-    """Tokens; a longer prompt loses its beginning, a longer conversation its first turns."""
-    max_response_length: int = 256
-    """Tokens of an answer at most."""
-    stop: tuple[str, ...] | None = None
-    """Tokens that end an answer, or their ids; by default as in `klrlhf iterate`."""
-    rows: int = 64
-    """Prompts answered at one time."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    mesh: MeshSizes = field(default_factory=MeshSizes)
-    seed: int = 0
-
-
-def check(config: GenerateConfig) -> None:
-    """What no type says. Raises ``InputError`` naming the option."""
-    if not config.models:
-        raise InputError("--models is missing: a folder or hub id of a model that answers.")
-    for name in ("samples", "top_k", "max_prompt_length", "max_response_length", "rows", "count"):
-        positive(name, getattr(config, name))
-    if not 0 <= config.temperature < float("inf"):
-        raise InputError(f"--temperature is {config.temperature}; it is 0 or more, and finite.")
-    if config.temperature == 0:
-        for name in ("top_k", "top_p"):
-            if getattr(config, name) is not None:
-                raise InputError(
-                    f"{flag(name)}: at --temperature 0 nothing is drawn; leave it out."
-                )
-        if config.samples > 1:
-            raise InputError("--samples: at --temperature 0 all answers are one; leave it out.")
-    if config.top_p is not None and not 0 < config.top_p <= 1:
-        raise InputError(f"--top-p is {config.top_p}; it is a probability in (0, 1].")
-    if config.text and config.prompts is not None:
-        raise InputError("--text and --prompts: prompts come from one of them.")
-    if config.prompts is None and (config.split is not None or config.columns != Columns()):
-        raise InputError("--split and --columns are of --prompts, which is not given.")
-    check_seed(config.seed)
-    if not config.text and config.prompts is None:
-        if not config.chat:
-            raise InputError("no prompt: give --text, --prompts, or --chat for a conversation.")
-        for name in ("output", "count"):
-            if getattr(config, name) is not None:
-                raise InputError(f"{flag(name)}: a conversation has none; leave it out.")
-        if len(config.models) > 1 or config.samples > 1:
-            raise InputError("a conversation is with one of --models, one of --samples at a time.")
 
 
 def generate(config: GenerateConfig, *, console: Console | None = None) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import pretrained, scoring
 from jax_klrlhf.programs import iterate_parts as parts
+from jax_klrlhf.programs import rows as sources
 from jax_klrlhf.programs import run as runs
 from jax_klrlhf.programs.iterate_config import FREE, IterateConfig, check
 from jax_klrlhf.programs.iterate_parts import Place
@@ -99,7 +100,7 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     parts.check_batches(place)
     judge = parts.make_judge(place)
 
-    whole = parts.padded(data.prompts)
+    whole = sources.padded(data.prompts)
     identity = {key: value for key, value in finished.plain(config).items() if key not in FREE}
     before = Journal(
         folder / "before",
@@ -118,12 +119,12 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     belief = parts.make_belief(purpose["belief"], place, judge, whole)
     comparisons = None
     if data.rows is not None and (not config.recorded or config.setting == "offline"):
-        comparisons = parts.as_comparisons(data.rows, str(config.data))
+        comparisons = sources.as_comparisons(data.rows, str(config.data))
     elif config.setting in ("offline", "hybrid"):
         comparisons = _offline(place, purpose["offline"], before, whole, judge)
-    known = None if data.rows is None else parts.as_comparisons(data.rows, str(config.data))
+    known = None if data.rows is None else sources.as_comparisons(data.rows, str(config.data))
     sampler = (
-        parts.recorded_pool(data.rows, data.prompts)
+        sources.recorded_pool(data.rows, data.prompts)
         if config.recorded and data.rows is not None
         else parts.make_sampler(place)
     )
@@ -131,7 +132,7 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     base: Metrics = {}
     measure = None
     if data.held_out:
-        measure = _Evaluation(place, judge, parts.padded(data.held_out), purpose["judge"], before)
+        measure = _Evaluation(place, judge, sources.padded(data.held_out), purpose["judge"], before)
         base = measure.base
         console.print(f"pi0  {_line(base)}", highlight=False)
     improve = parts.make_improve(place)
@@ -305,12 +306,12 @@ def _read(config: IterateConfig, encoder: tokenize.Encoder) -> Data:
     """Prompts and preferences. Held-out prompts are chosen by the seed."""
     rows = None
     if config.data is not None:
-        rows = parts.read_rows(config.data, config, encoder, split=config.split)
+        rows = sources.read_rows(config.data, config, encoder, split=config.split)
     if config.prompts is not None:
-        asking = parts.read_rows(config.prompts, config, encoder, split=config.prompts_split)
+        asking = sources.read_rows(config.prompts, config, encoder, split=config.prompts_split)
     else:
         asking = rows or []
-    found = _shuffled(parts.distinct_prompts(asking), config.seed)
+    found = _shuffled(sources.distinct_prompts(asking), config.seed)
     if len(found) <= config.held_out:
         raise InputError(
             f"{config.prompts or config.data}: {len(found)} different prompts, of which --held-out "
@@ -325,7 +326,7 @@ def _read(config: IterateConfig, encoder: tokenize.Encoder) -> Data:
             raise InputError(f"{name} is {count}; there are {len(prompts)} prompts to learn on.")
     if rows is not None:
         rows = [row for row in rows if tuple(row.prompt) not in set(held_out)]
-        parts.as_comparisons(rows, str(config.data))  # refused before anything is computed
+        sources.as_comparisons(rows, str(config.data))  # refused before anything is computed
     return Data(prompts, held_out, rows)
 
 

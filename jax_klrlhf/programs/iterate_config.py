@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jax_klrlhf.data.examples import Columns
+from jax_klrlhf import defaults
+from jax_klrlhf.columns import Columns
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.programs.config import (
     MeshSizes,
@@ -15,10 +16,8 @@ from jax_klrlhf.programs.config import (
     check_seed,
     default_of,
     flag,
-    objective,
     positive,
 )
-from jax_klrlhf.training import defaults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +125,10 @@ class Improvement:
     """rso, rejection: a bound of every believed reward; by default the largest at each prompt
     stands in, and the error of that is reported."""
     keep: int | None = None
-    """rejection: accepted responses of a prompt that are learned from, at most."""
+    """rso, rejection: accepted responses of a prompt that are learned from, at most."""
+    passes: Literal["one", "until"] = "one"
+    """rso, rejection: one pass over the proposals, which may leave a prompt without a pair; or
+    passes until improve.keep different ones are accepted or none is left, as in RSO's own code."""
     ranking: Literal["first-round", "tournament"] = "first-round"
     """rso: how accepted responses are paired."""
     labels: Literal["expected", "drawn", "order"] = "expected"
@@ -305,7 +307,8 @@ _READ: Mapping[str, tuple[str, Sequence[Any]]] = {
     "improve.chain": ("improve.method", REJECTION),
     "improve.proposals": ("improve.method", (*REJECTION, "weighted")),
     "improve.reward_bound": ("improve.method", REJECTION),
-    "improve.keep": ("improve.method", ("rejection",)),
+    "improve.keep": ("improve.method", REJECTION),
+    "improve.passes": ("improve.method", REJECTION),
     "improve.ranking": ("improve.method", ("rso",)),
     "improve.labels": ("improve.method", ("rso",)),
     "fit.weight_decay": ("fit.optimizer", ("adamw",)),
@@ -364,6 +367,8 @@ def check(config: IterateConfig) -> None:
     _check_parts(config)
     _check_sources(config)
     if config.improve.method == "preference":
+        from jax_klrlhf.programs.losses import objective
+
         objective(config.improve.objective, kl_coef=config.kl_coef, options=config.improve.options)
 
 
@@ -386,6 +391,19 @@ def _check_parts(config: IterateConfig) -> None:
         raise InputError("--pairs.rule between needs a second agent; give --pairs.other.")
     if pairs.other == "temperature" and pairs.temperature is None:
         raise InputError("--pairs.other temperature needs --pairs.temperature.")
+    proposals = improve.proposals or config.samples
+    if improve.keep is not None and improve.keep > proposals:
+        raise InputError(
+            f"--improve.keep is {improve.keep}, of {proposals} proposals (--improve.proposals)."
+        )
+    if improve.passes == "until":
+        if improve.keep is None:
+            raise InputError("--improve.passes until needs --improve.keep: how many to go on for.")
+        if improve.reward_bound is not None:
+            raise InputError(
+                "--improve.reward-bound: with --improve.passes until the largest reward that is "
+                "left stands for it; leave it out."
+            )
     if improve.method == "pessimistic" and belief.kind not in ("linear", "ensemble"):
         raise InputError(
             f"--improve.method pessimistic needs a belief that knows its uncertainty; "

@@ -3,9 +3,8 @@
 Axes: ``B`` prompts, ``K`` responses, ``C`` response positions, ``D`` features.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,17 @@ from jaxtyping import Array, Key
 from rich.console import Console
 
 from jax_klrlhf import models
-from jax_klrlhf.core import pairs, sequence
+from jax_klrlhf.core import pairs
 from jax_klrlhf.core.pairs import PairRule
 from jax_klrlhf.core.sequence import Ragged
-from jax_klrlhf.data import examples, tokenize
-from jax_klrlhf.data.rows import Dropped, Row, encode
-from jax_klrlhf.data.sources import lines, open_source
+from jax_klrlhf.data import tokenize
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import partition, pretrained
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models.reward import RewardParams
-from jax_klrlhf.programs.config import load_function, objective
 from jax_klrlhf.programs.gold import CLASSES, fit_sentiment
 from jax_klrlhf.programs.iterate_config import Fit, IterateConfig
+from jax_klrlhf.programs.losses import load_function, objective
 from jax_klrlhf.training import health, optimizers, rounds
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training.rounds import oracle, settings
@@ -47,9 +44,6 @@ from jax_klrlhf.training.rounds.parts import (
     Situation,
     ragged,
 )
-
-WIDTH = 8
-"""Rows of tokens are as wide as a multiple of this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,118 +97,6 @@ class Place:
             log_every=fit.log_every,
             console=self.console,
         )
-
-
-def read_rows(
-    source: str, config: IterateConfig, encoder: tokenize.Encoder, *, split: str | None
-) -> list[Row]:
-    """A source of prompts or preferences in token ids; bad and empty rows are left out.
-
-    Raises:
-        InputError: naming file, line and column, or where nothing is left.
-    """
-    found = read_examples(source, config, split=split)
-    rows, dropped = [], None
-    for row in encode(
-        encoder,
-        found,
-        max_prompt_length=config.max_prompt_length,
-        max_response_length=config.max_response_length,
-    ):
-        if isinstance(row, Dropped):
-            dropped = row
-        else:
-            rows.append(row)
-    if not rows:
-        why = "no line in it" if dropped is None else f"{dropped.where}: {dropped.reason}"
-        raise InputError(f"{source}: no row left to use ({why}).")
-    return rows
-
-
-def read_examples(source: str, config: Any, *, split: str | None) -> Iterator[examples.Example]:
-    """A source of prompts or preferences: lines of a text file, or anything that data come in.
-
-    Raises:
-        InputError: naming file, line and column.
-    """
-    path = Path(source).expanduser()
-    if path.suffix == ".txt":
-        found = (
-            examples.Example(line, [], [], where=f"{path}, line {number}")
-            for number, line in lines(path)
-        )
-    else:
-        found = open_source(source, split=split).examples(columns=config.columns)
-    return (_as_chat(example) for example in found) if config.chat else iter(found)
-
-
-def _as_chat(example: examples.Example) -> examples.Example:
-    if not isinstance(example.prompt, str):
-        return example
-    replies: Any = [
-        [{"role": "assistant", "content": text}] if isinstance(text, str) else text
-        for text in example.responses
-    ]
-    return example._replace(prompt=[{"role": "user", "content": example.prompt}], responses=replies)
-
-
-def distinct_prompts(rows: Sequence[Row]) -> list[tuple[int, ...]]:
-    """Prompts in the order of their first appearance."""
-    return list(dict.fromkeys(tuple(row.prompt) for row in rows))
-
-
-def padded(prompts: Sequence[Sequence[int]], *, width: int | None = None) -> Ragged:
-    """Prompts ``[B, P]`` on the host."""
-    longest = width or max(len(prompt) for prompt in prompts)
-    return ragged(*sequence.pad(prompts, length=-(-longest // WIDTH) * WIDTH))
-
-
-def as_comparisons(rows: Sequence[Row], name: str) -> Comparisons:
-    """Every better response against every worse one of its row.
-
-    Raises:
-        InputError: where there is no pair.
-    """
-    found = [
-        (row, (row.responses[i], row.responses[j]))
-        for row in rows
-        for i, j in combinations(range(len(row.responses)), 2)
-        if row.scores[i] > row.scores[j] and row.responses[i] != row.responses[j]
-    ]
-    if not found:
-        raise InputError(f"{name}: no two responses of different worth to one prompt.")
-    width = max(len(response) for _, pair in found for response in pair)
-    responses = sequence.pad([r for _, pair in found for r in pair], length=width)
-    return Comparisons(
-        padded([row.prompt for row, _ in found]),
-        ragged(
-            np.asarray(responses.ids).reshape(-1, 2, width),
-            np.asarray(responses.lengths).reshape(-1, 2),
-        ),
-        np.array([row.label for row, _ in found], np.float32),
-        np.array([row.weight for row, _ in found], np.float32),
-    )
-
-
-def recorded_pool(rows: Sequence[Row], prompts: Sequence[tuple[int, ...]]) -> Sampler:
-    """All responses recorded for each of ``prompts``; where there are fewer, the first again."""
-    known: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {p: {} for p in prompts}
-    for row in rows:
-        if tuple(row.prompt) in known:
-            known[tuple(row.prompt)].update(dict.fromkeys(map(tuple, row.responses)))
-    most = max(len(responses) for responses in known.values())
-    filled = []
-    for responses in known.values():
-        first = next(iter(responses))
-        filled += [*responses, *[first] * (most - len(responses))]
-    found = sequence.pad(filled)
-    return rounds.pool(
-        padded(prompts),
-        ragged(
-            np.asarray(found.ids).reshape(len(prompts), most, -1),
-            np.asarray(found.lengths).reshape(len(prompts), most),
-        ),
-    )
 
 
 def make_judge(place: Place) -> Judge | None:
@@ -427,7 +309,9 @@ def make_improve(place: Place) -> Improve:
             model,
             draw,
             steps=improve.chain,
+            keep=improve.keep,
             reward_bound=improve.reward_bound,
+            passes=improve.passes,
             rule=pairs.first_round if improve.ranking == "first-round" else pairs.tournament,
             labelling=rounds.rejection.LABELLINGS[improve.labels],
             **shared,
@@ -439,6 +323,7 @@ def make_improve(place: Place) -> Improve:
         steps=improve.chain,
         keep=improve.keep,
         reward_bound=improve.reward_bound,
+        passes=improve.passes,
     )
 
 

@@ -21,7 +21,7 @@ from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import pretrained, stopping
 from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.programs.config import default_of
-from jax_klrlhf.programs.iterate_parts import read_examples
+from jax_klrlhf.programs.rows import read_examples
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds.parts import ragged
 

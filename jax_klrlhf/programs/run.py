@@ -19,13 +19,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jax_klrlhf import finished, folders, placement
+from jax_klrlhf import defaults, finished, folders, placement
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import LanguageModel
 from jax_klrlhf.programs.config import FREE, TrainingConfig, check
 from jax_klrlhf.results import Metric, output_folder, read_json, write_json, write_results
-from jax_klrlhf.training import defaults, metrics, processes
 from jax_klrlhf.training import mesh as meshes
+from jax_klrlhf.training import metrics, processes
 
 T = TypeVar("T")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jax_klrlhf import finished, models
+from jax_klrlhf.columns import Columns
 from jax_klrlhf.data import check as suits
 from jax_klrlhf.data import prepare, statistics, tokenize
-from jax_klrlhf.data.examples import Columns
 from jax_klrlhf.data.prepare import Prepared
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.programs.config import TrainingConfig

@@ -20,8 +20,9 @@ from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.programs import batches
 from jax_klrlhf.programs import config as configs
 from jax_klrlhf.programs import run as runs
-from jax_klrlhf.programs.config import Adapter, DpoConfig, RewardConfig, SftConfig, objective
+from jax_klrlhf.programs.config import Adapter, DpoConfig, RewardConfig, SftConfig
 from jax_klrlhf.programs.fit import fit
+from jax_klrlhf.programs.losses import objective
 from jax_klrlhf.programs.splits import Splits, open_data
 from jax_klrlhf.training import evaluate as evaluation
 from jax_klrlhf.training import reference, state, tasks

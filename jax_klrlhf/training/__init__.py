@@ -2,7 +2,6 @@
 
 from jax_klrlhf.training import (
     checkpoint,
-    defaults,
     evaluate,
     health,
     loop,
@@ -25,7 +24,6 @@ __all__ = [
     "TrainState",
     "TrainStep",
     "checkpoint",
-    "defaults",
     "evaluate",
     "health",
     "loop",

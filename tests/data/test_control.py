@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from jax_klrlhf.columns import Columns
 from jax_klrlhf.data import rows, tokenize
-from jax_klrlhf.data.examples import Columns, parse
+from jax_klrlhf.data.examples import parse
 from jax_klrlhf.errors import InputError
 
 CHATML = (

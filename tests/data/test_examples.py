@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from jax_klrlhf.data.examples import Columns, Example, parse
+from jax_klrlhf.columns import Columns
+from jax_klrlhf.data.examples import Example, parse
 from jax_klrlhf.errors import InputError
 
 

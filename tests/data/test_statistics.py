@@ -8,8 +8,11 @@ import tyro
 from rich.console import Console
 
 from jax_klrlhf.data import statistics
+from jax_klrlhf.data.batch import Lengths
+from jax_klrlhf.data.prepare import Prepared
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
+from jax_klrlhf.programs import data as program
 
 
 def row(prompt, *responses, scores=(1.0, 0.0)):
@@ -72,9 +75,9 @@ def test_program_prints_counts_and_what_was_dropped(byte_level, tmp_path):
     path.write_text(RECORDS)
     arguments = ["--data", str(path), "--tokenizer", byte_level.name_or_path]
     columns = ["--columns.chosen", "good", "--columns.rejected", "bad"]
-    config = tyro.cli(statistics.DataConfig, args=[*arguments, *columns])
+    config = tyro.cli(program.DataConfig, args=[*arguments, *columns])
     text = io.StringIO()
-    assert statistics.main(config, console=Console(file=text, width=200)) is None
+    assert program.data(config, console=Console(file=text, width=200)) is None
     lines = {
         line.split("│")[1].strip(): line for line in text.getvalue().splitlines() if "│" in line
     }
@@ -87,13 +90,45 @@ def test_program_prints_counts_and_what_was_dropped(byte_level, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]  # nothing kept unasked
 
 
+def test_the_table_fits_eighty_columns_and_cuts_nothing(tmp_path):
+    """Of a large data set with the longest of names."""
+    most = statistics.LengthSummary(12345.6, 23456, 34567, 45678, 56789)
+    text = dict.fromkeys(("prompt_length", "first_length", "other_length"), most)
+    found = statistics.describe([row([1], [2], [3])])._replace(rows=12345678, ties=7654321, **text)
+    place = str(tmp_path / "a-name-that-is-longer-than-the-column-it-stands-in.jsonl, line 1234567")
+    reason = {"count": 123456, "first": [place]}
+    manifest = {
+        "source": place,
+        "tokenizer": str(tmp_path),
+        "facts": {name: {"description": found._asdict()} for name in ("train", "test")},
+        "examples": 12345678,
+        "rows_with_cut": {"prompts": 1, "responses": 2, "to the context": 3},
+        "dropped": {"identical responses": reason},
+    }
+    none = Lengths(np.zeros(0, np.int32), np.zeros((0, 2), np.int32))
+    splits = {
+        name: Prepared(folder=tmp_path, split=name, manifest=manifest, lengths=none, fetch=list)
+        for name in ("train", "test")
+    }
+    said = io.StringIO()
+    Console(file=said, width=80).print(statistics.table(splits))
+    assert max(map(len, said.getvalue().splitlines())) <= 80
+    assert "…" not in said.getvalue()
+    columns = [line.split("│")[1:4] for line in said.getvalue().splitlines() if "│" in line]
+    words = ["".join(cell.strip() for cell in column) for column in zip(*columns, strict=True)]
+    assert place.replace(" ", "") in words[1].replace(" ", "")
+    for column in words[1:]:
+        assert column.startswith("12345678")
+        assert column.replace(" ", "").count("12345.6,23456,34567,45678,56789") == 3
+
+
 def test_program_keeps_the_folder_it_is_given(byte_level, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(RECORDS.replace("good", "chosen").replace("bad", "rejected"))
-    config = statistics.DataConfig(
+    config = program.DataConfig(
         data=str(path), tokenizer=byte_level.name_or_path, output=tmp_path / "kept"
     )
-    splits = statistics.main(config, console=Console(file=io.StringIO()))
+    splits = program.data(config, console=Console(file=io.StringIO()))
     assert splits is not None
     assert len(splits["train"]) == 3
     assert (tmp_path / "kept" / "prepared.json").is_file()
@@ -102,6 +137,6 @@ def test_program_keeps_the_folder_it_is_given(byte_level, tmp_path):
 def test_program_names_the_column_that_is_missing(byte_level, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(RECORDS.replace("good", "chosen"))
-    config = statistics.DataConfig(data=str(path), tokenizer=byte_level.name_or_path)
+    config = program.DataConfig(data=str(path), tokenizer=byte_level.name_or_path)
     with pytest.raises(InputError, match=r"a.jsonl, line 1: column 'rejected' is missing"):
-        statistics.main(config, console=Console(file=io.StringIO()))
+        program.data(config, console=Console(file=io.StringIO()))

@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from jax_klrlhf.columns import Columns
 from jax_klrlhf.data import rows, tokenize
 from jax_klrlhf.data.batch import collate
 from jax_klrlhf.data.buckets import Shape
-from jax_klrlhf.data.examples import Columns, parse
+from jax_klrlhf.data.examples import parse
 from jax_klrlhf.errors import InputError
 
 # Letters and single spaces: what every tokenizer here can write back exactly.

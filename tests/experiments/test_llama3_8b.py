@@ -41,8 +41,8 @@ CHAT = (
 
 
 def test_the_recipe_is_a_configuration_of_klrlhf_iterate():
-    program, config = cli.parse("iterate", ["--config", str(plan.CONFIG), "--rounds", "1"])
-    assert program.__name__ == "iterate"
+    config = cli.parse("iterate", ["--config", str(plan.CONFIG), "--rounds", "1"])
+    assert isinstance(config, iterate_config.IterateConfig)
     iterate_config.check(config)
     assert config.mesh.tensor == 4
     assert config.fit.learning_rate == 5e-7

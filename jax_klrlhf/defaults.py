@@ -1,8 +1,9 @@
-"""What training uses where nothing is said: one place for the programs and for the plan of them."""
+"""What training uses where nothing is said: one place for the programs and for the plan of them.
+
+Nothing heavy is imported here: the configurations of the commands take their defaults from it.
+"""
 
 from typing import Any
-
-from jax_klrlhf.models import scoring
 
 REMAT = "full"
 """What the backward pass computes again: every block, from its input.
@@ -22,6 +23,8 @@ def chunk(vocab_size: int, *, parts: int) -> int:
     >>> chunk(128_256, parts=64)
     16384
     """
+    from jax_klrlhf.models import scoring
+
     most = max(1, LOGITS // vocab_size)
     return parts * min(scoring.CHUNK, 2 ** (most.bit_length() - 1))
 

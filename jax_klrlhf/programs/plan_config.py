@@ -1,0 +1,51 @@
+"""Configuration of ``klrlhf plan``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jax_klrlhf import defaults
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Compile the real training step and sampler for a TPU slice, and print what they need."""
+
+    model: str
+    """A folder with config.json, or a preset (such as llama-3-8b, qwen3-8b, gemma-2-9b)."""
+    topology: str = "v5e:8x8"
+    """Chip and shape of the slice: v5e:8x8, v5p:4x4x4, v6e:4x4; cpu:8 for CPU devices."""
+    mesh: str = ""
+    """Sizes of the mesh axes data, fsdp and tensor, one of which may be -1: fsdp=16,tensor=4. By
+    default as in `klrlhf dpo`: fsdp of at most 16, and data."""
+    program: Literal["train", "sample", "both"] = "both"
+    """What to compile."""
+    pairs: int = 64
+    """Preference pairs in the global batch."""
+    prompt: int = 1024
+    """Padded prompt length, in tokens."""
+    response: int = 1024
+    """Padded response length, in tokens."""
+    micro_batches: int = 1
+    """Pieces that the batch is cut into."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """Of the trained parameters."""
+    lora: int | None = None
+    """Rank of low-rank adapters on every projection; None trains all parameters."""
+    reference: Literal["cached", "live"] = "cached"
+    """Reference log-probabilities: computed before, or in the step (from a second copy; with
+    --lora, from the frozen base)."""
+    frozen_dtype: Literal["bfloat16", "float32"] | None = None
+    """In which an adapter's base, or a live reference's second copy, lies in memory; by default,
+    as in `klrlhf dpo`, a base in that of the computation and a second copy in float32."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the computation; master parameters and moments are float32."""
+    remat: str | None = defaults.REMAT
+    """What the backward pass recomputes: full, a policy of jax.checkpoint_policies, or None."""
+    chunk: int | None = None
+    """Tokens projected on the vocabulary at one time, over all devices; by default, as in `klrlhf
+    dpo`, what fills 128 MiB of logits on each part of the batch, 1024 at most."""
+    samples: int = 8
+    """Responses that the sampler draws for each prompt; it takes as many prompts as pairs."""
+    output: Path | None = None
+    """Folder for results.json and the text of the compiled programs."""
