@@ -31,7 +31,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 settings.register_profile("klrlhf", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("klrlhf")
 
-# Real data lies beside a checkout, never in it; see tests/README.md.
+# Real data lies beside a checkout, never in it; see CONTRIBUTING.md.
 DATA = Path(os.environ.get("KLRLHF_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 

@@ -47,6 +47,8 @@ class Limits:
     that..."""
     kl_nats: float = 10.0
     """...where it is more than this per response."""
+    loss_nats: float = 7.0
+    """Loss of a reward model: ten coin tosses, or every pair wrong at odds of a thousand to one."""
     skipped: int = 5
     """Updates in a row whose loss or gradient is not finite: so many stop the run."""
 
@@ -155,6 +157,8 @@ def observe(
     if "rewards/margins" in metrics and "rewards/chosen" in metrics:
         seen, found = _stuck(seen, step, metrics, limits)
         findings += found
+        if "logps/chosen" not in metrics:  # A policy is measured by its KL.
+            findings += _overconfident(step, metrics["loss"].value, limits)
     if "log_ratio/chosen" in metrics:
         findings += _collapse(step, metrics, limits)
     if "eval/kl/ref" in metrics:
@@ -215,6 +219,21 @@ def _stuck(
             f"it began (ln 2 = {math.log(2):.6f} for DPO): the policy has not moved from the "
             "reference. Usual causes: a learning rate or warm-up far too small, adapters whose two "
             "factors are both zero, everything frozen, or pairs of identical responses.",
+            False,
+        )
+    ]
+
+
+def _overconfident(step: int, loss: float, limits: Limits) -> list[Finding]:
+    """A reward model that is sure, and wrong; at random it loses ln 2."""
+    if not loss > limits.loss_nats:
+        return []
+    return [
+        Finding(
+            "exploded_loss",
+            f"step {step}: the reward model loses {loss:.3g} nats per pair, where a coin toss "
+            f"loses {math.log(2):.2f}: it is sure of what is wrong. Lower the learning rate, or "
+            "look for pairs whose labels contradict each other.",
             False,
         )
     ]

@@ -154,6 +154,14 @@ def test_a_constant_reward_is_told_also_of_a_model_that_was_alive():
     assert watch([reward_line(0.0, 0.1)] * 6) == []  # pairs differ, as often one way
 
 
+def test_a_reward_model_that_is_sure_and_wrong_is_told():
+    found = watch([reward_line(), reward_line() | {"loss": Metric(7.5)}])
+    assert names(found) == ["exploded_loss"]
+    assert "step 20" in found[0].message
+    assert watch([reward_line() | {"loss": Metric(6.5)}]) == []
+    assert watch([line(7.5)]) == []  # a policy's loss has its own scale
+
+
 def test_a_likelihood_run_has_no_margins():
     metrics = {"loss": Metric(3.0), "grad_norm": Metric(1.0), "logps/chosen": Metric(-9.0)}
     assert watch([metrics] * 9) == []

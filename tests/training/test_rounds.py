@@ -110,8 +110,12 @@ def test_a_run_broken_off_in_any_phase_goes_on_to_the_same_bits(
         same(resumed, whole)
 
 
-def test_the_belief_is_of_all_comparisons_so_far_and_scores_what_is_drawn(offline, tmp_path):
+def test_the_belief_is_of_all_comparisons_so_far_and_scores_what_is_drawn(
+    offline, tmp_path, capsys
+):
     run(tmp_path, offline)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("round ")]
+    assert [line.split()[1] for line in lines] == ["0/2", "1/2", "2/2"]
     known = [offline]
     for number in (0, 1, 2):
         folder = tmp_path / f"round-{number:03d}"

@@ -131,7 +131,8 @@ def iterate(
         offline: comparisons that were there before; learned from in round 0.
         output: folder of the phases' results; started again with it, a run goes on. None: memory.
         config: whatever JSON holds that identifies the parts; a folder of another is refused.
-        console: where a line per round is printed.
+        console: where a line per round is printed; by default the terminal of the first process,
+            and ``Console(quiet=True)`` for none.
         report: ``report(round, metrics)``, called after each round, also one read from disk.
 
     Raises:
@@ -141,7 +142,7 @@ def iterate(
     if rounds < 0 or (rounds == 0 and offline is None):
         raise ValueError(f"rounds={rounds} without offline data: there is nothing to learn from.")
     ask = (lambda number: prompts) if isinstance(prompts, Ragged) else prompts
-    console = console or Console(quiet=True)
+    console = console or Console(quiet=not placement.leader())
     journal = Journal(output, _identity(key, policy, ask, offline, config))
     first = 0 if offline is not None else 1
     policies = journals.Stored(journal, policy, first=first)
