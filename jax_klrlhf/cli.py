@@ -62,6 +62,11 @@ COMMANDS = {
         "jax_klrlhf.plan:main",
         "will it fit on a TPU slice?",
     ),
+    "report": Command(
+        "jax_klrlhf.programs.report_config:ReportConfig",
+        "jax_klrlhf.report.program:report",
+        "a run, or answers, as a page",
+    ),
     "reward": _training("reward", "RewardConfig", "train a reward model"),
     "sft": _training("sft", "SftConfig", "train on demonstrations"),
 }

@@ -64,8 +64,10 @@ def locked(folder: str | Path, *, name: str = ".lock", wait: bool = False) -> It
     """
     folder = Path(folder)
     path = folder / name
+    looks = 2  # another may only be looking who holds it
     while (descriptor := _take(path)) is None:
-        if not wait:
+        looks -= 1
+        if not wait and looks < 0:
             raise InputError(
                 f"{folder}: in use by {_holder(path)}: wait for it or stop it, or give another "
                 "folder."
@@ -77,6 +79,25 @@ def locked(folder: str | Path, *, name: str = ".lock", wait: bool = False) -> It
         with contextlib.suppress(OSError):
             path.unlink()  # Still held: who waits for it finds another file in its place.
         _release(descriptor)
+
+
+def holder(folder: str | Path, *, name: str = ".lock") -> str | None:
+    """Who holds a folder at this moment, in words; None where nobody does, or it cannot be seen."""
+    path = Path(folder) / name
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        # Shared, and let go of at once: :func:`locked` looks again before it refuses.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(path)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return None
 
 
 def fresh_name(path: str | Path, *, kind: str = "new") -> Path:

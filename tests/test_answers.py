@@ -234,6 +234,13 @@ def test_eval_against_numbers_from_its_own_answers(place, tmp_path, monkeypatch,
             for role in ("policy", "reference")
         }
         assert row["policy/reward"] == reward["policy"]
+        # For the page: pieces that add up to the text, and KL that adds up to the answer's.
+        for text, pieces, nats, total in zip(
+            row["policy"], row["policy/tokens"], row["kl/tokens"], row["kl"], strict=True
+        ):
+            assert "".join(pieces) == text
+            assert len(pieces) == len(nats)
+            assert sum(nats) == pytest.approx(total, abs=1e-4 * len(nats))
         gains.append(np.mean(reward["policy"]) - np.mean(reward["reference"]))
         pairs = [(a, b) for a in reward["policy"] for b in reward["reference"]]
         wins.append(np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs]))
@@ -335,7 +342,7 @@ def test_kl_is_that_of_scoring(place, monkeypatch):
         laws.append(logits - scipy.special.logsumexp(logits, -1, keepdims=True))
     each = (np.exp(laws[0]) * (laws[0] - laws[1])).sum(-1)
     where = np.arange(2) < np.asarray(responses.lengths)[..., None]
-    np.testing.assert_allclose(found, (each * where).sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(found, each * where, rtol=1e-4, atol=1e-6)
 
 
 def test_ones_own_reward_reads_text(place, tmp_path, monkeypatch, capsys):

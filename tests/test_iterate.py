@@ -9,11 +9,12 @@ import pytest
 import safetensors.numpy
 from rich.console import Console
 
-from jax_klrlhf import cli, finished, models
-from jax_klrlhf.data import tokenize
+from jax_klrlhf import cli, finished, label, models
+from jax_klrlhf.data import labelling, tokenize
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.programs import iterate, iterate_config, iterate_parts, rows
-from jax_klrlhf.training.rounds import journal
+from jax_klrlhf.training.rounds import journal, oracle
+from tests.label.asking import post
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "under", "mat", "tree"]
 
@@ -256,17 +257,81 @@ def test_recorded_labels_are_asked_for_a_round_at_a_time(place, tmp_path):
         found = safetensors.numpy.load_file(folder / "label.safetensors")
         asked += len(found["label"])
         lengths, ids = found["responses/lengths"], found["responses/ids"]
-        for pair, length, label in zip(ids, lengths, found["label"], strict=True):
+        for pair, length, said in zip(ids, lengths, found["label"], strict=True):
             first, second = (
                 tokenizer.decode(r[:n].tolist()) for r, n in zip(pair, length, strict=True)
             )
             # Cut to six tokens; what is left begins as the recorded one.
             better = [r["chosen"] for r in rows if r["chosen"].startswith(first)]
-            assert bool(better) == (label == 1.0)
+            assert bool(better) == (said == 1.0)
             assert first != second
     # Of a prompt's four recorded responses, two of the six pairs were labelled; the others
     # are abstained from.
     assert 0 < asked < 14
+
+
+def test_a_run_asks_people_waits_and_goes_on(place, tmp_path, monkeypatch, capsys):
+    changed = {
+        "reward": "human",
+        "belief.kind": "implicit",
+        "held-out": 0,
+        "eval-samples": None,
+        "prompts-per-round": 8,
+        "pairs.rule": "sampled",
+        "rounds": 1,
+    }
+    arguments = options(place, tmp_path, **changed)
+    folder = tmp_path / "labels"
+
+    def killed(seconds):
+        raise Killed
+
+    # Waiting, the run is killed; what it asks lies in the folder.
+    monkeypatch.setattr(oracle.time, "sleep", killed)
+    with pytest.raises(Killed):
+        cli.main(arguments)
+    asked = labelling.read_pairs(folder).pairs
+    assert len(asked) > 4
+    assert f"labelled 0 of {len(asked)} pairs: klrlhf label --output {folder}" in (
+        capsys.readouterr().out
+    )
+    session = label.Session(folder, repeats=0.3)
+    with label.serve(session) as served:
+
+        def answers(count):
+            for _ in range(count):
+                ask = post(served.port, "/api/next", {"annotator": "Ana"})
+                if ask["ask"] is None:
+                    return
+                # The one first in the alphabet; of one pair, nothing.
+                said = "left" if ask["left"] < ask["right"] else "right"
+                said = "skip" if ask["ask"].startswith(asked[0].name) else said
+                answer = {"annotator": "Ana", "ask": ask["ask"], "answer": said}
+                post(served.port, "/api/answer", answer)
+
+        answers(3)
+        # Started again, it asks for the same, and goes on waiting.
+        with pytest.raises(Killed):
+            cli.main(arguments)
+        assert labelling.read_pairs(folder).pairs == asked
+        assert "labelled 3 of" in capsys.readouterr().out
+        # The last labels come while it waits.
+        waited = []
+        monkeypatch.setattr(
+            oracle.time, "sleep", lambda seconds: waited.append(seconds) or answers(4)
+        )
+        assert cli.main(arguments) == 0
+        assert waited
+    session.close()
+    found = safetensors.numpy.load_file(tmp_path / "rounds" / "round-001" / "label.safetensors")
+    assert len(found["label"]) == len(asked) - 1
+    encoder = tokenize.encoder(tokenize.load(place / "tokenizer"))
+    both = zip(found["responses/ids"], found["responses/lengths"], found["label"], strict=True)
+    for pair, length, said in both:
+        first, second = (encoder.decode(r[:n].tolist()) for r, n in zip(pair, length, strict=True))
+        assert (first < second) == (said == 1.0)
+    assert set(found["weight"]) == {1.0}
+    assert (tmp_path / "model").is_dir()
 
 
 def test_pairs_are_turned_to_the_preferred_one_without_changing_what_they_say():
@@ -421,6 +486,15 @@ BAD = {
     "noise": ({"annotator.noise": 0.7}, "--annotator.noise lies in"),
     "objective": ({"improve.objective": "dpo"}, "objective 'dpo': there are sigmoid"),
     "labels": ({"reward": "recorded", "samples": None}, "--reward recorded needs --data"),
+    "people's noise": (
+        {"reward": "human", "annotator.noise": 0.1},
+        "--annotator.noise: people label as they like",
+    ),
+    "no people": ({"annotator.each": 2}, "--annotator.each: it is of people"),
+    "people's mind": (
+        {"reward": "human", "belief.kind": "annotator"},
+        "people have no reward that could be",
+    ),
     "seed": ({"newest-share": 0.5, "setting": "hybrid"}, "goes with --offline-share"),
 }
 

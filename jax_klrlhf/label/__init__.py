@@ -1,7 +1,7 @@
 """``klrlhf label``: a local page on which people compare two answers, and what their labels teach.
 
 - :mod:`.pool`: prompts with their answers, and features of the answers;
-- :mod:`.taught`: the linear reward that the labels fit, its confidence, the set that shrinks;
+- :mod:`.teaching`: the linear reward that the labels fit, its confidence, the set that shrinks;
 - :mod:`.session`: who is asked what next, which side is which, agreement;
 - :mod:`.server`: the page, on the loopback address unless asked otherwise;
 - :mod:`jax_klrlhf.data.labelling`: the folder in which labels are kept.
@@ -17,8 +17,9 @@ In a notebook::
 
 from jax_klrlhf.data import labelling
 from jax_klrlhf.label.pool import Pool
-from jax_klrlhf.label.server import Served, serve
+from jax_klrlhf.label.server import serve
 from jax_klrlhf.label.session import Session
-from jax_klrlhf.label.taught import Taught, taught
+from jax_klrlhf.label.teaching import Taught, taught
+from jax_klrlhf.report.serving import Served
 
 __all__ = ["Pool", "Served", "Session", "Taught", "labelling", "serve", "taught"]

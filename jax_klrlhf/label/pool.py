@@ -219,7 +219,7 @@ def _answers(record: Mapping[str, Any], columns: Columns, where: str) -> tuple[C
             f"{where}: no column {columns.prompt!r}; there are {', '.join(map(str, record))}; name "
             "yours with --columns.prompt."
         )
-    prompt = record[columns.prompt]
+    prompt: Any = record[columns.prompt]
     if not isinstance(prompt, str):
         prompt = list(prompt)
         if not all(isinstance(x, Mapping) and {"role", "content"} <= x.keys() for x in prompt):

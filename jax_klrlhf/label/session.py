@@ -23,19 +23,16 @@ from jax_klrlhf.core import ellipsoid, pairs
 from jax_klrlhf.core.pairs import PairRule
 from jax_klrlhf.data import labelling
 from jax_klrlhf.data.labelling import Label, Labels, Pair, pair_of
-from jax_klrlhf.label import taught as belief
 from jax_klrlhf.label.pool import Pool
+from jax_klrlhf.label.teaching import Taught, taught
 from jax_klrlhf.report.answers import words
+from jax_klrlhf.report.serving import Refused
 from jax_klrlhf.results import proportion
 
 GAP = 3
 """Answers of an annotator between a pair and its repetition, at least."""
 HELD = 900.0
 """Seconds that a pair is kept for the one to whom it was shown."""
-
-
-class Refused(ValueError):
-    """What a page asked for is not to be had; the reason is one line."""
 
 
 class Ask(NamedTuple):
@@ -64,7 +61,7 @@ class Session:
         rule: ``rule(key, choices) -> Pair`` of :mod:`core.pairs`, given what labels have taught.
         each: how many people are asked of each pair; waiting pairs say it themselves.
         repeats: share of an annotator's answers that are to pairs shown a second time.
-        ridge: lambda of :func:`.taught.taught`.
+        ridge: lambda of :func:`.teaching.taught`.
         features: of the answers of waiting pairs; words by default.
         seed: of sides and order.
 
@@ -101,7 +98,7 @@ class Session:
         self._stamp: Any = None
         self._pairs: dict[str, Pair] = {x.pair.name: x.pair for x in self.labels.all}
         self._rows: dict[tuple[str, str], int] = {}
-        self._known_to: tuple[int, belief.Taught] | None = None
+        self._known_to: tuple[int, Taught] | None = None
         self._sets: Any = None
         self._look()
 
@@ -217,7 +214,7 @@ class Session:
             found["pool"] = len(flat)
             found["agrees"] = now.agrees
             found["curve"] = {
-                "count": now.count.tolist(),
+                "count": now.labelled.tolist(),
                 "information": now.information.tolist(),
                 "width": now.width.tolist(),
             }
@@ -332,9 +329,9 @@ class Session:
         asked = Counter(repr(x.pair.prompt) for x in self.labels.all)
         found = []
         for row, match in np.argwhere(valid).tolist():
-            some = self._pool.answers[row]
-            prompt = self._pool.prompts[row]
-            pair, _ = pair_of(prompt, some[first[row, match]], some[second[row, match]])
+            prompt, some = self._pool.prompts[row], self._pool.answers[row]
+            one, two = some[int(first[row, match])], some[int(second[row, match])]
+            pair, _ = pair_of(prompt, one, two)
             found.append((asked[repr(prompt)], -float(gain[row, match]), len(found), pair))
         # The most uncertain of all prompts; other rules go round the prompts.
         if self._rule is pairs.most_uncertain:
@@ -380,12 +377,12 @@ class Session:
         )
         return [np.asarray(x).reshape(len(where), -1) for x in made]
 
-    def _taught(self) -> belief.Taught:
+    def _taught(self) -> Taught:
         assert self._pool is not None
         if not self._rows:
             self._rows = self._pool.rows()
         if self._known_to is None or self._known_to[0] != len(self.labels.all):
-            found = belief.taught(self._pool, self.labels.all, ridge=self._ridge, rows=self._rows)
+            found = taught(self._pool, self.labels.all, ridge=self._ridge, rows=self._rows)
             self._known_to = (len(self.labels.all), found)
         return self._known_to[1]
 

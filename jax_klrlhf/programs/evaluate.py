@@ -43,6 +43,7 @@ from jax_klrlhf.programs.evaluate_config import EvalConfig
 from jax_klrlhf.programs.gold import CLASSES, fit_sentiment
 from jax_klrlhf.programs.losses import load_function
 from jax_klrlhf.programs.policies import Asked, Policy
+from jax_klrlhf.report.answers import pieces
 from jax_klrlhf.results import Metric, mean
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.parts import ragged
@@ -93,10 +94,11 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> dict[str,
     kl = _kl(loaded, prompts["policy"], found["policy"].responses, config, mesh)
     if kl is None:
         console.print("The two read other tokens, so that there is no KL between them.")
-    metrics = compare(found["policy"], found["reference"], kl)
+    metrics = compare(found["policy"], found["reference"], None if kl is None else kl.sum(-1))
     _table(metrics, names, console)
     if output is not None:
-        _write(config, output, asked, found, kl, metrics, time.perf_counter() - began)
+        decode = loaded["policy"].encoder.decode
+        _write(config, output, asked, found, kl, decode, metrics, time.perf_counter() - began)
         said = f"results.json and answers.jsonl in {output}"
         console.print(said, markup=False, highlight=False, soft_wrap=True)
     return metrics
@@ -265,7 +267,7 @@ def _prompt(encoder: tokenize.Encoder, asked: Asked) -> list[int]:
 def _kl(
     loaded: dict[str, Policy], prompts: Ragged, responses: Ragged, config: EvalConfig, mesh: Any
 ) -> np.ndarray | None:
-    """KL(policy || reference) of each response ``[B, K]``; None between different vocabularies."""
+    """KL(policy || reference) at each token ``[B, K, C]``; None between different vocabularies."""
     ours, theirs = loaded["policy"], loaded["reference"]
     if ours.encoder.continuation.get_vocab() != theirs.encoder.continuation.get_vocab():
         return None
@@ -277,7 +279,7 @@ def _kl(
         reference = (theirs.loaded.model, base)
         scores = scoring.score(ours.loaded.model, policy, prompts, responses, reference=reference)
         assert scores.kl is not None  # a reference was given
-        return scores.kl.sum(-1)
+        return scores.kl
 
     program = mapped(divergence, rows=config.rows, mesh=mesh)
     found = program((ours.loaded.params, theirs.loaded.params), prompts, responses)
@@ -316,9 +318,11 @@ def _write(
     asked: Sequence[Asked],
     found: dict[str, Said],
     kl: np.ndarray | None,
+    decode: Callable[[list[int]], str],
     metrics: dict[str, Metric],
     seconds: float,
 ) -> None:
+    ids, lengths = (np.asarray(x) for x in found["policy"].responses)
     with (output / "answers.jsonl").open("w", encoding="utf-8") as file:
         for number, prompt in enumerate(asked):
             record: dict[str, Any] = {"prompt": prompt.example.prompt}
@@ -326,7 +330,15 @@ def _write(
                 record[role] = said.texts[number]
                 record[f"{role}/reward"] = said.reward[number].tolist()
             if kl is not None:
-                record["kl"] = kl[number].tolist()
+                record["kl"] = kl[number].sum(-1).tolist()
+                rows = [
+                    row[:n].tolist() for row, n in zip(ids[number], lengths[number], strict=True)
+                ]
+                record["policy/tokens"] = [pieces(decode, row) for row in rows]
+                record["kl/tokens"] = [
+                    [round(float(x), 5) for x in of[: len(row)]]
+                    for of, row in zip(kl[number], rows, strict=True)
+                ]
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     results.write_results(
         output,

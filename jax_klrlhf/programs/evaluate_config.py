@@ -26,7 +26,8 @@ class EvalConfig:
     on which one is fitted, or module:function of your own: reward(prompts, texts) with a number for
     each text."""
     output: Path | None = None
-    """Folder for results.json and answers.jsonl: every prompt's answers, rewards and KL."""
+    """Folder for results.json and answers.jsonl: every prompt's answers, rewards, and KL, of each
+    token too; `klrlhf report` shows them side by side."""
     split: str | None = None
     """Split of --prompts, where it has several."""
     columns: Columns = field(default_factory=Columns)

@@ -11,6 +11,7 @@ from jax_klrlhf.core import pairs
 from jax_klrlhf.data import labelling
 from jax_klrlhf.data.labelling import Label, pair_of
 from jax_klrlhf.label import session as sessions
+from jax_klrlhf.report import serving
 
 PROMPTS = [f"prompt {number}" for number in range(6)]
 ANSWERS = [[f"{'good ' * k}answer {k} of {number}" for k in range(4)] for number in range(6)]
@@ -90,15 +91,15 @@ def test_an_answer_sent_twice_is_one_label_and_is_not_changed(tmp_path):
     again, anew = session.answer("Ana", ask.name, "left")
     assert (new, anew) == (True, False)
     assert again == first
-    with pytest.raises(label.session.Refused, match="not changed"):
+    with pytest.raises(serving.Refused, match="not changed"):
         session.answer("Ana", ask.name, "right")
     for name in ("nobody.0", ask.pair.name, f"{ask.pair.name}.2", f"{ask.pair.name}.x", ".0"):
-        with pytest.raises(label.session.Refused):
+        with pytest.raises(serving.Refused):
             session.answer("Ana", name, "left")
-    with pytest.raises(label.session.Refused, match="left, right"):
+    with pytest.raises(serving.Refused, match="left, right"):
         session.answer("Ana", ask.name, "first")
     for name in ("", " ", "x" * 61, "a\nb", "\x1b[0m"):
-        with pytest.raises(label.session.Refused, match="a name"):
+        with pytest.raises(serving.Refused, match="a name"):
             session.next(name)
     assert len(labelling.read_labels(tmp_path)) == 1
     session.close()

@@ -16,6 +16,7 @@ Axes: ``B`` prompts, ``K`` responses, ``N`` pairs.
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -142,6 +143,7 @@ def human(
         ValueError: where ``each`` is less than 1. When called, ``InputError`` where the folder
             cannot be read or written, or all pairs were skipped.
     """
+    folder = Path(folder)
     if each < 1:
         raise ValueError(f"human: each must be at least 1 person, got {each}")
 

@@ -39,7 +39,7 @@ class Taught(NamedTuple):
     """Of each answer, less the mean over its prompt's answers; nats of the Bradley-Terry logit."""
     stderr: Float[np.ndarray, " A"]
     """Of these, by the Laplace posterior."""
-    count: Float[np.ndarray, " P"]
+    labelled: Float[np.ndarray, " P"]
     """Labelled pairs at the points of the two curves."""
     information: Float[np.ndarray, " P"]
     """log det Sigma - log det (lambda I), in nats: twice the log-volume that the set has lost."""
