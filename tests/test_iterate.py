@@ -9,8 +9,8 @@ import pytest
 import safetensors.numpy
 from rich.console import Console
 
-from jax_klrlhf import cli, finished, label, models
-from jax_klrlhf.data import labelling, tokenize
+from jax_klrlhf import cli, finished, label, labelling, models
+from jax_klrlhf.data import tokenize
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.programs import iterate, iterate_config, iterate_parts, rows
 from jax_klrlhf.training.rounds import journal, oracle

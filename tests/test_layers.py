@@ -19,12 +19,13 @@ ALLOWED = {
     "folders": {"errors"},
     "placement": {"errors"},
     "results": {"errors"},
+    "labelling": {"errors", "results"},
     "bandit": {"core", "errors"},
     "models": {"core", "errors", "folders", "placement"},
     "columns": set(),
     "defaults": {"models"},
     "data": {"core", "models", "columns", "errors", "folders", "placement", "results"},
-    "training": {"core", "models", "errors", "folders", "placement", "results"},
+    "training": {"core", "models", "errors", "folders", "labelling", "placement", "results"},
 }
 # What the core may import from outside, besides the standard library.
 CORE_OUTSIDE = {"jax", "jaxtyping", "numpy"}

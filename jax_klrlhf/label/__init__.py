@@ -4,7 +4,7 @@
 - :mod:`.teaching`: the linear reward that the labels fit, its confidence, the set that shrinks;
 - :mod:`.session`: who is asked what next, which side is which, agreement;
 - :mod:`.server`: the page, on the loopback address unless asked otherwise;
-- :mod:`jax_klrlhf.data.labelling`: the folder in which labels are kept.
+- :mod:`jax_klrlhf.labelling`: the folder in which labels are kept.
 
 In a notebook::
 
@@ -15,7 +15,7 @@ In a notebook::
     pairs = label.labelling.read_labels("labels")  # what was said so far
 """
 
-from jax_klrlhf.data import labelling
+from jax_klrlhf import labelling
 from jax_klrlhf.label.pool import Pool
 from jax_klrlhf.label.server import serve
 from jax_klrlhf.label.session import Session

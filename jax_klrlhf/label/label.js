@@ -36,7 +36,7 @@
     current = found.ask ? found : null;
     at('asking').hidden = !current;
     if (current) {
-      at('asked').textContent = found.prompt;
+      at('asked').textContent = found.prompt.trim();
       at('left').textContent = found.left;
       at('right').textContent = found.right;
       at('left').classList.remove('picked');

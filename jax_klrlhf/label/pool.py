@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 from jax_klrlhf.data.examples import Columns, Content
-from jax_klrlhf.data.labelling import Pair
 from jax_klrlhf.data.sources import open_source
 from jax_klrlhf.errors import InputError
+from jax_klrlhf.labelling import Pair
 
 Features = Callable[[Sequence[tuple[Content, str]]], Float[np.ndarray, "A D"]]
 """``features(answers)`` of ``(prompt, text)``: any numbers; they are centred and scaled after."""

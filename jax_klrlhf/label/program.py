@@ -7,11 +7,11 @@ from rich.console import Console
 from jax_klrlhf import folders
 from jax_klrlhf.core import pairs
 from jax_klrlhf.core.pairs import PairRule
-from jax_klrlhf.data.labelling import LABELS
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.label.pool import Pool, model_features
 from jax_klrlhf.label.server import serve
 from jax_klrlhf.label.session import Session, agreement
+from jax_klrlhf.labelling import LABELS
 from jax_klrlhf.programs.config import check_seed, positive
 from jax_klrlhf.programs.label_config import LabelConfig
 from jax_klrlhf.programs.losses import load_function

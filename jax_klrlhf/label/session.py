@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_klrlhf import labelling
 from jax_klrlhf.core import choices as choice_sets
 from jax_klrlhf.core import ellipsoid, pairs
 from jax_klrlhf.core.pairs import PairRule
-from jax_klrlhf.data import labelling
-from jax_klrlhf.data.labelling import Label, Labels, Pair, pair_of
 from jax_klrlhf.label.pool import Pool
 from jax_klrlhf.label.teaching import Taught, taught
+from jax_klrlhf.labelling import Label, Labels, Pair, pair_of
 from jax_klrlhf.report.answers import words
 from jax_klrlhf.report.serving import Refused
 from jax_klrlhf.results import proportion
@@ -55,7 +55,8 @@ class Session:
     """The labelling of a folder, by one process: everything a page can ask for.
 
     Args:
-        folder: where labels are kept (:mod:`data.labelling`). Hold it (:func:`folders.locked`).
+        folder: where labels are kept (:mod:`jax_klrlhf.labelling`); hold it
+            (:func:`folders.locked`).
         pool: answers among which ``rule`` chooses pairs; None: the pairs that wait in the folder
             (of a run with :func:`.oracle.human`), in a shuffled order.
         rule: ``rule(key, choices) -> Pair`` of :mod:`core.pairs`, given what labels have taught.

@@ -22,8 +22,8 @@ from jaxtyping import Array, Float
 
 from jax_klrlhf.core import ellipsoid, estimation, posterior
 from jax_klrlhf.core.ellipsoid import Ellipsoid
-from jax_klrlhf.data.labelling import Label, votes
 from jax_klrlhf.label.pool import Pool
+from jax_klrlhf.labelling import Label, votes
 
 POINTS = 40
 """Of a curve over the labels."""

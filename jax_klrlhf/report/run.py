@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jax_klrlhf import finished, folders
-from jax_klrlhf.data import labelling
+from jax_klrlhf import finished, folders, labelling
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.report import page
 from jax_klrlhf.results import Metric

@@ -8,9 +8,8 @@ import shutil
 
 import pytest
 
-from jax_klrlhf import label
-from jax_klrlhf.data import labelling
-from jax_klrlhf.data.labelling import pair_of
+from jax_klrlhf import label, labelling
+from jax_klrlhf.labelling import pair_of
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -52,10 +51,8 @@ def test_a_person_labels_with_keys_and_nothing_of_a_model_runs(page, tmp_path):
         for number, key in enumerate(["ArrowLeft", "2", "ArrowDown", "s"], 1):
             shown.append({side: page.inner_text(f"#{side}") for side in ("left", "right")})
             page.keyboard.press(key)
-            page.wait_for_function(
-                f"document.getElementById('progress').textContent.startsWith('{number} answers')"
-            )
-        page.wait_for_function("document.getElementById('asking').hidden")
+            page.get_by_text(f"{number} answers of Ana").wait_for()
+        page.locator("#asking").wait_for(state="hidden")
         assert "No pair waits" in page.inner_text("#message")
         page.keyboard.press("ArrowLeft")  # nothing is shown: nothing is said
         page.click("#tab-taught")
@@ -82,10 +79,10 @@ def test_the_page_says_when_nothing_was_kept(page, tmp_path):
     page.wait_for_selector("#asking:not([hidden])")
     served.close()
     page.keyboard.press("ArrowLeft")
-    page.wait_for_function("document.getElementById('message').textContent.includes('not answer')")
+    page.get_by_text("the server does not answer").wait_for()
     # Started again at the same place, the same pair is answered.
     with label.serve(session, port=served.port):
         page.keyboard.press("ArrowLeft")
-        page.wait_for_function("document.getElementById('asking').hidden")
+        page.locator("#asking").wait_for(state="hidden")
     assert len(labelling.read_labels(tmp_path)) == 1
     session.close()

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from jax_klrlhf.data import labelling
-from jax_klrlhf.data.labelling import Label, Labels
+from jax_klrlhf import labelling
 from jax_klrlhf.errors import InputError
+from jax_klrlhf.labelling import Label, Labels
 from jax_klrlhf.training.rounds import oracle
 from jax_klrlhf.training.rounds.parts import ragged
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from jax_klrlhf.data import labelling
-from jax_klrlhf.data.labelling import pair_of
+from jax_klrlhf import labelling
+from jax_klrlhf.labelling import pair_of
 from tests.label.asking import post
 
 ROOT = Path(__file__).resolve().parents[2]

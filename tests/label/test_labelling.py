@@ -7,11 +7,11 @@ import os
 
 import pytest
 
-from jax_klrlhf.data import labelling
+from jax_klrlhf import labelling
 from jax_klrlhf.data.examples import Columns
-from jax_klrlhf.data.labelling import Label, Labels, pair_of, read_labels, votes
 from jax_klrlhf.data.sources import open_source
 from jax_klrlhf.errors import InputError
+from jax_klrlhf.labelling import Label, Labels, pair_of, read_labels, votes
 
 PAIR, _ = pair_of("p", "one", "two")
 OTHER, _ = pair_of([{"role": "user", "content": "p"}], "one", "two \ud800 \u2028")

@@ -5,10 +5,9 @@ import re
 
 import pytest
 
-from jax_klrlhf import label
-from jax_klrlhf.data import labelling
-from jax_klrlhf.data.labelling import pair_of
+from jax_klrlhf import label, labelling
 from jax_klrlhf.errors import InputError
+from jax_klrlhf.labelling import pair_of
 from tests.label.asking import post, request
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>"

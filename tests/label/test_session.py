@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from jax_klrlhf import label
+from jax_klrlhf import label, labelling
 from jax_klrlhf.core import pairs
-from jax_klrlhf.data import labelling
-from jax_klrlhf.data.labelling import Label, pair_of
 from jax_klrlhf.label import session as sessions
+from jax_klrlhf.labelling import Label, pair_of
 from jax_klrlhf.report import serving
 
 PROMPTS = [f"prompt {number}" for number in range(6)]

@@ -25,10 +25,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from jax_klrlhf import placement
+from jax_klrlhf import labelling, placement
 from jax_klrlhf.core import bradley_terry as bt
 from jax_klrlhf.core.sequence import Ragged
-from jax_klrlhf.data import labelling
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models import sampling
@@ -126,7 +125,7 @@ def human(
     say: Callable[[int, int], None] | None = None,
 ) -> Oracle:
     """People: pairs wait in a folder until somebody has labelled them, on the page of
-    ``klrlhf label --output FOLDER`` or otherwise (:mod:`data.labelling`).
+    ``klrlhf label --output FOLDER`` or otherwise (:mod:`jax_klrlhf.labelling`).
 
     A label is the mean over the annotators of a pair, and weighs as many as said something. What
     was labelled before, by a run that was killed say, is not asked again; a pair that was skipped,

@@ -17,14 +17,15 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from jax_klrlhf.data.examples import Content
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.results import output_folder
 
+Content: TypeAlias = str | list[Any]
+"""A prompt: text, or a chat, a list of messages ``{"role", "content"}``."""
 PAIRS, LABELS = "pairs.jsonl", "labels.jsonl"
 Answer = Literal["first", "second", "tie", "skip"]
 Which = Literal["first", "second"]
