@@ -13,7 +13,7 @@ from jax_klrlhf import cli, finished
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.programs.config import DpoConfig
 from jax_klrlhf.programs.generate_config import GenerateConfig
-from jax_klrlhf.programs.iterate_config import Fit, IterateConfig
+from jax_klrlhf.programs.iterate_config import FitConfig, IterateConfig
 from tests.test_cli import HEAVY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,7 +101,9 @@ def test_another_run_is_not_it(dpo):
 
 
 def test_another_command_is_not_it(iterate):
-    assert finished.finished("iterate", dataclasses.replace(iterate, fit=Fit(steps=7))) is None
+    assert (
+        finished.finished("iterate", dataclasses.replace(iterate, fit=FitConfig(steps=7))) is None
+    )
     run = DpoConfig(model="m", data="d", output=iterate.output)
     assert finished.finished("dpo", run) is None
 

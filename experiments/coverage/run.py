@@ -140,7 +140,7 @@ def play(
         constant=1.0,
     )
 
-    def online(learner: bandit.Learner, offline: bandit.Comparisons | None = None) -> Array:
+    def online(learner: bandit.Learner, offline: bandit.Duels | None = None) -> Array:
         rounds = config.rounds if offline is None else config.rounds // 2
         return bandit.simulate(
             key_online, problem, learner, rounds=rounds, batch=config.batch, offline=offline

@@ -94,7 +94,7 @@ class World(NamedTuple):
 
     choices: human.RecordedChoices
     problem: bandit.Problem
-    data: bandit.Comparisons
+    data: bandit.Duels
     second: Bool[np.ndarray, " situations"]
     groups: tuple[str, str]
 
@@ -135,7 +135,7 @@ class Outcome(NamedTuple):
 
 
 def fit(
-    problem: bandit.Problem, data: bandit.Comparisons, known: Bool[Array, " situations"], ridge
+    problem: bandit.Problem, data: bandit.Duels, known: Bool[Array, " situations"], ridge
 ) -> bandit.Estimate:
     """The estimate from the recorded choices in the known situations."""
     learner = bandit.offline_greedy(ridge=ridge)

@@ -31,23 +31,15 @@ from jax_klrlhf.bandit.online import (
     uniform,
 )
 from jax_klrlhf.bandit.policy_class import chi_po, dpo, policy_learner, xpo
-from jax_klrlhf.bandit.problem import (
-    Comparisons,
-    Problem,
-    Setting,
-    compare,
-    four_arms,
-    four_arms_data,
-    from_arrays,
-    sphere,
-)
+from jax_klrlhf.bandit.problem import Duels, Problem, Setting, compare
 from jax_klrlhf.bandit.rules import at_contexts, choices, from_rule, from_target, reference
 from jax_klrlhf.bandit.simulate import Round, Run, simulate
 from jax_klrlhf.bandit.staged import moving_reference, two_stage
+from jax_klrlhf.bandit.worlds import four_arms, four_arms_data, from_arrays, sphere
 from jax_klrlhf.core import records
 
 __all__ = [
-    "Comparisons",
+    "Duels",
     "Estimate",
     "Learner",
     "Problem",

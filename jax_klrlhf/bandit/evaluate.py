@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_klrlhf.bandit import pessimism
 from jax_klrlhf.bandit.learner import Estimate
-from jax_klrlhf.bandit.problem import Comparisons, Problem, Setting
+from jax_klrlhf.bandit.problem import Duels, Problem, Setting
 from jax_klrlhf.core import divergence, ellipsoid, gibbs, numerics, uncertainty
 from jax_klrlhf.core.numerics import Scalar
 
@@ -29,7 +29,7 @@ class Round(NamedTuple):
     """The learner's, before this round's data."""
     log_prob: Float[Array, "contexts actions"]
     """Deployed during this round: ``policy(state)``."""
-    data: Comparisons
+    data: Duels
     """This round's."""
 
 

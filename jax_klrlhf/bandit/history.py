@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_klrlhf.bandit.problem import Comparisons, Setting
+from jax_klrlhf.bandit.problem import Duels, Setting
 
 
 class View(NamedTuple):
@@ -82,7 +82,7 @@ def init(setting: Setting, *, capacity: int, ordered: bool = False) -> History:
     return Rows(View(index, index, index, number, number), jnp.zeros((), jnp.int32))
 
 
-def append(history: History, data: Comparisons, *, ordered: bool = False) -> History:
+def append(history: History, data: Duels, *, ordered: bool = False) -> History:
     """Add comparisons. A pair of one action with itself says nothing and isn't counted.
 
     Unless the history is ``ordered``: it says what explored.

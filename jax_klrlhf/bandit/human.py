@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from jax_klrlhf.bandit.problem import Comparisons, Problem, from_arrays
+from jax_klrlhf.bandit.problem import Duels, Problem
+from jax_klrlhf.bandit.worlds import from_arrays
 from jax_klrlhf.core import estimation
 from jax_klrlhf.core.numerics import Scalar
 from jax_klrlhf.errors import InputError
@@ -109,7 +110,7 @@ def environment(choices: RecordedChoices, *, kl_coef: Scalar, ridge: float = 1.0
     return from_arrays(x, fit.theta, kl_coef=kl_coef)
 
 
-def comparisons(choices: RecordedChoices) -> Comparisons:
+def comparisons(choices: RecordedChoices) -> Duels:
     """The chosen alternative against each other one of its situation, as comparisons won.
 
     With two alternatives this is the record itself. With more it is a convention: the comparisons
@@ -119,7 +120,7 @@ def comparisons(choices: RecordedChoices) -> Comparisons:
     situations, alternatives, _ = choices.features.shape
     offset = np.arange(1, alternatives)
     second = (choice := choices.choice)[:, None] + offset
-    return Comparisons(
+    return Duels(
         jnp.asarray(np.repeat(np.arange(situations), alternatives - 1), jnp.int32),
         jnp.asarray(np.repeat(choice, alternatives - 1), jnp.int32),
         jnp.asarray(second.reshape(-1) % alternatives, jnp.int32),

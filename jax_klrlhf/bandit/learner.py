@@ -10,7 +10,7 @@ then given. The contract, which one conformance suite checks for every learner:
     Two actions for each context ``[batch]``. All randomness comes from ``key``; actions that
     ``setting.where`` masks are never proposed.
 ``update(setting, state, data) -> state``
-    The state after new :class:`~jax_klrlhf.bandit.problem.Comparisons`, of the same structure,
+    The state after new :class:`~jax_klrlhf.bandit.problem.Duels`, of the same structure,
     shapes and dtypes. Rows of weight 0 change nothing. Offline data enters here too.
 ``policy(setting, state) -> log_prob [contexts, actions]``
     The policy that would be deployed now, the one that the learner's guarantee is about:
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_klrlhf.bandit import history, refit
-from jax_klrlhf.bandit.problem import Comparisons, Setting, draw_actions
+from jax_klrlhf.bandit.problem import Duels, Setting, draw_actions
 from jax_klrlhf.core import ellipsoid, estimation, gibbs
 from jax_klrlhf.core.numerics import Scalar
 
@@ -54,7 +54,7 @@ class Learner(NamedTuple):
     propose: Callable[[Key[Array, ""], Setting, Any, Int[Array, " batch"]], Proposal]
     """``propose(key, setting, state, context) -> Proposal``: two actions in play at each context.
     """
-    update: Callable[[Setting, Any, Comparisons], Any]
+    update: Callable[[Setting, Any, Duels], Any]
     """``update(setting, state, data) -> state``, of the same structure; rows of weight 0 change
     nothing."""
     policy: Callable[[Setting, Any], Float[Array, "contexts actions"]]
@@ -107,7 +107,7 @@ def linear(
             jnp.ones((), bool),
         )
 
-    def update(setting: Setting, state: Estimate, data: Comparisons) -> Estimate:
+    def update(setting: Setting, state: Estimate, data: Duels) -> Estimate:
         seen = history.append(state.history, data)
         rows = history.view(seen)
         differences = history.differences(setting, seen)

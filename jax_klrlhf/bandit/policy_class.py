@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_klrlhf.bandit import history
 from jax_klrlhf.bandit.learner import Learner, Proposal, draw
-from jax_klrlhf.bandit.problem import Comparisons, Setting
+from jax_klrlhf.bandit.problem import Duels, Setting
 from jax_klrlhf.core import bradley_terry, gibbs, linalg, numerics, objectives
 from jax_klrlhf.core.numerics import Scalar
 from jax_klrlhf.core.scores import Scores
@@ -199,7 +199,7 @@ def _learner(
     ) -> Proposal:
         return draw(key, *agents(setting, policy(setting, state)), context)
 
-    def update(setting: Setting, state: PolicyFit, data: Comparisons) -> PolicyFit:
+    def update(setting: Setting, state: PolicyFit, data: Duels) -> PolicyFit:
         seen = history.append(state.history, data, ordered=explores)
         rows = history.view(seen)
         differences = history.differences(setting, seen)

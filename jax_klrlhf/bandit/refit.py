@@ -28,7 +28,7 @@ from jax_klrlhf.core.numerics import Scalar
 _HIGHEST = lax.Precision.HIGHEST
 
 
-class Fit(NamedTuple):
+class Refit(NamedTuple):
     """The estimate; whether it is the optimum to rounding; steps taken and Hessians formed."""
 
     theta: Float[Array, " dim"]
@@ -66,7 +66,7 @@ def newton(
     *,
     ridge: Scalar,
     max_iterations: int = 50,
-) -> Fit:
+) -> Refit:
     r"""Minimize F from ``start`` by Newton's method; ``ridge`` must be positive.
 
     A Hessian, the costly part, serves several steps. Let m be the largest change of any margin. The
@@ -81,17 +81,17 @@ def newton(
     """
 
     @custom_vmap
-    def fit(z: Array, wins: Array, losses: Array, start: Array, ridge: Array) -> Fit:
+    def fit(z: Array, wins: Array, losses: Array, start: Array, ridge: Array) -> Refit:
         own = (wins[:, None], losses[:, None], start[:, None], ridge[None])
         found = _newton(z, *own, max_iterations=max_iterations)
-        return Fit(*(leaf[..., 0] for leaf in found))
+        return Refit(*(leaf[..., 0] for leaf in found))
 
     @fit.def_vmap
     def _fit_many(axis_size, in_batched, z, *own):
         z, *own = _seeds_last((z, *own), in_batched)
         own = [jnp.broadcast_to(leaf, (*leaf.shape[:-1], axis_size)) for leaf in own]
         found = _newton(z, *own, max_iterations=max_iterations)
-        found = Fit(*(jnp.moveaxis(leaf, -1, 0) for leaf in found))
+        found = Refit(*(jnp.moveaxis(leaf, -1, 0) for leaf in found))
         return found, jax.tree.map(lambda _: True, found)
 
     return fit(differences, wins, losses, start, jnp.asarray(ridge, differences.dtype))
@@ -136,7 +136,7 @@ def _gram(z: Array, weights: Array) -> Array:
 
 def _newton(
     z: Array, wins: Array, losses: Array, start: Array, ridge: Array, *, max_iterations: int
-) -> Fit:
+) -> Refit:
     """All seeds side by side, the last axis of everything: long loops over like numbers."""
     dim, dtype = start.shape[0], start.dtype
     eps = float(jnp.finfo(dtype).eps)
@@ -144,7 +144,7 @@ def _newton(
     identity = jnp.eye(dim, dtype=dtype)[..., None]
     zero = jnp.zeros(ridge.shape, jnp.int32)
 
-    def from_hessian(state: Fit) -> Fit:
+    def from_hessian(state: Refit) -> Refit:
         margin = _times(z, state.theta)
         hessian = _gram(z, count * bradley_terry.curvature(margin)) + ridge[None, None] * identity
         inverse = linalg.inverse_of_many(hessian)
@@ -175,12 +175,12 @@ def _newton(
         begin = _Chain(state.theta, margin, jnp.zeros(ridge.shape, dtype), zero, ~pending, pending)
         end = lax.while_loop(lambda at: jnp.any(at.going), step, begin)
         hessians = jnp.where(pending, state.hessians + 1, state.hessians)
-        return Fit(end.theta, end.done, state.iterations + end.taken, hessians)
+        return Refit(end.theta, end.done, state.iterations + end.taken, hessians)
 
-    def unfinished(state: Fit) -> Array:
+    def unfinished(state: Refit) -> Array:
         return jnp.any(~state.converged & (state.hessians < max_iterations))
 
-    return lax.while_loop(unfinished, from_hessian, Fit(start, zero > 0, zero, zero))
+    return lax.while_loop(unfinished, from_hessian, Refit(start, zero > 0, zero, zero))
 
 
 class _Chain(NamedTuple):

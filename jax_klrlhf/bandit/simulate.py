@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Key
 from jax_klrlhf.bandit import evaluate
 from jax_klrlhf.bandit.evaluate import Round
 from jax_klrlhf.bandit.learner import Learner
-from jax_klrlhf.bandit.problem import Comparisons, Problem, draw_contexts, label
+from jax_klrlhf.bandit.problem import Duels, Problem, draw_contexts, label
 from jax_klrlhf.core.numerics import Scalar
 
 
@@ -44,7 +44,7 @@ def simulate(
     *,
     rounds: int,
     batch: int,
-    offline: Comparisons | None = None,
+    offline: Duels | None = None,
     used: Scalar | None = None,
     record: Callable[[Problem, Round], Any] | None = None,
     total: Callable[[Problem, Round], Any] | None = None,
@@ -85,7 +85,7 @@ def simulate(
         context = draw_contexts(key_context, setting, batch=batch)
         pair = learner.propose(key_propose, setting, state, context)
         labels = label(key_label, problem, context, pair.first, pair.second)
-        data = Comparisons(context, pair.first, pair.second, labels, in_use.astype(dtype))
+        data = Duels(context, pair.first, pair.second, labels, in_use.astype(dtype))
         # Traced but not computed unless a record uses it: the compiler drops what has no reader.
         this = Round(index, state, learner.policy(setting, state), data)
         recorded = None if record is None else record(problem, this)
@@ -107,6 +107,6 @@ def simulate(
     return Run(state, log_prob, evaluate.gap(problem, log_prob), records, sums)
 
 
-def _blank(batch: int, dtype: Any) -> Comparisons:
+def _blank(batch: int, dtype: Any) -> Duels:
     index, number = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, dtype)
-    return Comparisons(index, index, index, number, number)
+    return Duels(index, index, index, number, number)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jax_klrlhf.bandit.learner import Estimate, Learner, Proposal, draw, linear, mle_policy
 from jax_klrlhf.bandit.offline import from_behaviour, offline_greedy
-from jax_klrlhf.bandit.problem import Comparisons, Setting
+from jax_klrlhf.bandit.problem import Duels, Setting
 from jax_klrlhf.core import gibbs
 from jax_klrlhf.core.numerics import Scalar
 
@@ -45,7 +45,7 @@ def two_stage(*, first_stage: Scalar, ridge: Scalar = 1.0, bound: Scalar | None 
         log_prob = jnp.where(state.seen < first_stage, setting.ref_log_prob, sampler)
         return draw(key, log_prob, log_prob, context)
 
-    def update(setting: Setting, state: TwoStage, data: Comparisons) -> TwoStage:
+    def update(setting: Setting, state: TwoStage, data: Duels) -> TwoStage:
         estimate = base.update(setting, state.estimate, data)
         frozen = jnp.where(state.seen < first_stage, estimate.theta, state.frozen)
         return TwoStage(estimate, frozen, state.seen + jnp.sum(data.weight))
@@ -86,7 +86,7 @@ def moving_reference(*, ridge: Scalar = 1.0, bound: Scalar | None = None) -> Lea
         log_prob = policy(setting, state)
         return draw(key, log_prob, log_prob, context)
 
-    def update(setting: Setting, state: Moving, data: Comparisons) -> Moving:
+    def update(setting: Setting, state: Moving, data: Duels) -> Moving:
         estimate = base.update(setting, state.estimate, data)
         # A batch of nothing is no round: the reference moves only where something was learned.
         moved = jnp.where(jnp.any(data.weight > 0), estimate.theta, 0)

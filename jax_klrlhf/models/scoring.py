@@ -28,7 +28,7 @@ CHUNK = 1024
 """Tokens whose logits exist at one time: 128 MiB of float32 at a vocabulary of 32k."""
 
 
-class Scores(NamedTuple):
+class TokenScores(NamedTuple):
     """What a pass over given responses tells of each of their tokens; zero at padding."""
 
     log_prob: Float[Array, "B K C"]
@@ -91,7 +91,7 @@ def score(
     *,
     reference: tuple[LanguageModel, Any] | None = None,
     chunk: int = CHUNK,
-) -> Scores:
+) -> TokenScores:
     r"""Log-probability, exact entropy and exact KL to a reference of each token, in one pass.
 
     .. math:: \mathrm{KL}_i = \sum_v \pi(v \mid x, y_{<i})
@@ -115,7 +115,7 @@ def score(
             kl = divergence.categorical(log_law, jax.nn.log_softmax(ref_logits))
             ref_log_prob = sequence.token_log_prob(ref_logits, tokens)
         log_prob = sequence.token_log_prob(logits, tokens)
-        return Scores(log_prob, -expectation(log_law, log_law), kl, ref_log_prob)
+        return TokenScores(log_prob, -expectation(log_law, log_law), kl, ref_log_prob)
 
     hiddens = [_predicting_hidden(model, params, prompts, responses)]
     if reference is not None:

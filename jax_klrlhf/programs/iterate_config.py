@@ -138,7 +138,7 @@ class Improvement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
+class FitConfig:
     """How the policy is fitted; the optimizer begins anew each round."""
 
     steps: int = 100
@@ -241,7 +241,7 @@ class IterateConfig:
     belief: Belief = Belief()
     pairs: Pairing = Pairing()
     improve: Improvement = Improvement()
-    fit: Fit = Fit()
+    fit: FitConfig = FitConfig()
 
     held_out: int = 64
     """Prompts kept from learning, on which every round's policy is judged; 0 for none."""

@@ -25,7 +25,7 @@ from jax_klrlhf.models import partition, pretrained
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models.reward import RewardParams
 from jax_klrlhf.programs.gold import CLASSES, fit_sentiment
-from jax_klrlhf.programs.iterate_config import Fit, IterateConfig
+from jax_klrlhf.programs.iterate_config import FitConfig, IterateConfig
 from jax_klrlhf.programs.losses import load_function, objective
 from jax_klrlhf.training import health, optimizers, rounds
 from jax_klrlhf.training import mesh as meshes
@@ -34,13 +34,13 @@ from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.features import Features
 from jax_klrlhf.training.rounds.parts import (
     Comparisons,
+    DataRule,
     Improve,
     Improved,
     Judge,
     Oracle,
     Reward,
     Sampler,
-    Setting,
     Situation,
     ragged,
 )
@@ -82,7 +82,7 @@ class Place:
             compute_dtype=self.compute_dtype,
         )
 
-    def fitting(self, fit: Fit, params: Any) -> rounds.Fitting:
+    def fitting(self, fit: FitConfig, params: Any) -> rounds.Fitting:
         """How ``params`` are fitted."""
         return rounds.Fitting(
             optimizer=_optimizer(fit),
@@ -250,7 +250,7 @@ def _reward_models(keys: Sequence[Key[Array, ""]], place: Place) -> list[Reward]
         if place.mesh is not None:
             head = jax.device_put(np.asarray(head), jax.NamedSharding(place.mesh, jax.P()))
         starts.append(RewardParams(loaded.params, head))
-    fit = Fit(
+    fit = FitConfig(
         steps=belief.steps,
         learning_rate=belief.learning_rate,
         batch_size=config.fit.batch_size,
@@ -350,7 +350,7 @@ def _preferred_first(improve: Improve) -> Improve:
     return sorted_first
 
 
-def make_setting(config: IterateConfig) -> Setting:
+def make_setting(config: IterateConfig) -> DataRule:
     """Which data a round learns from."""
     if config.setting == "offline":
         return settings.offline_only
@@ -374,7 +374,7 @@ def check_batches(place: Place) -> None:
         )
 
 
-def _optimizer(fit: Fit) -> Any:
+def _optimizer(fit: FitConfig) -> Any:
     decay = {"cosine": optimizers.cosine, "linear": optimizers.linear, "constant": None}
     rate = optimizers.schedule(
         fit.learning_rate,

@@ -148,7 +148,7 @@ def test_entropy_and_kl_are_the_sums_over_the_vocabulary():
             MODEL, params, prompts, responses, reference=(MODEL, REFERENCE), chunk=5
         )
     )(PARAMS)
-    expected = scoring.Scores(*(np.zeros((B, K, C)) for _ in range(4)))
+    expected = scoring.TokenScores(*(np.zeros((B, K, C)) for _ in range(4)))
     for b, k, prompt, response in rows(prompts, responses):
         if not response:
             continue

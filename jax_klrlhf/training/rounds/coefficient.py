@@ -49,7 +49,7 @@ class Rows(NamedTuple):
         return self.batch.weight
 
 
-class Scored(NamedTuple):
+class ScoredAt(NamedTuple):
     """What the loss looks at."""
 
     preference: Preference
@@ -71,11 +71,11 @@ def preference(model: LanguageModel, loss: LossAt) -> Task:
     def task(kl_coef: Scalar) -> Task:
         return tasks.preference(model, loss(kl_coef))
 
-    def score(params: Any, ref_params: Any, rows: Any) -> Scored:
+    def score(params: Any, ref_params: Any, rows: Any) -> ScoredAt:
         found = task(1.0).score(params, ref_params, rows.batch)
-        return Scored(found, rows.kl_coef)
+        return ScoredAt(found, rows.kl_coef)
 
-    def report(given: Scored) -> Any:
+    def report(given: ScoredAt) -> Any:
         found = task(1.0).report(given.preference)  # at 1: log-ratios
         scale = lambda x: given.kl_coef.astype(x.dtype) * x  # noqa: E731
         return found._replace(

@@ -145,7 +145,7 @@ Judge = Callable[[Ragged, Ragged], Any]
 Sampler = Callable[[Any, Policies, Ragged], Drawn]
 Oracle = Callable[[Any, Ragged, Ragged], Labels]
 Improve = Callable[[Any, Situation], Improved]
-Setting = Callable[[Comparisons | None, Sequence[Comparisons]], Mixture]
+DataRule = Callable[[Comparisons | None, Sequence[Comparisons]], Mixture]
 """``setting(offline, history) -> Mixture``: which data a round learns from."""
 
 

@@ -6,7 +6,7 @@ oldest first. The refit from pi0 on *all* data so far is :func:`everything`.
 
 from collections.abc import Sequence
 
-from jax_klrlhf.training.rounds.parts import Comparisons, Mixture, Setting
+from jax_klrlhf.training.rounds.parts import Comparisons, DataRule, Mixture
 
 
 def everything(offline: Comparisons | None, history: Sequence[Comparisons]) -> Mixture:
@@ -36,7 +36,7 @@ def newest(offline: Comparisons | None, history: Sequence[Comparisons]) -> Mixtu
     return Mixture(list(history[-1:]) or _given(offline), None)
 
 
-def hybrid(offline_share: float, *, newest_share: float | None = None) -> Setting:
+def hybrid(offline_share: float, *, newest_share: float | None = None) -> DataRule:
     """Offline data in every batch at a fixed share, history for the rest.
 
     Args:
