@@ -53,7 +53,7 @@ def test_every_row_has_the_loss_and_the_rewards_of_its_own_coefficient(objective
     label = np.array([1, 0, 1, 0, 1, 0.3], np.float32)
     scores = Scores(*map(jax.numpy.asarray, (policy, ref, np.ones((6, 2), np.int32))))
     task = coefficient.preference(world.MODEL, loss)
-    given = coefficient.Scored(
+    given = coefficient.ScoredAt(
         tasks.Preference(scores, jax.numpy.asarray(label)), jax.numpy.asarray(coefs)
     )
     found, report = task.loss(given), task.report(given)
