@@ -29,6 +29,7 @@ from jax_klrlhf.bandit.problem import Duels, Problem
 from jax_klrlhf.bandit.worlds import from_arrays
 from jax_klrlhf.core import estimation
 from jax_klrlhf.core.numerics import Scalar
+from jax_klrlhf.core.preferences import PreferenceModel, bradley_terry
 from jax_klrlhf.errors import InputError
 
 
@@ -96,18 +97,25 @@ def interact(choices: RecordedChoices) -> RecordedChoices:
     return choices._replace(features=features / largest, names=names)
 
 
-def environment(choices: RecordedChoices, *, kl_coef: Scalar, ridge: float = 1.0) -> Problem:
+def environment(
+    choices: RecordedChoices,
+    *,
+    kl_coef: Scalar,
+    ridge: float = 1.0,
+    preference: PreferenceModel = bradley_terry,
+) -> Problem:
     """The fitted human model as a bandit: uniform pi0, uniform over the recorded situations.
 
-    theta* is the Bradley-Terry fit of all recorded comparisons. ValueError if it didn't converge.
+    theta* is the fit of all recorded comparisons by ``preference``, which also draws the labels.
+    ValueError if it didn't converge.
     """
     data = comparisons(choices)
     x = jnp.asarray(choices.features)
     differences = x[data.context, data.first] - x[data.context, data.second]
-    fit = estimation.fit(differences, data.label, ridge=ridge, weights=data.weight)
+    fit = estimation.fit(differences, data.label, ridge=ridge, weights=data.weight, link=preference)
     if not bool(fit.converged):
         raise ValueError(f"the human model did not converge with ridge={ridge}; raise the ridge")
-    return from_arrays(x, fit.theta, kl_coef=kl_coef)
+    return from_arrays(x, fit.theta, kl_coef=kl_coef, preference=preference)
 
 
 def comparisons(choices: RecordedChoices) -> Duels:

@@ -7,6 +7,7 @@ import pytest
 
 from jax_klrlhf import bandit
 from jax_klrlhf.bandit import human
+from jax_klrlhf.core import preferences
 from jax_klrlhf.errors import InputError
 
 
@@ -117,6 +118,10 @@ def test_train_tickets(data_dir):
     """Real people: learned from half of them, evaluated on the situations of the others."""
     choices = human.train_tickets(data_dir / "choices" / "train_tickets.npz")
     problem = human.environment(choices, kl_coef=0.1)
+    # To a model with ties, people who never tie are surer than Bradley-Terry takes them to be.
+    surer = human.environment(choices, kl_coef=0.1, preference=preferences.davidson(1.0))
+    assert (jnp.abs(surer.theta) > jnp.abs(problem.theta)).all()
+    assert surer.setting.preference.outcomes == (1.0, 0.5, 0.0)
     # Cheaper, faster, fewer changes and better comfort (0 is best) are preferred: all known signs.
     assert (np.asarray(problem.theta) < 0).all()
     known, held_out = human.split_people(choices, fraction=0.5, seed=0)

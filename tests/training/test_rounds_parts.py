@@ -9,7 +9,15 @@ import numpy as np
 import optax
 import pytest
 
-from jax_klrlhf.core import choices, ellipsoid, enhancer, estimation, objectives, pairs
+from jax_klrlhf.core import (
+    choices,
+    ellipsoid,
+    enhancer,
+    estimation,
+    objectives,
+    pairs,
+    preferences,
+)  # fmt: skip
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import ModelConfig, language_model, scoring
 from jax_klrlhf.models import reward as rewards
@@ -67,6 +75,25 @@ def test_labels_are_drawn_at_the_rates_of_the_model(margin, noise, tie):
         # 4.5 standard errors: one false alarm in 150,000.
         assert abs(np.mean(label == value) - p) < 4.5 * np.sqrt(p * (1 - p) / count)
     assert np.any(label == 0.5) == (tie > 0)
+
+
+def test_any_preference_model_labels():
+    """Davidson's law by hand; 4.5 standard errors, one false alarm in 150,000 for each outcome."""
+    count, margin, tie = 40_000, 0.8, 0.5
+    prompts, responses = ragged(np.ones((count, 1)), np.ones(count)), blank(count)
+    model = preferences.davidson(tie)
+    draw = oracle.annotator(fixed(margin), preference=model)
+    label = draw(jax.random.key(1), prompts, responses).label
+    odds = np.array([np.exp(margin / 2), tie, np.exp(-margin / 2)])
+    law = odds / odds.sum()
+    for value, p in zip((1.0, 0.5, 0.0), law, strict=True):
+        assert abs(np.mean(label == value) - p) < 4.5 * np.sqrt(p * (1 - p) / count)
+    mean = oracle.expected(fixed(margin), preference=model)(
+        jax.random.key(0), one_token(3), blank(3)
+    )
+    np.testing.assert_allclose(mean.label, law[0] + law[1] / 2, rtol=1e-6)
+    with pytest.raises(ValueError, match="noise must lie"):
+        oracle.annotator(fixed(margin), preference=model, noise=0.6)
 
 
 def test_expected_labels_are_the_probabilities():

@@ -1,14 +1,8 @@
-r"""Who labels: a gold reward through Bradley-Terry, recorded choices, a reward model, or people.
+"""Who labels: a gold reward by a preference model, recorded choices, a reward model, or people.
 
 A *judge* is any function ``(prompts, responses) -> reward [B, K]``; an oracle makes preferences of
-it, so that a learner sees labels and never the reward. With ties (Rao and Kupper, 1967), of width
-:math:`\kappa \ge 0`,
-
-.. math:: P(\text{first}) = \sigma(m - \kappa), \quad P(\text{second}) = \sigma(-m - \kappa), \quad
-    P(\text{tie}) = \text{the rest},
-
-which is Bradley-Terry (arXiv 2312.11456, Definition 1) at 0; a tie is the label one half. Noise
-then swaps a decided label at a known rate.
+it by a preference model, so that a learner sees labels and never the reward. Noise then swaps
+a label at a known rate.
 
 Axes: ``B`` prompts, ``K`` responses, ``N`` pairs.
 """
@@ -26,7 +20,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from jax_klrlhf import labelling, placement
-from jax_klrlhf.core import bradley_terry as bt
+from jax_klrlhf.core import preferences
+from jax_klrlhf.core.preferences import PreferenceModel
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import reward as rewards
@@ -45,27 +40,25 @@ Translate = Callable[[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequen
 """``translate(prompt, response)``: ids of the policy's to ids of the judge's."""
 
 
-def bradley_terry(judge: Judge, *, noise: float = 0.0, tie: float = 0.0) -> Oracle:
-    """Draws preferences between two responses from the rewards of a judge.
+def annotator(
+    judge: Judge, *, preference: PreferenceModel = preferences.bradley_terry, noise: float = 0.0
+) -> Oracle:
+    """Draws labels of pairs from a preference model at the rewards of a judge.
 
     Args:
         judge: the reward that the annotator has in mind, in nats of the logit.
-        noise: rate at which a decided label is swapped, in [0, 1/2].
-        tie: kappa: at equal rewards a tie has probability tanh(kappa / 2).
+        preference: what a label means (:mod:`core.preferences`).
+        noise: rate at which a label is then taken for its opposite, in [0, 1/2].
 
     Raises:
-        ValueError: for a rate or a width out of range; when called on rewards that are not finite.
+        ValueError: for a rate out of range; when called on rewards that are not finite.
     """
-    if not 0 <= noise <= 0.5 or not tie >= 0:
-        raise ValueError(f"noise must lie in [0, 0.5] and tie be at least 0: got {noise}, {tie}")
+    _check_noise(noise)
 
     def oracle(key: Key[Array, ""], prompts: Ragged, responses: Ragged) -> Labels:
-        margin = _margin(judge, prompts, responses)
+        margin = jnp.asarray(_margin(judge, prompts, responses))
         key_label, key_noise = jax.random.split(key)
-        uniform = np.asarray(jax.random.uniform(key_label, margin.shape))
-        wins = np.asarray(jax.nn.sigmoid(margin - tie))
-        loses = np.asarray(jax.nn.sigmoid(-margin - tie))
-        label = np.where(uniform < wins, 1.0, np.where(uniform >= 1 - loses, 0.0, 0.5))
+        label = np.asarray(preference.sample(key_label, margin))
         swapped = np.asarray(jax.random.bernoulli(key_noise, noise, margin.shape))
         label = np.where(swapped, 1 - label, label)
         return Labels(label.astype(np.float32), np.ones(margin.shape, np.float32))
@@ -73,19 +66,42 @@ def bradley_terry(judge: Judge, *, noise: float = 0.0, tie: float = 0.0) -> Orac
     return oracle
 
 
-def expected(judge: Judge, *, noise: float = 0.0) -> Oracle:
-    """The probability of each preference as a soft label: an annotator asked without end."""
-    if not 0 <= noise <= 0.5:
-        raise ValueError(f"noise must lie in [0, 0.5], got {noise}")
+def bradley_terry(judge: Judge, *, noise: float = 0.0, tie: float = 0.0) -> Oracle:
+    """:func:`annotator` by Bradley-Terry (arXiv 2312.11456, Definition 1).
+
+    With ``tie`` > 0 by Rao and Kupper's model of that threshold: at equal rewards a tie, which is
+    the label one half, has probability tanh(tie / 2).
+
+    Raises:
+        ValueError: for a rate or a threshold out of range.
+    """
+    if not tie >= 0:
+        raise ValueError(f"tie must be at least 0, got {tie}")
+    model = preferences.rao_kupper(tie) if tie else preferences.bradley_terry
+    return annotator(judge, preference=model, noise=noise)
+
+
+def expected(
+    judge: Judge, *, preference: PreferenceModel = preferences.bradley_terry, noise: float = 0.0
+) -> Oracle:
+    """The mean label of each pair as a soft label: an annotator asked without end.
+
+    Arguments as of :func:`annotator`.
+    """
+    _check_noise(noise)
 
     def oracle(key: Key[Array, ""], prompts: Ragged, responses: Ragged) -> Labels:
         del key
-        margin = jnp.asarray(_margin(judge, prompts, responses))
-        wins = np.asarray(jnp.exp(bt.log_likelihood(margin)))
+        wins = np.asarray(preference.mean(jnp.asarray(_margin(judge, prompts, responses))))
         label = (1 - noise) * wins + noise * (1 - wins)
         return Labels(label.astype(np.float32), np.ones(label.shape, np.float32))
 
     return oracle
+
+
+def _check_noise(noise: float) -> None:
+    if not 0 <= noise <= 0.5:
+        raise ValueError(f"noise must lie in [0, 0.5], got {noise}")
 
 
 def recorded(comparisons: Comparisons) -> Oracle:
