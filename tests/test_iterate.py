@@ -1,6 +1,7 @@
 """``klrlhf iterate``: every setting at a toy size, killed and resumed, and what it refuses."""
 
 import json
+import typing
 from pathlib import Path
 
 import jax
@@ -10,10 +11,11 @@ import safetensors.numpy
 from rich.console import Console
 
 from jax_klrlhf import cli, finished, label, labelling, models
+from jax_klrlhf.core import catalogue
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.programs import iterate, iterate_config, iterate_parts, rows
-from jax_klrlhf.training.rounds import journal, oracle
+from jax_klrlhf.training.rounds import grouped, journal, oracle
 from tests.label.asking import post
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "under", "mat", "tree"]
@@ -83,7 +85,8 @@ def options(place: Path, output: Path, **changed):
         "mesh.fsdp": 1,
     } | changed
     found = {name: value for name, value in given.items() if value is not None}
-    return ["iterate", *(t for name, value in found.items() for t in (f"--{name}", str(value)))]
+    words = lambda value: value if isinstance(value, tuple) else (value,)  # noqa: E731
+    return ["iterate", *(str(t) for n, v in found.items() for t in (f"--{n}", *words(v)))]
 
 
 def lines(folder: Path):
@@ -386,6 +389,27 @@ BUILDS = {
         lambda given: handed["rejection_sampling"]["passes"] == "until",
     ),
     "weighted": ({"improve.method": "weighted", "improve.proposals": 3}, None),
+    "own draws": ({"improve.method": "reinforce_pp", "improve.prompts": 4}, None),
+    "composed": (
+        {
+            "improve.method": "clipped",
+            "improve.options": (
+                "advantage",
+                "leave_one_out",
+                "low",
+                0.2,
+                "high",
+                0.28,
+                "mean",
+                "constant",
+                "penalty",
+                "k2",
+                "sequence",
+                "yes",
+            ),
+        },
+        None,
+    ),
     "temperature": (
         {"pairs.other": "temperature", "pairs.temperature": 1.5, "pairs.rule": "tournament"},
         None,
@@ -428,7 +452,81 @@ def test_every_choice_builds_its_part(case, place, tmp_path, monkeypatch):
     assert holds is None or holds(found)
 
 
+GRPO = {
+    "belief.kind": "annotator",
+    "improve.method": "grpo",
+    "improve.iterations": 2,
+    "improve.importance-limit": 2.0,
+    "rounds": 1,
+    "fit.steps": 4,
+    "fit.save-every": 2,
+    "held-out": 0,
+    "eval-samples": None,
+}
+
+
+@pytest.mark.slow
+def test_own_draws_killed_between_two_of_them_go_on_from_there(place, tmp_path, monkeypatch):
+    """GRPO killed after its first draw's steps; the same bits are test_on_policy's to see."""
+    arguments = [*options(place, tmp_path, **GRPO), "--improve.options", "clip", "0.1"]
+    portion, drawn = grouped._portion, []
+
+    def dies(prompts, number, count):
+        drawn.append((number, count))
+        if len(drawn) == 2:
+            raise Killed
+        return portion(prompts, number, count)
+
+    monkeypatch.setattr(grouped, "_portion", dies)
+    with pytest.raises(Killed):
+        cli.main(arguments)
+    assert cli.main(arguments) == 0
+    assert drawn == [(0, 16), (1, 16), (1, 16)]  # two steps of 8 prompts; the first draw is kept
+    (row,) = lines(tmp_path)
+    assert 0 <= row["drawn/sampler_scorer_mismatch"] < 1e-4
+    assert {"kl/drawn", "reward/drawn", "groups/informative"} <= row.keys()
+
+
+def test_every_loss_on_groups_is_a_method():
+    names = typing.get_args(typing.get_type_hints(iterate_config.Improvement)["method"])
+    assert names[5:] == tuple(catalogue.METHODS)
+
+
 BAD = {
+    "no clip": (
+        {"improve.method": "rloo", "improve.options": ("clip", 0.2)},
+        "options: rloo takes no 'clip'; it takes divergence",
+    ),
+    "no word": (
+        {"improve.method": "clipped", "improve.options": ("advantage", "mean")},
+        "options: advantage mean: it is one of leave_one_out, group_mean",
+    ),
+    "needs": ({"improve.method": "clipped"}, "options: clipped needs 'advantage'"),
+    "no number": (
+        {"improve.method": "grpo", "improve.options": ("clip", "much")},
+        "options: clip is much; give a number",
+    ),
+    "range": (
+        {"improve.method": "grpo", "improve.options": ("clip", 1.5)},
+        "improve.method grpo: low must lie in (0, 1), got 1.5",
+    ),
+    "no kl": ({"improve.method": "dapo", "kl-coef": 0.2}, "--improve.method dapo has no KL in it"),
+    "kl none": (
+        {"improve.method": "dr_grpo", "improve.options": ("kl", "none"), "kl-coef": 0.2},
+        "--kl-coef: --improve.method dr_grpo has no KL",
+    ),
+    "weights": (
+        {"improve.method": "rebel", "improve.importance-limit": 2.0},
+        "--improve.importance-limit: rebel keeps its law",
+    ),
+    "draws": (
+        {"improve.method": "rloo", "improve.iterations": 2},
+        "--fit.steps 3 cannot be divided among --improve.iterations 2",
+    ),
+    "quantiles": (
+        {"improve.method": "rloo", "improve.quantiles": 4},
+        "--improve.quantiles is read by no run with --improve.method rloo",
+    ),
     "no prompts": ({"prompts": None}, "--prompts is missing"),
     "no file": ({"prompts": "absent.txt"}, "absent.txt: not readable"),
     "no model": ({"model": "absent/folder"}, "absent/folder"),

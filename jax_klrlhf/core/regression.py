@@ -35,7 +35,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jax_klrlhf.core import numerics
-from jax_klrlhf.core.fdivergence import FDivergence, reverse_kl
+from jax_klrlhf.core.fdivergence import FDivergence, forward_kl, reverse_kl
 from jax_klrlhf.core.numerics import Scalar
 
 
@@ -82,6 +82,9 @@ def log_normalizer(
     count = jnp.maximum(jnp.sum(keep, -1), 1).astype(delta.dtype)
     if divergence is reverse_kl:
         return jnp.sum(delta, -1) / count
+    if divergence is forward_kl:
+        total = numerics.masked_logsumexp(-delta, keep)
+        return jnp.where(jnp.any(keep, -1), jnp.log(count) - total, 0)
     low = jnp.min(jnp.where(keep, delta, jnp.inf), -1)
     high = jnp.max(jnp.where(keep, delta, -jnp.inf), -1)
     some = jnp.any(keep, -1)

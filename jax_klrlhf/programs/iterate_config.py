@@ -18,6 +18,7 @@ from jax_klrlhf.programs.config import (
     flag,
     positive,
 )
+from jax_klrlhf.programs.improvement_config import OWN_DRAWS, Improvement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,38 +104,6 @@ class Pairing:
     """between: which of the main agent's responses, by believed reward."""
     second: Literal["any", "best", "worst"] = "any"
     """between: which of the second agent's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Improvement:
-    """From comparisons to the next policy."""
-
-    method: Literal["preference", "pessimistic", "rso", "rejection", "weighted"] = "preference"
-    """A preference loss on the pairs; DPO with a margin by the belief's uncertainty; and, from
-    responses that are drawn anew and judged by the belief: DPO on accepted ones (RSO), maximum
-    likelihood on accepted ones, reward-weighted likelihood."""
-    objective: str = "sigmoid"
-    """preference: name of a loss in jax_klrlhf.core.objectives: sigmoid (DPO), ipo, rpo, ..."""
-    options: dict[str, float] = field(default_factory=dict)
-    """preference: further numbers of the objective, such as label_smoothing 0.1."""
-    chain: int = 1
-    """rso, rejection: steps of multi-step rejection sampling."""
-    proposals: int | None = None
-    """rso, rejection, weighted: responses drawn to each prompt; --samples by default."""
-    reward_bound: float | None = None
-    """rso, rejection: a bound of every believed reward; by default the largest at each prompt
-    stands in, and the error of that is reported."""
-    keep: int | None = None
-    """rso, rejection: accepted responses of a prompt that are learned from, at most."""
-    passes: Literal["one", "until"] = "one"
-    """rso, rejection: one pass over the proposals, which may leave a prompt without a pair; or
-    passes until improve.keep different ones are accepted or none is left, as in RSO's own code."""
-    ranking: Literal["first-round", "tournament"] = "first-round"
-    """rso: how accepted responses are paired."""
-    labels: Literal["expected", "drawn", "order"] = "expected"
-    """rso: what a pair's label is by the believed rewards: the Bradley-Terry probability as a soft
-    label; a preference drawn from it; or 1 for the higher reward, which keeps to no distance from
-    pi0 but that of fit.steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +209,7 @@ class IterateConfig:
     annotator: Annotator = Annotator()
     belief: Belief = Belief()
     pairs: Pairing = Pairing()
-    improve: Improvement = Improvement()
+    improve: Improvement = field(default_factory=Improvement)
     fit: FitConfig = FitConfig()
 
     held_out: int = 64
@@ -273,7 +242,12 @@ class IterateConfig:
     @property
     def draws(self) -> bool:
         """Whether the improvement draws responses of its own."""
-        return self.improve.method in (*REJECTION, "weighted")
+        return self.improve.method in (*REJECTION, "weighted", *OWN_DRAWS)
+
+    @property
+    def draws_of_round(self) -> int:
+        """How often a method on the policy's own draws draws in a round."""
+        return self.improve.iterations or self.fit.steps
 
 
 # What may change between a run and its continuation.
@@ -303,9 +277,14 @@ _READ: Mapping[str, tuple[str, Sequence[Any]]] = {
     "pairs.first": ("pairs.rule", ("between",)),
     "pairs.second": ("pairs.rule", ("between",)),
     "improve.objective": ("improve.method", ("preference",)),
-    "improve.options": ("improve.method", ("preference",)),
+    "improve.options": ("improve.method", ("preference", *OWN_DRAWS)),
+    "improve.iterations": ("improve.method", OWN_DRAWS),
+    "improve.prompts": ("improve.method", OWN_DRAWS),
+    "improve.informative_only": ("improve.method", OWN_DRAWS),
+    "improve.importance_limit": ("improve.method", OWN_DRAWS),
+    "improve.quantiles": ("improve.method", ("qrpo",)),
     "improve.chain": ("improve.method", REJECTION),
-    "improve.proposals": ("improve.method", (*REJECTION, "weighted")),
+    "improve.proposals": ("improve.method", (*REJECTION, "weighted", *OWN_DRAWS)),
     "improve.reward_bound": ("improve.method", REJECTION),
     "improve.keep": ("improve.method", REJECTION),
     "improve.passes": ("improve.method", REJECTION),
@@ -328,8 +307,9 @@ _POSITIVE = (
     "annotator.scale", "annotator.each", "belief.members", "belief.steps", "belief.learning_rate",
     "belief.ridge", "belief.radius", "belief.bound", "pairs.temperature", "pairs.samples",
     "improve.chain",
-    "improve.proposals", "improve.keep", "fit.steps", "fit.batch_size", "fit.micro_batches",
-    "fit.learning_rate", "fit.save_every", "fit.log_every", "fit.clip",
+    "improve.proposals", "improve.keep", "improve.iterations", "improve.prompts",
+    "improve.importance_limit", "improve.quantiles", "fit.steps", "fit.batch_size",
+    "fit.micro_batches", "fit.learning_rate", "fit.save_every", "fit.log_every", "fit.clip",
     "fit.max_skipped",
 )  # fmt: skip
 
@@ -366,6 +346,10 @@ def check(config: IterateConfig) -> None:
     check_seed(config.seed)
     _check_parts(config)
     _check_sources(config)
+    if config.improve.method in OWN_DRAWS:
+        from jax_klrlhf.programs import own_draws
+
+        own_draws.check(config, kl_coef=_default("kl_coef"))
     if config.improve.method == "preference":
         from jax_klrlhf.programs.losses import objective
 

@@ -24,7 +24,9 @@ from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import partition, pretrained
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models.reward import RewardParams
+from jax_klrlhf.programs import own_draws
 from jax_klrlhf.programs.gold import CLASSES, fit_sentiment
+from jax_klrlhf.programs.improvement_config import OWN_DRAWS
 from jax_klrlhf.programs.iterate_config import FitConfig, IterateConfig
 from jax_klrlhf.programs.losses import load_function, objective
 from jax_klrlhf.training import health, optimizers, rounds
@@ -301,6 +303,8 @@ def make_improve(place: Place) -> Improve:
         return _preferred_first(rounds.preference(model, loss, rows=config.rows, **shared))
     if improve.method == "pessimistic":
         return _preferred_first(rounds.pessimistic_dpo(model, rows=config.rows, **shared))
+    if improve.method in OWN_DRAWS:
+        return own_draws.improvement(place)
     draw = place.draw(improve.proposals or config.samples)
     if improve.method == "weighted":
         return rounds.weighted_likelihood(model, draw, **shared)

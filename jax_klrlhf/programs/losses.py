@@ -39,7 +39,7 @@ OBJECTIVES: dict[str, Callable[..., Array]] = {
 }
 
 
-def objective(name: str, *, kl_coef: float, options: Mapping[str, float]) -> tuple[Any, bool]:
+def objective(name: str, *, kl_coef: float, options: Mapping[str, Any]) -> tuple[Any, bool]:
     """The loss ``Scores -> [B]`` of a name, and whether it reads the reference.
 
     Raises:
@@ -73,7 +73,7 @@ def objective(name: str, *, kl_coef: float, options: Mapping[str, float]) -> tup
     for option, value in options.items():
         if option not in numbers:
             raise InputError(f"options: {name} takes no {option!r}; it takes {accepted}.")
-        if math.isnan(value):
+        if isinstance(value, str) or math.isnan(value):
             raise InputError(f"options: {option} is {value}; give a number.")
     for option, default in numbers.items():
         if default is inspect.Parameter.empty and option not in options:

@@ -142,6 +142,11 @@ def too_many(step: int, row: int) -> str:
     )
 
 
+_KL = (("eval/kl/ref", "eval/length/sampled"), ("kl/drawn", "length/drawn"))
+"""Estimates of KL(policy || reference), of an evaluation and of the policy's own draws, each with
+the mean length of what was drawn."""
+
+
 def observe(
     seen: Seen, step: int, metrics: Mapping[str, Metric], limits: Limits
 ) -> tuple[Seen, list[Finding]]:
@@ -161,8 +166,10 @@ def observe(
             findings += _overconfident(step, metrics["loss"].value, limits)
     if "log_ratio/chosen" in metrics:
         findings += _collapse(step, metrics, limits)
-    if "eval/kl/ref" in metrics:
-        findings += _exploded(step, metrics, limits)
+    for kl, length in _KL:
+        if kl in metrics:
+            tokens = metrics.get(length, Metric(1.0)).value
+            findings += _exploded(step, metrics[kl], tokens, limits)
     fresh = [finding for finding in findings if finding.name not in seen.told]
     return seen._replace(told=seen.told | {finding.name for finding in fresh}), fresh
 
@@ -261,9 +268,8 @@ def _collapse(step: int, metrics: Mapping[str, Metric], limits: Limits) -> list[
     ]
 
 
-def _exploded(step: int, metrics: Mapping[str, Metric], limits: Limits) -> list[Finding]:
+def _exploded(step: int, kl: Metric, length: float, limits: Limits) -> list[Finding]:
     """The policy says what the reference never would, token after token."""
-    kl, length = metrics["eval/kl/ref"], metrics.get("eval/length/sampled", Metric(1.0)).value
     limit = max(limits.kl_nats, limits.kl_per_token * length)
     if not kl.value - 2 * (kl.stderr or 0.0) > limit:
         return []

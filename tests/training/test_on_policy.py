@@ -89,14 +89,16 @@ def test_the_exact_objective_rises(loss):
     found = improve(jax.random.key(0), situation())
     after, before = exact(found.params)
     assert after > before + 0.05
-    assert found.metrics["eval/sampler_scorer_mismatch"].value < 1e-4
+    assert found.metrics["drawn/sampler_scorer_mismatch"].value < 1e-4
     assert found.metrics["reward/drawn"].n == 6
 
 
 def test_a_killed_fit_goes_on_to_the_same_bits(tmp_path):
     fitting = rounds.Fitting(optimizer=optax.adam(0.02), steps=2, batch_size=4, save_every=2)
     loss = group_losses.rloo(kl_coef=world.KL_COEF)
-    whole = grouped.on_policy(world.MODEL, world.DRAW, loss, fitting=fitting, iterations=4)
+    whole = grouped.on_policy(
+        world.MODEL, world.DRAW, loss, fitting=fitting, iterations=4, prompts=4
+    )
     straight = whole(jax.random.key(5), situation(tmp_path / "straight"))
     calls = []
 
@@ -121,6 +123,26 @@ def test_a_killed_fit_goes_on_to_the_same_bits(tmp_path):
     assert same(found.metrics) == same(straight.metrics)
 
 
+def test_quantiles_among_the_references_draws_are_the_rewards_of_qrpo():
+    """Rewards that are one another's monotone image give the same policy, to the bit."""
+    improve = grouped.on_policy(
+        world.MODEL, world.DRAW, group_losses.qrpo(kl_coef=1.0), fitting=FITTING, iterations=1,
+        quantiles=16, prompts=4,
+    )  # fmt: skip
+    plain = situation()
+
+    def mapped(prompts, responses):
+        found = plain.score(prompts, responses)
+        return found._replace(reward=np.exp(3 * found.reward).astype(np.float32))
+
+    first, second = (
+        improve(jax.random.key(1), given) for given in (plain, plain._replace(score=mapped))
+    )
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+    assert 0 <= first.metrics["reward/drawn"].value <= 1
+    assert first.metrics["reward/drawn"].n == 4
+
+
 def test_groups_of_equal_rewards_are_left_out_or_refused():
     loss = group_losses.dapo()
     improve = grouped.on_policy(
@@ -138,6 +160,7 @@ def test_groups_of_equal_rewards_are_left_out_or_refused():
     ("changes", "match"),
     [
         ({"iterations": 0}, "iterations"),
+        ({"prompts": 0}, "prompts must be at least 1"),
         ({"importance_limit": 0.0}, "importance_limit"),
         ({"draw": rounds.Draw(model=world.MODEL, samples=1, max_new_tokens=2)}, "two responses"),
         (

@@ -8,20 +8,22 @@ relatives, PRDP, or one's own. The reward is what the run believes (a reward mod
 judge), the reference the situation's. The optimizer goes on from one draw to the next.
 
 A draw is taken under the policy as it is sampled, and trained on as it is *scored*; in another
-precision these are two laws. ``eval/sampler_scorer_mismatch`` reports how far apart they are, and
+precision these are two laws. ``drawn/sampler_scorer_mismatch`` reports how far apart they are, and
 ``importance_limit`` weighs each response by their (truncated) ratio.
 
 Axes: ``B`` prompts, ``K`` responses, ``C`` response positions.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from jax_klrlhf.core import policy_gradient
+from jax_klrlhf.core import policy_gradient, regression
 from jax_klrlhf.core.group_losses import Loss
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import scoring
@@ -32,7 +34,7 @@ from jax_klrlhf.training.checkpoint import Checkpoints
 from jax_klrlhf.training.group import GroupBatch, group
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.fitting import Deal, Fitting
-from jax_klrlhf.training.rounds.parts import Improve, Improved, Situation
+from jax_klrlhf.training.rounds.parts import Improve, Improved, Situation, ragged
 from jax_klrlhf.training.rounds.samplers import Draw
 from jax_klrlhf.training.state import cast_floating
 
@@ -44,8 +46,10 @@ def on_policy(
     *,
     fitting: Fitting,
     iterations: int,
+    prompts: int | None = None,
     informative_only: bool = False,
     importance_limit: float | None = None,
+    quantiles: int | None = None,
     rows: int = 64,
 ) -> Improve:
     """Improve the policy by ``iterations`` draws of its own, each followed by a few steps.
@@ -58,22 +62,27 @@ def on_policy(
         fitting: optimizer and sizes; ``steps`` are those after each draw, on batches of
             ``batch_size`` *prompts*. One pass over the draws is on-policy; more are stale.
         iterations: how often is drawn.
+        prompts: of each draw, one portion of the round's after the other, from the first again;
+            None: all of them.
         informative_only: drop prompts whose rewards are all equal (DAPO's filter).
         importance_limit: weigh each response by scored over sampled probability, at most this.
+        quantiles: replace each reward by its quantile among those of so many draws of the
+            reference (QRPO).
         rows: prompts that are scored at one time.
 
     Reports the last steps' metrics (:data:`.group.NAMES`), and of the last draw ``reward/drawn``,
-    ``groups/informative`` and ``eval/sampler_scorer_mismatch``.
+    ``groups/informative`` and ``drawn/sampler_scorer_mismatch``.
 
-    A fit with a folder and ``fitting.save_every`` is saved after every draw's steps, and goes on
-    from there to the same bits.
+    A fit with a folder is saved after the first draw's steps that end ``fitting.save_every`` steps
+    after the last save, and goes on from there to the same bits.
 
     Raises:
         ValueError: where the numbers are out of range, ``draw`` is of another law than the
             policy's, or no prompt is informative.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    for name, count in (("iterations", iterations), ("prompts", prompts), ("quantiles", quantiles)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
     if draw.samples < 2:
         raise ValueError(f"a group has at least two responses, got samples={draw.samples}")
     if draw.temperature != 1.0 or draw.top_k is not None or draw.top_p is not None:
@@ -94,31 +103,42 @@ def on_policy(
         ("tokens", model, rows), lambda: mapped(tokens, rows=rows, mesh=fitting.mesh)
     )
 
+    of_reference = None if quantiles is None else dataclasses.replace(draw, samples=quantiles)
+
+    def rewards(key: Any, asked: Ragged, responses: Ragged, situation: Situation) -> Any:
+        reward = np.asarray(situation.score(asked, responses).reward, np.float32)
+        if of_reference is None:
+            return reward
+        drawn = of_reference(key, situation.policies.reference, asked)
+        below = np.asarray(situation.score(asked, drawn).reward, np.float32)
+        return np.asarray(regression.quantile(jnp.asarray(reward), jnp.asarray(below)))
+
     def groups(
-        key: Key[Array, ""], params: Any, reference: Any, situation: Situation
+        key: Key[Array, ""], params: Any, asked: Ragged, situation: Situation
     ) -> tuple[GroupBatch, dict[str, Metric]]:
-        prompts = situation.prompts
-        responses, sampled = draw.with_log_prob(key, params, prompts)
+        key_draw, key_reference = jax.random.split(key)
+        responses, sampled = draw.with_log_prob(key_draw, params, asked)
         # Any: NumPy, on the host, where the record says arrays.
-        reward: Any = np.asarray(situation.score(prompts, responses).reward, np.float32)
-        old: Any = np.asarray(score(params, prompts, responses))
-        ref: Any = np.asarray(score(reference, prompts, responses))
+        reward: Any = rewards(key_reference, asked, responses, situation)
+        old: Any = np.asarray(score(params, asked, responses))
+        ref: Any = np.asarray(score(situation.policies.reference, asked, responses))
         gap = old.sum(-1) - np.asarray(sampled)
-        useful = np.asarray(policy_gradient.informative(jax.numpy.asarray(reward)))
+        useful = np.asarray(policy_gradient.informative(jnp.asarray(reward)))
         importance: Any = None
         if importance_limit is not None:
-            importance = np.minimum(np.exp(gap), importance_limit).astype(np.float32)
+            ratio = policy_gradient.ratio(jnp.asarray(gap), jnp.zeros(gap.shape, gap.dtype))
+            importance = np.asarray(policy_gradient.truncated(ratio, limit=importance_limit))
         weight: Any = (
             useful.astype(np.float32) if informative_only else np.ones(len(reward), np.float32)
         )
         batch = GroupBatch(
-            prompts, responses, weight, reward,
+            asked, responses, weight, reward,
             ref_log_prob=ref, old_log_prob=old, importance=importance,
         )  # fmt: skip
         return batch, {
             "reward/drawn": mean(reward.mean(1)),
             "groups/informative": mean(useful.astype(np.float64)),
-            "eval/sampler_scorer_mismatch": mean(np.abs(gap).mean(1)),
+            "drawn/sampler_scorer_mismatch": mean(np.abs(gap).mean(1)),
         }
 
     def improve(key: Key[Array, ""], situation: Situation) -> Improved:
@@ -127,13 +147,15 @@ def on_policy(
         step, state = begin(key_state, situation.start, pi0=reference)
         store = _store(situation.folder, fitting)
         metrics: dict[str, Metric] = {}
+        every = fitting.save_every or 1
         try:
             if store is not None:
                 state = loop.resume(store, state, loop.Repeat([()]), console=fitting.console).state
             for number in range(int(state.step) // fitting.steps, iterations):
-                final = number == iterations - 1
+                final, done = number == iterations - 1, (number + 1) * fitting.steps
                 key_draw, key_rows = jax.random.split(jax.random.fold_in(key_data, number))
-                batch, found = groups(key_draw, state.policy, reference, situation)
+                asked = _portion(situation.prompts, number, prompts)
+                batch, found = groups(key_draw, state.policy, asked, situation)
                 keep = np.asarray(batch.weight) > 0
                 if not keep.any():
                     raise ValueError(
@@ -146,12 +168,13 @@ def on_policy(
                     step,
                     state,
                     Deal(kept, [int(keep.sum())], None).stream(
-                        key_rows, batch_size=fitting.batch_size
+                        key_rows, batch_size=fitting.batch_size, mesh=fitting.mesh
                     ),
-                    steps=(number + 1) * fitting.steps,
+                    steps=done,
                     names=task.names,
                     log_every=fitting.log_every,
-                    save_last=not final,  # the result is about to be written anyway
+                    # After the last draw the result is about to be written anyway.
+                    save_last=not final and done // every > (done - fitting.steps) // every,
                     evaluate=fitting.evaluate if final else None,
                     checkpoints=store,
                     limits=fitting.limits,
@@ -164,6 +187,14 @@ def on_policy(
         return Improved(state.policy, metrics)
 
     return improve
+
+
+def _portion(prompts: Ragged, number: int, count: int | None) -> Ragged:
+    """The prompts of a draw: ``count`` of them, where the draw before left off."""
+    if count is None:
+        return prompts
+    index = (np.arange(count) + number * count) % len(prompts.lengths)
+    return ragged(np.asarray(prompts.ids)[index], np.asarray(prompts.lengths)[index])
 
 
 def _store(folder: Path | None, fitting: Fitting) -> Checkpoints | None:
