@@ -29,27 +29,25 @@ UNREACHED = {
     "divergence.k3": "estimators of the KL, for a user's own loop; their gradients are tested",
     "ellipsoid.merge": "hybrid data that were summed apart; both worlds fit on all data at once",
     "ellipsoid.solve": "Sigma^-1 v, for a user's own rule",
-    "group_losses.gspo": "a named composition, by hand in tests; without a law to show",
-    "group_losses.qrpo": "needs quantiles under pi0 as rewards; its law is tested",
-    "regression.uniform_offset": "the normalizer of `group_losses.qrpo`",
+    "catalogue.law": "reads docstrings, for the documentation's table and its test",
+    "catalogue.table": "the documentation's table",
+    "group_losses.from_actions": "a bandit's draws as a group, for a user's own loop; in tests",
+    "group_losses.copo": "compares answers, which a user's own groups hold; tested by hand",
     "targets.top": "RAFT's filter, a target to hand over; tested on laws and draws",
     "objectives.aot": "couples the rows of a batch, so that counted comparisons mean nothing to it",
     "pairwise.moved_reference": "a reference that moves, for a user's own loop; its law is tested",
     "preferences.matrix": "a world without a reward, for a user's own problem; tested",
     "rejection.acceptance_rate": "the exact rate, for planning a chain",
     "regression.listwise": "a listwise loss without a law, for a user's own groups; tested",
-    "regression.quantile": "QRPO's reward from draws of pi0, for a user's own groups; tested",
     "regression.squared_pairs": "`regression.loss` as its paper writes it: the test's other side",
     "policy_gradient.answer_entropy": "of COPO's consistency, for answers that can be compared",
-    "policy_gradient.by_batch_std": "an advantage to hand to `group_losses.clipped`",
     "policy_gradient.consistency": "COPO's set reward, for answers that can be compared",
-    "policy_gradient.truncated": "importance weights, for a user's own loop",
     "rejection.take": "the first k accepted draws, for a user's own loop",
 }
 """Public functions that neither world reaches, and why they are there all the same."""
 
 TOOLBOX = {
-    "aggregate", "diversity", "groups", "labels", "links", "measure", "posterior", "reshape",
+    "aggregate", "diagnostics", "diversity", "groups", "labels", "links", "measure", "posterior", "reshape",
     "guided", "saddle", "select", "self_play", "sets", "simplex", "welfare",
 }  # fmt: skip
 """Modules of which a user picks, on arrays of rewards and members; not every function of them is
@@ -104,8 +102,9 @@ def graph(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 own = [node.name]
-            elif isinstance(node, ast.Assign):
-                own = [t.id for t in node.targets if isinstance(t, ast.Name)]
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                to = node.targets if isinstance(node, ast.Assign) else [node.target]
+                own = [t.id for t in to if isinstance(t, ast.Name)]
             else:
                 continue
             for name in own:
@@ -135,6 +134,14 @@ def worlds(path: Path, tree: ast.Module) -> set[str]:
     return found
 
 
+def _of_folder(path: Path) -> set[str]:
+    """An experiment's file that imports neither world serves those of the files beside it."""
+    if path.relative_to(ROOT).parts[0] != "experiments" or path.parent.name == "experiments":
+        return set()
+    beside = [p for p in path.parent.glob("*.py") if p != path]
+    return set().union(*(worlds(p, ast.parse(p.read_text())) for p in beside))
+
+
 def reached() -> dict[str, set[str]]:
     """Of every public function of the core, the worlds from which it is reached."""
     trees = modules()
@@ -146,7 +153,7 @@ def reached() -> dict[str, set[str]]:
             if path.parts[-2] == "core":
                 continue
             tree = ast.parse(path.read_text())
-            for world in worlds(path, tree):
+            for world in worlds(path, tree) or _of_folder(path):
                 roots[world] |= set(names(tree, tree, None))
     for world, waiting in roots.items():
         seen: set[str] = set()

@@ -400,6 +400,8 @@ def test_every_objective_has_a_name_that_works():
         "chi_po": {"clip": 1.0},
         "cpo": {"sft_coef": 1.0},
         "exo": {"label_smoothing": 0.1},
+        "orpo": {"odds_coef": 0.1},
+        "kto": {"shift": 0.0},
     }
     reads = {}
     for name in losses.OBJECTIVES:
@@ -414,7 +416,7 @@ def test_every_objective_has_a_name_that_works():
                 loss(scores._replace(ref_log_prob=None))
         else:
             assert loss(scores._replace(ref_log_prob=None)).shape == (1,)
-    assert [name for name, needs in reads.items() if not needs] == ["simpo", "cpo"]
+    assert [name for name, needs in reads.items() if not needs] == ["simpo", "cpo", "orpo"]
 
 
 def test_help_lists_the_commands(capsys):

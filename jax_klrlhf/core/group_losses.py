@@ -338,7 +338,7 @@ def clipped(
 def grpo(*, kl_coef: Scalar, clip: Scalar = 0.2, eps: Scalar = 1e-4) -> Loss:
     r"""GRPO as published (arXiv 2402.03300, eq. 3): over the deviation, per response, k3 as a loss.
 
-    Law, for one-token responses and many draws: :math:`\eta' \pi_0/(\lambda - r)` with
+    Law: for one-token responses and many draws :math:`\eta' \pi_0/(\lambda - r)` with
     :math:`\eta' = \eta\,\mathrm{sd}_\pi(r)`, the policy's own deviation. So ``kl_coef`` is not the
     eta of a Gibbs law, and lengths of several tokens make it a length bonus besides.
     """
@@ -352,8 +352,8 @@ def grpo(*, kl_coef: Scalar, clip: Scalar = 0.2, eps: Scalar = 1e-4) -> Loss:
 def dr_grpo(*, size: Scalar, kl_coef: Scalar | None = None, clip: Scalar = 0.2) -> Loss:
     """Dr. GRPO (arXiv 2503.20783): no deviation, one constant in place of each length.
 
-    ``size`` is that constant (the paper's: the most new tokens). Law with ``kl_coef``, for
-    one-token responses: forward KL's at ``kl_coef``; without it, none but the deterministic.
+    ``size`` is that constant (the paper's: the most new tokens). Law: with
+    ``kl_coef`` and one-token responses the forward KL's at it; without, none but the deterministic.
     """
     return clipped(
         advantage=gradients.group_mean,

@@ -25,6 +25,7 @@ loss                        implicit reward or difference       law
 :func:`pessimistic`         eta log(pi/pi0) + bonus             pi0 e^((r - bonus)/eta)
 :func:`exploratory`         + optimism                          none; Gibbs at coefficient 0
 :func:`modpo`               (eta log(pi/pi0) - w' R) / w        pi0 e^((w r + w' R)/eta)
+:func:`orpo`                odds, + cross-entropy on chosen     none
 :func:`odpo`                a margin that grows with R          none
 :func:`mm_dpo`              eta grows with R's margin           none
 :func:`exo`                 KL from the label's law             none
@@ -32,8 +33,8 @@ loss                        implicit reward or difference       law
 :func:`aot`                 of the sorted batch                 none
 =========================== =================================== ==============================
 
-Left out, as they aren't of this form: ORPO (odds of a whole response), KTO (a KL of the batch),
-LD-DPO (log-probabilities of a part of a response, which no score here has), and token-level losses.
+:func:`orpo` has no reference and no regularizer: no law. LD-DPO changes the log-probabilities, not
+the loss: ``training.tasks.preference(tail=)``. Token-level losses aren't of this form.
 
 Axes: ``batch`` (free axes, one entry per pair), ``responses`` (chosen at 0, rejected at 1).
 """
@@ -65,6 +66,7 @@ __all__ = [
     "mm_dpo",
     "modpo",
     "odpo",
+    "orpo",
     "pessimistic",
     "robust",
     "rpo",
@@ -305,11 +307,28 @@ def modpo(scores: Scores, *, kl_coef: Scalar, weight: Scalar) -> Loss:
 
     R = ``scores.reward`` is the weighted sum of the *other* objectives' rewards, w = ``weight`` is
     that of the labels' own. Law: :math:`\pi_0 e^{(w r + R)/\eta}`, so R's scale is not free.
-    Source: arXiv 2310.03708 (from secondary sources; the law is checked here).
+    Source: arXiv 2310.03708, as in the authors' code.
     """
     other = scores.given("reward")
     offset = second(other) - other[..., 0]
     return logistic(margin(score(scores), kl_coef=kl_coef, offset=offset, scale=weight))
+
+
+def orpo(scores: Scores, *, odds_coef: Scalar) -> Loss:
+    r"""ORPO: cross-entropy on the chosen response, and the odds of it against the rejected one.
+
+    .. math:: -\log p_w - \lambda \log \sigma\Big(\log \frac{p_w}{1 - p_w}
+        - \log \frac{p_l}{1 - p_l}\Big), \qquad p = e^{\log \pi(a) / |a|}
+
+    lambda = ``odds_coef``. Without a reference, and p no probability of a whole response. Law:
+    none. Source: arXiv 2403.07691, eqs. 4 to 7; trainers take the cross-entropy over the prompt
+    too, here it is the response's.
+    """
+    check_positive("odds_coef", odds_coef)
+    each = score(scores, reference=0, per_token=True)
+    # A response that is certain has odds of infinity, and no gradient: the next lower number.
+    odds = each - jnp.log(jnp.maximum(-jnp.expm1(each), jnp.finfo(each.dtype).tiny))
+    return -odds_coef * bradley_terry.log_likelihood(odds[..., 0] - second(odds)) - each[..., 0]
 
 
 def odpo(scores: Scores, *, kl_coef: Scalar, margin_coef: Scalar) -> Loss:
@@ -331,7 +350,7 @@ def mm_dpo(scores: Scores, *, kl_coef: Scalar, growth: Scalar = 0.5, rate: Scala
     .. math:: \eta(d) = \eta (1 + w (1 - e^{-k d})), \qquad d = \max(R^w - R^l, 0)
 
     of R = ``scores.reward``, w = ``growth``, k = ``rate``. Law: none (Gibbs at w = 0): it weighs
-    trust, and regularizes nothing. Source: arXiv 2502.10391 (from secondary sources).
+    trust, and regularizes nothing. Source: arXiv 2502.10391, section 4.2.
     """
     check_positive("kl_coef", kl_coef)
     reward = scores.given("reward")

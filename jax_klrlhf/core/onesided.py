@@ -12,6 +12,7 @@ loss             of a winner, of a loser                     x at the minimum
 :func:`bco`      -log s(x - d), -log s(d - x)                d + log W/(1 - W)
 :func:`sppo`     (x - 1/2)^2, (x + 1/2)^2, over eta^2        W - 1/2
 :func:`apo_zero` :func:`apo_down` likewise                   none: at the edge
+:func:`kto`      s(d - x), s(x - d)                          none: at the edge
 ================ =========================================== ==========================
 
 Axes: ``batch`` (free axes, one entry per pair), ``responses`` (chosen at 0, rejected at 1).
@@ -72,6 +73,28 @@ def sppo(scores: Scores, *, kl_coef: Scalar) -> Loss:
     each = score(scores)
     half = 1 / (2 * kl_coef)
     return (each[..., 0] - half) ** 2 + (second(each) + half) ** 2
+
+
+def kto(
+    scores: Scores,
+    *,
+    kl_coef: Scalar,
+    shift: Scalar,
+    desirable: Scalar = 1.0,
+    undesirable: Scalar = 1.0,
+) -> Loss:
+    r"""KTO on both responses of a pair: each valued against a point of reference.
+
+    .. math:: \lambda_w (1 - \sigma(x^w - \eta z)) + \lambda_l (1 - \sigma(\eta z - x^l))
+
+    ``shift`` is z, the KL to pi0 in nats, which the paper estimates from mismatched pairs of the
+    batch and floors at 0: a number to this loss, as its gradient is stopped there. At 0 and equal
+    weights it is :func:`apo_zero`. Law: none; linear in sigma(x), so that at the population every x
+    goes to an edge. Source: arXiv 2402.01306, eq. 8.
+    """
+    chosen, rejected = _implicit(scores, kl_coef)
+    at = kl_coef * shift
+    return desirable * jax.nn.sigmoid(at - chosen) + undesirable * jax.nn.sigmoid(rejected - at)
 
 
 def apo_zero(scores: Scores, *, kl_coef: Scalar) -> Loss:

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_klrlhf.core.numerics import at_least_float32
+from jax_klrlhf.core.numerics import Scalar, at_least_float32, check_between
 
 
 class Ragged(NamedTuple):
@@ -92,3 +92,28 @@ def sum_log_prob(
     -3.0
     """
     return jnp.sum(jnp.where(where, at_least_float32(token_log_prob), 0), axis=-1)
+
+
+def length_desensitized(
+    token_log_prob: Float[Array, "*batch responses length"],
+    lengths: Int[Array, "*batch responses"],
+    *,
+    tail: Scalar,
+) -> Float[Array, "*batch responses"]:
+    r"""LD-DPO's log-probabilities: what lies beyond the shorter response's length counts ``tail``.
+
+    .. math:: \log \pi(a_{\le m}) + \alpha \log \pi(a_{> m}), \qquad m = \min(|a^w|, |a^l|)
+
+    alpha = ``tail`` in [0, 1]; at 1 the sum over all tokens, at 0 a truncation. Law: none; with
+    alpha < 1 it is no probability of a response. Source: arXiv 2409.06411, eq. 9.
+
+    >>> token = jnp.array([[-1.0, -2.0, -4.0], [-1.0, -1.0, 9.0]])
+    >>> length_desensitized(token, jnp.array([3, 2]), tail=0.5).tolist()
+    [-5.0, -2.0]
+    """
+    check_between("tail", tail, 0, 1)
+    place = jnp.arange(token_log_prob.shape[-1])
+    inside = place < lengths[..., None]
+    shared = place < jnp.min(lengths, -1)[..., None, None]
+    kept = jnp.where(inside, at_least_float32(token_log_prob), 0)
+    return jnp.sum(kept * jnp.where(shared, 1, jnp.asarray(tail, kept.dtype)), -1)

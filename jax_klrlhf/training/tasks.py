@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_klrlhf.core.numerics import check_positive
+from jax_klrlhf.core import sequence
+from jax_klrlhf.core.numerics import check_between, check_positive
 from jax_klrlhf.core.preferences import PreferenceModel, bradley_terry
 from jax_klrlhf.core.scores import Scores
 from jax_klrlhf.core.sequence import Ragged
@@ -142,6 +143,7 @@ def preference(
     kl_coef: float = 1.0,
     explores: int | None = None,
     preference: PreferenceModel = bradley_terry,
+    tail: float | None = None,
     chunk: int = scoring.CHUNK,
 ) -> Task:
     r"""Preference training with any loss on log-probabilities.
@@ -160,15 +162,30 @@ def preference(
             SELM): 1 where it is the second of the pair, 2 where it is a third one.
         preference: what labels mean, the loss's own model (``objectives.sigmoid(preference=..)``).
             Where it doesn't average labels (``merges``), the loss is given them as they are.
+        tail: LD-DPO's weight of the tokens beyond the shorter response's length, of the policy and
+            of the reference (:func:`core.sequence.length_desensitized`), in padded batches.
         chunk: tokens projected on the vocabulary at one time.
 
     Raises:
-        ValueError: on a ``kl_coef`` that isn't positive.
+        ValueError: on a ``kl_coef`` that isn't positive, a ``tail`` outside of [0, 1], and where
+            ``tail`` meets a cached reference (of whole sums) or a packed batch.
     """
     check_positive("kl_coef", kl_coef)
+    if tail is not None:
+        check_between("tail", tail, 0, 1)
+        if reference is references.cached:
+            raise ValueError(
+                "tail weighs tokens by the pair's shorter length, and a cached reference holds "
+                "whole sums: give reference=reference.live"
+            )
 
     def scored(params: Any, batch: Any) -> Float[Array, "B K"]:
-        return log_prob(model, params, batch, chunk=chunk)
+        if tail is None:
+            return log_prob(model, params, batch, chunk=chunk)
+        if isinstance(batch, PackedBatch):
+            raise ValueError("tail needs padded batches: a packed one has sums alone")
+        token = scoring.token_log_prob(model, params, batch.prompts, batch.responses, chunk=chunk)
+        return sequence.length_desensitized(token, batch.responses.lengths, tail=tail)
 
     def score(params: Any, ref_params: Any, batch: Any) -> Preference:
         scores = Scores(

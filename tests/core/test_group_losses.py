@@ -199,3 +199,122 @@ def test_qrpo_on_a_fine_grid_is_gibbs_of_the_quantile_with_one_response_each():
     )  # fmt: skip
     np.testing.assert_allclose(groups.qrpo(kl_coef=0.4)(made), 0, atol=1e-12)
     assert regression.uniform_offset(0.4) < 0
+
+
+ETA = 0.6
+PI0 = np.array([0.5, 0.3, 0.2])
+WORTH = np.array([0.2, 1.0, -0.4])
+PI = np.array([0.25, 0.35, 0.4])
+DRAWER = np.array([0.4, 0.35, 0.25])
+TARGET = PI0 * np.exp(WORTH / ETA)
+
+
+def expected(loss, samples, drawer=DRAWER):
+    """Gradient in the logits at PI, in expectation over every group that the drawer may draw."""
+    groups_of = np.array(list(itertools.product(range(3), repeat=samples)))
+    weight = jnp.asarray(np.prod(drawer[groups_of], -1))
+    at = lambda x: jnp.asarray(x)[groups_of]  # noqa: E731
+
+    def total(logits):
+        made = groups.from_actions(
+            jax.nn.log_softmax(logits)[groups_of],
+            at(WORTH),
+            ref_log_prob=at(np.log(PI0)),
+            old_log_prob=at(np.log(drawer)),
+        )
+        return jnp.sum(weight * loss(made))
+
+    return np.asarray(jax.grad(total)(jnp.log(jnp.asarray(PI))))
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jensen_shannon"])
+def test_f_dpg_off_policy_is_the_gradient_of_its_divergence(name):
+    """With Z known, from another's draws, for any K; the neighbour's gradient is another one."""
+    members = {n: getattr(fdivergence, n) for n in ("reverse_kl", "forward_kl", "jensen_shannon")}
+    log_z = float(np.log(TARGET.sum()))
+
+    def of(member):
+        def divergence(logits):
+            law = jax.nn.log_softmax(logits)
+            return fdivergence.categorical(
+                law, jnp.log(jnp.asarray(TARGET / TARGET.sum())), divergence=member
+            )
+
+        return np.asarray(jax.grad(divergence)(jnp.log(jnp.asarray(PI))))
+
+    loss = groups.f_dpg(kl_coef=ETA, divergence=members[name], log_normalizer=log_z)
+    for samples in (2, 3):
+        np.testing.assert_allclose(expected(loss, samples), of(members[name]), atol=1e-12)
+    other = "forward_kl" if name == "reverse_kl" else "reverse_kl"
+    assert np.abs(of(members[name]) - of(members[other])).max() > 1e-2
+
+
+def test_f_dpg_of_reverse_kl_on_policy_is_rloo_over_eta():
+    own = groups.f_dpg(kl_coef=ETA, divergence=fdivergence.reverse_kl)
+    np.testing.assert_allclose(
+        ETA * expected(own, 3, PI), expected(groups.rloo(kl_coef=ETA), 3, PI), atol=1e-12
+    )
+
+
+def test_gdc_nears_the_forward_kl_as_the_group_grows():
+    """F5: self-normalized weights of few draws are too even. The law is the limit's."""
+    wanted = PI - TARGET / TARGET.sum()  # of -E_p log pi in the logits
+    sizes = [np.linalg.norm(expected(groups.gdc(kl_coef=ETA), k) - wanted) for k in (2, 3, 5, 7)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 0.4 * sizes[0]
+    # One draw says nothing of rewards: it is the likelihood of whoever drew.
+    np.testing.assert_allclose(expected(groups.gdc(kl_coef=ETA), 1), PI - DRAWER, atol=1e-12)
+
+
+def test_one_exact_step_of_rebel_is_mirror_ascent_from_who_drew():
+    step = DRAWER * np.exp(WORTH / ETA)
+    made = groups.from_actions(
+        jnp.log(jnp.asarray(step / step.sum())), jnp.asarray(WORTH),
+        ref_log_prob=jnp.log(jnp.asarray(PI0)), old_log_prob=jnp.log(jnp.asarray(DRAWER)),
+    )  # fmt: skip
+    assert abs(float(groups.rebel(kl_coef=ETA)(made))) < 1e-12
+    assert float(groups.regression(kl_coef=ETA)(made)) > 1e-3  # that one's reference is pi0
+
+
+def test_kl_in_the_reward_is_priced_before_the_advantage():
+    """REINFORCE++ on one-token groups at the drawing policy, by hand."""
+    rng = np.random.default_rng(3)
+    reward, log_prob, ref = rng.normal(size=(3, 4)), *(-rng.exponential(size=(2, 3, 4)))
+    priced = reward - ETA * (log_prob - ref)
+    centred = priced - priced.mean(-1, keepdims=True)
+    advantage = centred / (np.sqrt(np.mean(centred**2)) + 1e-4)
+
+    def total(x):
+        made = groups.from_actions(
+            x, jnp.asarray(reward), ref_log_prob=jnp.asarray(ref),
+            old_log_prob=jnp.asarray(log_prob),
+        )  # fmt: skip
+        return groups.reinforce_pp(kl_coef=ETA)(made).sum()
+
+    np.testing.assert_allclose(jax.grad(total)(jnp.asarray(log_prob)), -advantage / 4, atol=1e-12)
+
+
+def test_copo_blends_by_how_much_answers_differ():
+    """All agreeing: the group's shared weight alone; all different: GRPO's own, in the limit."""
+    rng = np.random.default_rng(4)
+    reward = np.array([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0]])
+    classes = jnp.array([[7, 7, 7, 7], [0, 1, 2, 3]])
+    log_prob = jnp.asarray(-rng.exponential(size=(2, 4)))
+    made = groups.from_actions(log_prob, jnp.asarray(reward), old_log_prob=log_prob)
+
+    def gradient(loss, group):
+        return jax.grad(lambda x: loss(group._replace(token_log_prob=x[..., None])).sum())(log_prob)
+
+    loss = groups.copo(threshold=1.0, sharpness=1000.0)
+    found = gradient(loss, made._replace(classes=classes))
+    shared = np.array([1.0, 0.5 * (1 - 0.75 / 2 * 2)])  # mean reward (1 - lambda H2)
+    over = (shared[0] - shared.mean()) / (shared.std() + 1e-4)
+    np.testing.assert_allclose(found[0], np.full(4, -over / 4), rtol=1e-9)
+    own = groups.clipped(
+        advantage=lambda r, where: policy_gradient.by_std(r, where=where, eps=1e-4),
+        low=0.2, high=0.2, mean="response",
+    )  # fmt: skip
+    np.testing.assert_allclose(found[1], gradient(own, made)[1], rtol=1e-9)
+    assert not np.asarray(gradient(own, made)[0]).any()  # alone, it says nothing to who all agree
+    with pytest.raises(ValueError, match=r"Group\.classes is None"):
+        loss(made)

@@ -205,6 +205,11 @@ def test_one_sided_losses_see_win_rates(x64):
         others = [other for key, (_, other) in rows.items() if key != name]
         for wrong in (*others, gibbs_of(REWARD) - LOG_REF):
             assert abs(gradient(jnp.array(wrong))).max() > 1e-3, name
+    # KTO is APO-zero moved by its point of reference, which moves no edge.
+    at = jnp.array(REWARD)
+    moved = population(bind(onesided.kto, shift=0.4), at + 0.4, pairs)
+    still = population(bind(onesided.apo_zero), at, pairs)
+    np.testing.assert_allclose(moved, still, rtol=1e-12)
     # APO-zero is linear in sigma: further out is better for whoever wins more than it loses.
     best = int(np.argmax(win))
     further = [

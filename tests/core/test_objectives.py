@@ -194,6 +194,12 @@ CASES = {
         lambda c, r, eta: (c - 1 / (2 * eta)) ** 2 + (r + 1 / (2 * eta)) ** 2,
         monotone=False,
     ),
+    "kto": Case(
+        on(onesided.kto, shift=0.7, desirable=1.3, undesirable=0.6),
+        lambda c, r, eta: (
+            1.3 * np.exp(-softplus(eta * (c - 0.7))) + 0.6 * np.exp(-softplus(eta * (0.7 - r)))
+        ),
+    ),
     "apo_zero": Case(
         on(onesided.apo_zero),
         one_sided(lambda x: np.exp(-softplus(x)), lambda x: np.exp(-softplus(-x))),
@@ -577,3 +583,18 @@ def test_a_field_that_is_absent_is_asked_for_by_name(loss, field):
 def test_numbers_without_a_meaning_are_refused(call, says):
     with pytest.raises(ValueError, match=says):
         call(scores_of(jnp.zeros(2), jnp.zeros(2)))
+
+
+def test_orpo_by_hand_and_finite_where_a_response_is_certain():
+    """Odds of the geometric mean of the tokens' probabilities."""
+    scores = Scores(jnp.array([-4.0, -6.0]), None, jnp.array([4, 10]))
+    p, q = np.exp(-1.0), np.exp(-0.6)
+    wanted = 1.0 + 0.3 * softplus(-(np.log(p / (1 - p)) - np.log(q / (1 - q))))
+    np.testing.assert_allclose(objectives.orpo(scores, odds_coef=0.3), wanted, rtol=1e-6)
+
+    def certain(log_prob):
+        pair = Scores(jnp.stack([log_prob, jnp.float32(-3.0)]), None, jnp.array([4, 4]))
+        return objectives.orpo(pair, odds_coef=0.3)
+
+    value, gradient = jax.value_and_grad(certain)(jnp.float32(0.0))
+    assert np.isfinite([value, gradient]).all()

@@ -10,6 +10,7 @@ import pytest
 
 from jax_klrlhf.core import objectives, preferences
 from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.models import scoring
 from jax_klrlhf.training import reference, state, step, tasks
 from tests.training import toy
 
@@ -41,6 +42,33 @@ def test_soft_labels_are_the_expected_loss(params):
     np.testing.assert_allclose(task.loss(given), expected, rtol=1e-5, atol=1e-6)
     hard = task.score(params, None, batch)
     np.testing.assert_allclose(task.loss(hard), nll(margin), rtol=1e-5, atol=1e-6)
+
+
+def test_tail_weighs_what_lies_beyond_the_shorter_response(params):
+    """LD-DPO, policy and reference alike; at 1 it is DPO, and a cached reference cannot."""
+    batch = jax.tree.map(jnp.asarray, toy.batch(0))
+    other = jax.tree.map(lambda x: 1.1 * x, params)
+    token = np.asarray(
+        scoring.token_log_prob(MODEL, params, batch.prompts, batch.responses), np.float64
+    )
+    lengths = np.asarray(batch.responses.lengths)
+    wanted = np.zeros(lengths.shape)
+    for row, pair in np.ndindex(lengths.shape):
+        for place in range(lengths[row, pair]):
+            beyond = place >= lengths[row].min()
+            wanted[row, pair] += token[row, pair, place] * (0.25 if beyond else 1)
+    score = lambda tail, p: (
+        tasks.preference(  # noqa: E731
+            MODEL, LOSS, reference=reference.live, tail=tail
+        )
+        .score(p, params, batch)
+        .scores
+    )
+    np.testing.assert_allclose(score(0.25, other).ref_log_prob, wanted, rtol=1e-5)
+    np.testing.assert_allclose(score(0.25, params).log_prob, wanted, rtol=1e-5)
+    np.testing.assert_allclose(score(1.0, other).log_ratio, score(None, other).log_ratio, atol=1e-5)
+    with pytest.raises(ValueError, match=r"reference=reference\.live"):
+        tasks.preference(MODEL, LOSS, tail=0.25)
 
 
 def test_chosen_in_the_report_is_what_the_label_chose(params):
