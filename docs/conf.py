@@ -55,7 +55,7 @@ nb_execution_excludepatterns = ["tutorials/*"]  # executed when they are made (c
 nb_merge_streams = True
 
 templates_path: list[str] = []
-exclude_patterns = ["_build", "**/.ipynb_checkpoints", "api/modules.rst"]
+exclude_patterns = ["_build", "_generated", "**/.ipynb_checkpoints", "api/modules.rst"]
 html_theme = "sphinx_book_theme"
 html_title = "jax_klrlhf"
 html_static_path = ["_static"]
@@ -94,8 +94,18 @@ def _readmes() -> None:
     shutil.copy(ROOT / "CHANGELOG.md", HERE / "changelog.md")
 
 
+def _objectives() -> None:
+    """The table of objectives, from the registry."""
+    from jax_klrlhf.core import catalogue
+
+    target = HERE / "_generated"
+    target.mkdir(exist_ok=True)
+    (target / "objectives.md").write_text(catalogue.table())
+
+
 _notebooks()
 _readmes()
+_objectives()
 
 
 def _skip(app, what, name, found, skip, options):

@@ -47,8 +47,8 @@ UNREACHED = {
 """Public functions that neither world reaches, and why they are there all the same."""
 
 TOOLBOX = {
-    "aggregate", "diagnostics", "diversity", "groups", "labels", "links", "measure", "posterior", "reshape",
-    "guided", "saddle", "select", "self_play", "sets", "simplex", "welfare",
+    "aggregate", "diagnostics", "diversity", "groups", "guided", "labels", "links", "measure",
+    "posterior", "reshape", "saddle", "select", "self_play", "sets", "simplex", "welfare",
 }  # fmt: skip
 """Modules of which a user picks, on arrays of rewards and members; not every function of them is
 reached from a world yet. Their tests are in tests/core."""

@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.atlas import checks
+from experiments.atlas import checks, policy
 from jax_klrlhf import results
 from jax_klrlhf.errors import InputError, reported
 
@@ -328,7 +328,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     config.check()
     output = results.output_folder(config.output)
     other = {}
-    rows = list(ROWS)
+    rows = [*ROWS, *(Row(**row) for row in policy.ROWS)]
     if config.smoke:
         config = dataclasses.replace(config, worlds=4)
         rows = [row for row in rows if row.function in ("posterior.deferral", "reshape.shaped")]

@@ -217,4 +217,5 @@ def _plain(cell: str) -> str:
     """A docstring's roles as Markdown."""
     cell = re.sub(r":math:`([^`]*)`", r"$\1$", cell)
     cell = re.sub(r":(?:func|data|mod|class):`~?\.?([^`]*)`", r"`\1`", cell)
+    cell = cell.replace("|a|", r"\lvert a\rvert ")
     return cell.replace("``", "`").replace("|", "\\|")

@@ -265,8 +265,8 @@ def pessimistic(scores: Scores, *, kl_coef: Scalar) -> Loss:
 
     The pessimistic policy is :math:`\pi \propto \pi_0 e^{(r - \Gamma)/\eta}`, so the reward that
     explains the preferences is :math:`r = \eta \log(\pi/\pi_0) + \Gamma`. The bonus Gamma is
-    ``scores.bonus``. Offline GSHF, Option II, with DPO as the oracle: arXiv 2312.11456 (derivation
-    here).
+    ``scores.bonus``. Law: :math:`\pi_0 e^{(r - \Gamma)/\eta}`. Offline GSHF, Option
+    II, with DPO as the oracle: arXiv 2312.11456 (derivation here).
 
     >>> pair = Scores(jnp.zeros(2), jnp.zeros(2), jnp.array([1, 1]), bonus=jnp.array([1.0, 0.0]))
     >>> float(pessimistic(pair, kl_coef=0.1))  # an uncertain winner is explained: log(1 + 1/e)

@@ -57,13 +57,11 @@ def test_tail_weighs_what_lies_beyond_the_shorter_response(params):
         for place in range(lengths[row, pair]):
             beyond = place >= lengths[row].min()
             wanted[row, pair] += token[row, pair, place] * (0.25 if beyond else 1)
-    score = lambda tail, p: (
-        tasks.preference(  # noqa: E731
-            MODEL, LOSS, reference=reference.live, tail=tail
-        )
-        .score(p, params, batch)
-        .scores
-    )
+
+    def score(tail, p):
+        task = tasks.preference(MODEL, LOSS, reference=reference.live, tail=tail)
+        return task.score(p, params, batch).scores
+
     np.testing.assert_allclose(score(0.25, other).ref_log_prob, wanted, rtol=1e-5)
     np.testing.assert_allclose(score(0.25, params).log_prob, wanted, rtol=1e-5)
     np.testing.assert_allclose(score(1.0, other).log_ratio, score(None, other).log_ratio, atol=1e-5)
