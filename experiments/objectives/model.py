@@ -59,7 +59,7 @@ def panel(config: Any, progress: Progress) -> dict[str, dict[str, np.ndarray]]:
         return scores.kl.sum(-1)
 
     kl = mapped(spent, rows=HELD_OUT)
-    chosen = {name: method for name, method in METHODS.items() if config.only in name}
+    chosen = {name: METHODS[name] for name in config.model_methods if config.only in name}
     task = progress.add_task("model", total=len(chosen) * config.model_seeds)
     found: dict[str, dict[str, list[float]]] = {}
     fitting = rounds.Fitting(

@@ -83,9 +83,15 @@ class Config:
     prompts: Path | None = None
     """Stories, whose first sentences are the prompts."""
     model_seeds: int = 3
-    model_steps: int = 60
+    model_steps: int = 20
     """Draws, each followed by one step."""
-    model_learning_rate: float = 3e-4
+    model_learning_rate: float = 1e-3
+    model_methods: tuple[str, ...] = (
+        "f-DPG, forward KL", "DPO", "regression (PRDP, VarGrad)", "RLOO",
+        "GRPO (k3 as a loss, by std)", "DAPO (no KL)", "pass@K, KL priced",
+        "win rates (SPPO, pi0 fixed)", "best of K and k2 (SuperHF)",
+    )  # fmt: skip
+    """One of every family, and the published forms of two."""
     model_kl_coef: float = 0.1
     """The default of klrlhf iterate."""
     model_prompts: int = 16
@@ -113,6 +119,9 @@ class Config:
             raise InputError("--samples and --actions: at least 2; --contexts: at least 1.")
         if min(self.steps, self.language_steps) < exact.PARTS or self.model_steps < 1:
             raise InputError(f"--steps, --language-steps: at least {exact.PARTS}.")
+        for name in self.model_methods:
+            if name not in METHODS:
+                raise InputError(f"--model-methods {name}: there are {', '.join(METHODS)}.")
         if not any(self.only in name for name in METHODS):
             raise InputError(f"--only {self.only}: no method has this in its name.")
         parts = (self.model, self.sentiment, self.prompts)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments.atlas import policy
 from experiments.atlas import run as atlas
 from experiments.goodhart import run as goodhart
 from experiments.pluralism import run as pluralism
+from jax_klrlhf import core
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.results import Metric
 
@@ -77,3 +79,26 @@ def test_pluralism(data_dir, tmp_path):
     assert same[0] == same[1]
     with pytest.raises(InputError, match="no such folder"):
         pluralism.main(dataclasses.replace(config, choices_dir=tmp_path / "none"), console=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        ("the published KL term", "not held"),
+        ("regression on rewards and leave-one-out", "held"),
+        ("the last iterate is the equilibrium", "not held"),
+        ("greedy marginal gains", "not held"),
+    ],
+)
+def test_what_the_policy_side_claims_and_its_control(claim, said):
+    """Three of the rows that do not hold, with controls that do; and one the other way round."""
+    (row,) = [atlas.Row(**row) for row in policy.ROWS if row["claim"].startswith(claim)]
+    found = atlas.measured(row, atlas.Config(worlds=4), {})
+    assert atlas.verdict(found["effect"]) == said
+    assert atlas.verdict(found["control"]) == ("held" if said == "not held" else "not held")
+
+
+def test_rows_name_functions_of_the_library():
+    for row in policy.ROWS:
+        module, _, name = row["function"].partition(".")
+        assert callable(getattr(getattr(core, module), name)), row["function"]
