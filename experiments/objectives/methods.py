@@ -55,7 +55,9 @@ def win_rates(kl_coef: Array) -> Loss:
 
     def of(group: Group) -> Array:
         samples = group.reward.shape[-1]
-        beats = links.matrix(group.reward) * (1 - jnp.eye(samples))
+        beats = links.matrix(group.reward)
+        # A draw does not meet itself, which would be a half.
+        beats = jnp.where(jnp.broadcast_to(jnp.eye(samples, dtype=bool), beats.shape), 0, beats)
         return loss(group._replace(reward=jnp.sum(beats, -1) / (samples - 1)))
 
     return of

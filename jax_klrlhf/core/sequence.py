@@ -112,7 +112,7 @@ def length_desensitized(
     [-5.0, -2.0]
     """
     check_between("tail", tail, 0, 1)
-    place = jnp.arange(token_log_prob.shape[-1])
+    place = jnp.broadcast_to(jnp.arange(token_log_prob.shape[-1]), token_log_prob.shape)
     inside = place < lengths[..., None]
     shared = place < jnp.min(lengths, -1)[..., None, None]
     kept = jnp.where(inside, at_least_float32(token_log_prob), 0)
