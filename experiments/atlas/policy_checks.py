@@ -178,7 +178,7 @@ def a_moving_reference_still_regularizes(key):
     reward, ref = _world(key)
 
     def spent(share: float) -> Array:
-        base = ref
+        base = policy = ref
         for _ in range(10):
             policy = gibbs.log_prob(reward, base, kl_coef=KL_COEF)
             base = pairwise.moved_reference(base, policy, share=share)

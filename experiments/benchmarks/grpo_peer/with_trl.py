@@ -16,10 +16,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the libraries print is no answer
 
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     import transformers
-    import trl
-    from datasets import Dataset
+    import trl  # pyright: ignore[reportMissingImports]
+    from datasets import Dataset  # pyright: ignore[reportMissingImports]
     from transformers import TrainerCallback
 
     torch.set_num_threads(settings["threads"] or os.cpu_count() or 1)
