@@ -138,11 +138,11 @@ class Checkpoints:
         self._write(self._manager.wait_until_finished)
 
     def _write(self, function: Callable[[], Any]) -> None:
-        with _quietly() as failed:
+        with quietly() as failed:
             function()
         if failed:
             self._failed = True
-            with _quietly():
+            with quietly():
                 message = self._unwritable(failed[0])
             raise InputError(message)
 
@@ -229,7 +229,7 @@ class Checkpoints:
             InputError: where it could not be written.
         """
         if self._failed:
-            with _quietly():
+            with quietly():
                 self._manager.close()
         else:
             self._write(self._manager.close)
@@ -237,7 +237,7 @@ class Checkpoints:
     def _found(self, step: Any, items: Any, name: str) -> Any:
         """A part of a checkpoint; whatever Orbax raises is damage, unless there is no memory."""
         found: list[Any] = []
-        with _quietly() as failed:
+        with quietly() as failed:
             found.append(dict(self._manager.restore(step, args=items)[name]))
         if not failed:
             return found[0]
@@ -302,7 +302,7 @@ def _digest(extra: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _quietly() -> Iterator[list[str]]:
+def quietly() -> Iterator[list[str]]:
     """Keep what fails inside to one text, in the list.
 
     Orbax leaves the tasks and threads of a failed operation to themselves and to the garbage

@@ -32,6 +32,7 @@ from jax_klrlhf import placement
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.results import Metric, output_folder, read_json, write_json
 from jax_klrlhf.training import state as states
+from jax_klrlhf.training.checkpoint import quietly
 from jax_klrlhf.training.metrics import Metrics
 from jax_klrlhf.training.state import path_name
 
@@ -257,26 +258,30 @@ def _load(base: Path, like: T) -> T:
         except (OSError, safetensors.SafetensorError) as error:
             raise _damaged(base, str(error)) from None
         return _restore(base, like, tensors)
-    with _orbax() as store:
-        try:
-            kept: Any = store.metadata(folder).item_metadata
-            there: dict[str, Any] = dict(getattr(kept, "tree", kept))
-            target = {}
-            for name, leaf in _leaves(like):
-                if isinstance(leaf, int):
-                    target[name] = np.empty(there[name].shape, there[name].dtype)
-                    continue
+    refused: list[InputError] = []
+    found: Any = None
+    # Orbax's own threads would print what they fail of, beside the one line.
+    with quietly() as failed, _orbax() as store:
+        kept: Any = store.metadata(folder).item_metadata
+        there: dict[str, Any] = dict(getattr(kept, "tree", kept))
+        target = {}
+        for name, leaf in _leaves(like):
+            if isinstance(leaf, int):
+                target[name] = np.empty(there[name].shape, there[name].dtype)
+                continue
+            try:
                 _check(base, name, there.get(name), leaf)
-                target[name] = leaf
-                if isinstance(leaf, jax.Array):
-                    target[name] = jax.ShapeDtypeStruct(
-                        leaf.shape, leaf.dtype, sharding=leaf.sharding
-                    )
-            found: Any = store.restore(folder, target)
-        except InputError:
-            raise
-        except (OSError, ValueError, KeyError) as error:
-            raise _damaged(base, " ".join(str(error).split())[:200]) from None
+            except InputError as error:
+                refused.append(error)
+            target[name] = leaf
+            if isinstance(leaf, jax.Array):
+                target[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        if not refused:
+            found = store.restore(folder, target)
+    if refused:
+        raise refused[0]
+    if failed:
+        raise _damaged(base, failed[0][:200])
     paths, structure = jax.tree_util.tree_flatten_with_path(like)
     return jax.tree.unflatten(structure, [found[path_name(path)] for path, _ in paths])
 
