@@ -111,7 +111,7 @@ def kept(command: str, config: Any) -> str:
         return f"before it was done; the answers until then are in {output}."
     if command == "label":
         return f"before it was done; every label that was confirmed is kept in {output}."
-    if command in ("data", "eval", "generate", "plan"):
+    if command in ("data", "eval", "generate", "plan", "report"):
         return "before it was done; nothing was written: start again."
     folder = Path(str(output))
     if command == "iterate":

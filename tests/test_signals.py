@@ -11,6 +11,7 @@ from jax_klrlhf import cli, models
 from jax_klrlhf.data import prepare
 from jax_klrlhf.label import program as label
 from jax_klrlhf.plan import report
+from jax_klrlhf.report import program as page
 from tests.test_cli import options, pairs, quick_compilation, tiny  # noqa: F401
 
 NAMES = ("SIGINT", "SIGTERM")
@@ -44,6 +45,7 @@ def arguments(tiny, pairs, tmp_path):  # noqa: F811
         "generate": ["--models", str(tiny), "--output", str(output), *asked],
         "iterate": ["--model", str(tiny), "--reward", str(heaps), "--output", str(output), *asked],
         "label": ["--output", str(output)],
+        "report": [str(output)],
         "plan": ["--model", str(tiny), "--topology", "cpu:8", "--prompt", "8", "--response", "8"],
     }
     given["iterate"] += ["--held-out", "0"]
@@ -59,6 +61,7 @@ def test_before_the_first_step_it_is_said_in_one_line(name, by, arguments, monke
         (prepare, "build"),
         (report, "compile_program"),
         (label, "serve"),
+        (page, "check"),
     ):
         monkeypatch.setattr(module, function, raising(by))
     before = signal.getsignal(signal.SIGTERM)
