@@ -10,6 +10,9 @@ REMAT = "full"
 
 The least memory; on a CPU no slower than keeping activations, which are slow to write there.
 """
+REMAT_TRIED = ("full", "dots_with_no_batch_dims_saveable")
+"""What a search compares: the least memory, and products of matrices kept, which a step then does
+not compute again."""
 LOGITS = 2**25
 """Float32 logits that exist at one time on each part of the batch, at most: 128 MiB."""
 

@@ -123,6 +123,13 @@ def _mine(device: Any) -> bool:
     return device.process_index == jax.process_index()
 
 
+def memory(mesh: Mesh | None) -> float | None:
+    """Bytes that a device of this process lets a program have; None where it does not say (CPU)."""
+    devices = jax.local_devices() if mesh is None else mesh.local_devices
+    found = (devices[0].memory_stats() or {}).get("bytes_limit")
+    return None if found is None else float(found)
+
+
 def own_rows(mesh: Mesh | None, count: int) -> Int[np.ndarray, " own"]:
     """Numbers of the rows, in a global batch of ``count``, that this process must have.
 

@@ -54,6 +54,8 @@ def test_every_process_takes_as_many_batches_of_prompts(count):
     seen = [len(hosts[0].piece(step).rows) for step in range(len(alone.batches))]
     assert sum(seen) >= count > sum(seen[:-1])
     assert {len(one.batches) for one in found} == {len(alone.batches)}
+    # Each row that was there counts once, on one host; what fills a batch does not.
+    assert sum(int(keep.sum()) for one in found for keep in one.where) == sum(seen)
     longest = max(int(one.lengths.max()) for one in alone.batches)
     assert {one.longest for one in found} == {longest}
 

@@ -326,6 +326,7 @@ def _measure(
         max_new_tokens=config.kl_tokens,
         stop=(tokenize.encoder(pi0.tokenizer).end,),
     )
+    prompts = feeds.first_prompts(loader, config.kl_prompts)
     return {
         "pi0's log-probability": before[:, 0] - before[:, 1],
         "DPO": config.kl_coef * (log_ratio[:, 0] - log_ratio[:, 1]),
@@ -334,7 +335,8 @@ def _measure(
         jax.random.key(seed),
         policy.params,
         pi0.params,
-        feeds.first_prompts(loader, config.kl_prompts).batches,
+        prompts.batches,
+        prompts.where,
     )
 
 

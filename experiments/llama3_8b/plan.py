@@ -2,8 +2,9 @@
 
     python -m experiments.llama3_8b.plan [--topology v5e:8x8] [--phases train score]
 
-The phases are a training step, sampling, the reward model on the responses (*score*), and the
-reference's log-probabilities of the pairs (*reference*). Needs libtpu, and no TPU. Each takes two
+The phases are a training step, the weights' way to the sampler's mesh (*move*), sampling, the
+reward model on the responses (*score*), and the reference's log-probabilities of the pairs
+(*reference*). Needs libtpu, and no TPU. Each takes two
 to five minutes of a processor.
 """
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from jax_klrlhf import defaults
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.errors import reported
 from jax_klrlhf.models import partition, scoring
@@ -24,15 +26,17 @@ from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.models.transformer import language_model
 from jax_klrlhf.plan import report
-from jax_klrlhf.plan.chips import read_topology
+from jax_klrlhf.plan.chips import devices, read_topology
 from jax_klrlhf.plan.command import read_mesh
 from jax_klrlhf.plan.presets import read_model
 from jax_klrlhf.plan.program import (
     Program,
     Shapes,
     forward_flops,
+    move,
     parameters,
     sampler,
+    sampling_mesh,
     train_step,
 )
 from jax_klrlhf.programs.config import read
@@ -42,7 +46,7 @@ from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import optimizers
 from jax_klrlhf.training.state import cast_floating
 
-Phase = Literal["train", "sample", "score", "reference"]
+Phase = Literal["train", "move", "sample", "score", "reference"]
 CONFIG = Path(__file__).with_name("iterate.yaml")
 
 
@@ -55,7 +59,11 @@ class Config:
     model: str = "llama-3-8b"
     """Shapes: a preset of klrlhf plan, or a folder with config.json."""
     topology: str = "v5e:8x8"
-    phases: tuple[Phase, ...] = ("train", "sample", "score", "reference")
+    mesh: str = ""
+    """In place of the configuration's mesh: fsdp=16,tensor=4."""
+    sampling_tensor: int | None = None
+    """In place of the configuration's."""
+    phases: tuple[Phase, ...] = ("train", "move", "sample", "score", "reference")
     rows: int | None = None
     """In place of the configuration's rows."""
     micro_batches: int | None = None
@@ -74,8 +82,10 @@ def main(config: Config) -> list[report.Plan]:
         ),
     )
     topology = read_topology(config.topology)
-    sizes = ",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(run.mesh).items())
-    mesh = read_mesh(sizes, topology)
+    if config.mesh:
+        mesh = read_mesh(config.mesh, topology)
+    else:
+        mesh = meshes.make(**dataclasses.asdict(run.mesh), devices=devices(topology))
     facts = ModelConfig.from_hf(
         read_model(config.model),
         where=config.model,
@@ -84,9 +94,11 @@ def main(config: Config) -> list[report.Plan]:
         remat=run.remat,
         platform="cpu" if topology.chip is None else "tpu",
     )
+    tensor = run.sampling_tensor if config.sampling_tensor is None else config.sampling_tensor
+    on = sampling_mesh(facts, mesh, topology, tensor=tensor)
     plans = []
     for phase in config.phases:
-        plan = report.compile_program(_program(phase, run, facts, mesh), topology)
+        plan = report.compile_program(_program(phase, run, facts, mesh, on), topology)
         print(report.table(plan), flush=True)
         plans.append(plan)
         write_results(
@@ -100,20 +112,24 @@ def main(config: Config) -> list[report.Plan]:
     return plans
 
 
-def _program(phase: Phase, run: IterateConfig, facts: ModelConfig, mesh: Any) -> Program:
+def _program(phase: Phase, run: IterateConfig, facts: ModelConfig, mesh: Any, on: Any) -> Program:
     sizes = partial(Shapes, prompt=run.max_prompt_length, response=run.max_response_length)
     if phase == "train":
         return train_step(
             facts,
             mesh,
             sizes(prompts=run.fit.batch_size, responses=2),
-            optimizers.adamw(run.fit.learning_rate, clip=run.fit.clip),
+            optimizers.adamw(
+                run.fit.learning_rate, clip=run.fit.clip, mu_dtype=jnp.dtype(run.fit.moments)
+            ),
             compute_dtype=facts.dtype,
-            chunk=scoring.CHUNK,
+            chunk=defaults.chunk(facts.vocab_size, parts=meshes.rows(mesh)),
             micro_batches=run.fit.micro_batches,
         )
+    if phase == "move":
+        return move(facts, mesh, on)
     if phase == "sample":
-        return sampler(facts, mesh, sizes(prompts=run.rows, responses=run.samples))
+        return sampler(facts, on, sizes(prompts=run.rows, responses=run.samples))
     model = language_model(facts)
     policy = parameters(model)
     if phase == "reference":

@@ -185,6 +185,8 @@ def fit(
     return Fit(theta=theta, converged=converged > 0, iterations=steps.astype(jnp.int32))
 
 
+_COLUMNS, _LARGE = 256, 2**21
+"""Columns of a Gram matrix at a time, where the data have so many entries."""
 _STEEPEST = 0.25
 """The largest curvature of Bradley-Terry; the scale it sets is free, so it serves all models."""
 
@@ -266,8 +268,30 @@ def _gram(data: _Data, margin: Float[Array, "n *responses"], link: Link) -> Floa
 
 
 def _weighted_gram(data: _Data, curvature: Float[Array, " n"]) -> Float[Array, "dim dim"]:
-    weighted = data.differences * (data.weights * curvature)[:, None]
-    return jnp.matmul(weighted.T, data.differences, precision=_HIGHEST)
+    r""":math:`\sum_i w_i c_i z_i z_i^\top`, a few of its columns at a time.
+
+    Whole, the weighted rows would be a second copy of the data. Columns are cut, not rows, which
+    may lie over several devices.
+    """
+    rows, dim = data.differences.shape
+    weights = (data.weights * curvature)[:, None]
+
+    def columns(of: Float[Array, "n _"]) -> Float[Array, "dim _"]:
+        return jnp.matmul(data.differences.T, of * weights, precision=_HIGHEST)
+
+    if dim <= _COLUMNS or rows * dim < _LARGE:
+        return columns(data.differences)
+
+    def block(_: None, begin: Int[Array, ""]) -> tuple[None, Float[Array, "dim _"]]:
+        return None, columns(lax.dynamic_slice_in_dim(data.differences, begin, _COLUMNS, axis=1))
+
+    # The last block begins earlier where the columns do not divide: some are then counted twice,
+    # and the first count is the one that is kept.
+    begins = jnp.minimum(jnp.arange(0, dim, _COLUMNS), dim - _COLUMNS)
+    _, blocks = lax.scan(block, None, begins)
+    found = jnp.moveaxis(blocks, 0, 1).reshape(dim, -1)
+    kept = dim - dim % _COLUMNS
+    return jnp.concatenate([found[:, :kept], found[:, found.shape[1] - (dim - kept) :]], axis=1)
 
 
 def _derivative(function: Callable[[Array], Array], at: Array) -> Array:

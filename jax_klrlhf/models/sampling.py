@@ -151,7 +151,8 @@ def sample(
     """
     rows = prompts.ids.shape[0]
     uniform = _uniform(keys, samples, max_new_tokens)
-    prefix = model.prefill(params, prompts)
+    with jax.named_scope("prefill"):
+        prefix = model.prefill(params, prompts)
     enders = jnp.asarray(stop, jnp.int32)
 
     def draw(logits, step):
@@ -184,8 +185,11 @@ def sample(
 
     def body(carry):
         step, cache, drawn = carry
-        hidden, cache = model.decode(params, prefix, cache, drawn.ids[step - 1], step - 1)
-        return step + 1, cache, record(drawn, model.unembed(params, hidden), step)
+        with jax.named_scope("decode"):
+            hidden, cache = model.decode(params, prefix, cache, drawn.ids[step - 1], step - 1)
+            logits = model.unembed(params, hidden)
+        with jax.named_scope("draw"):
+            return step + 1, cache, record(drawn, logits, step)
 
     def unfinished(carry, *, until):
         step, _, drawn = carry

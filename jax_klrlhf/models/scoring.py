@@ -64,7 +64,8 @@ def token_log_prob(
     """
 
     def measure(hidden, tokens):
-        return sequence.token_log_prob(model.unembed(params, hidden), tokens)
+        with jax.named_scope("vocabulary"):
+            return sequence.token_log_prob(model.unembed(params, hidden), tokens)
 
     hidden = _predicting_hidden(model, params, prompts, responses)
     return by_chunks(measure, hidden, responses, chunk=chunk)

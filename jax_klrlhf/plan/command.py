@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,10 +12,10 @@ from jax_klrlhf import defaults
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.models.lora import Lora
-from jax_klrlhf.plan import report
+from jax_klrlhf.plan import candidates, report
 from jax_klrlhf.plan.chips import Slice, devices, read_topology
 from jax_klrlhf.plan.presets import PRESETS, read_model
-from jax_klrlhf.plan.program import Program, Shapes, sampler, train_step
+from jax_klrlhf.plan.program import Program, Shapes, sampler, sampling_mesh, train_step
 from jax_klrlhf.programs.plan_config import PlanConfig
 from jax_klrlhf.results import write_results
 from jax_klrlhf.training import mesh as meshes
@@ -43,13 +44,17 @@ def main(config: PlanConfig) -> list[report.Plan]:
         remat=config.remat,
         platform="cpu" if topology.chip is None else "tpu",
     )
+    if config.optimizer != "adamw" and config.moments != "float32":
+        raise InputError(f"--moments: {config.optimizer} has no first moments; leave it out")
     if config.prompt + config.response > model.max_length:
         raise InputError(
             f"{config.model}: --prompt {config.prompt} and --response {config.response} exceed "
             f"its context of {model.max_length} tokens"
         )
+    if config.search:
+        return _search(config, model, topology)
     plans = []
-    for program in _programs(config, model, mesh):
+    for program in _programs(config, model, mesh, topology):
         plan = report.compile_program(program, topology)
         print(report.table(plan), flush=True)
         plans.append(plan)
@@ -75,6 +80,54 @@ def main(config: PlanConfig) -> list[report.Plan]:
     return plans
 
 
+def _search(config: PlanConfig, model: ModelConfig, topology: Slice) -> list[report.Plan]:
+    """Compile the candidates, say each as it is done, and print the table."""
+    tried: list[tuple[str, PlanConfig]] = []
+    if config.program != "sample":
+        rows = config.pairs // config.micro_batches
+        for mesh in config.search_meshes or candidates.meshes(topology, rows=rows):
+            for remat in config.search_remat:
+                options = f"--mesh {mesh} --remat {remat}"
+                one = replace(config, program="train", mesh=mesh, remat=remat)
+                tried.append((options, one))
+    if config.program != "train":
+        for tensor in config.search_tensors or candidates.tensors(topology, rows=config.pairs):
+            one = replace(config, program="sample", sampling_tensor=tensor)
+            tried.append((f"--sampling-tensor {tensor}", one))
+    if not tried:
+        raise InputError(
+            f"--search: {config.pairs} pairs divide over no mesh of {topology.name}; give "
+            "--search-meshes, or other --pairs"
+        )
+    found = []
+    for options, one in tried:
+        kept = model if one.remat is None else replace(model, remat=one.remat)
+        mesh = read_mesh(one.mesh, topology)
+        for program in _programs(one, kept, mesh, topology):
+            plan = report.compile_program(program, topology)
+            said = f"{program.name} {options}: {report.verdict(plan)}"
+            print(f"{said}; {plan.seconds:.0f} s", flush=True)
+            found.append(candidates.Candidate(options, plan))
+    print(candidates.table(found), flush=True)
+    ordered = candidates.ranked(found)
+    if config.output is not None:
+        write_results(
+            config.output,
+            name="plan search",
+            config=config,
+            seeds=[],
+            seconds=sum(one.plan.seconds for one in found),
+            metrics={
+                f"{key}/{one.options.replace('/', ':')}": value
+                for one in ordered
+                for key, value in report.metrics(one.plan).items()
+            },
+        )
+    if all(one.plan.refusal is not None for one in found):
+        raise InputError(f"no candidate fits on {topology.name}. {advice(config, mesh)}")
+    return [one.plan for one in ordered]
+
+
 def advice(config: PlanConfig, mesh: jax.sharding.Mesh) -> str:
     """What would need less memory, of what this configuration does not do yet."""
     found = []
@@ -87,6 +140,8 @@ def advice(config: PlanConfig, mesh: jax.sharding.Mesh) -> str:
         if config.lora is None:
             found.append("--lora 16")
             if config.optimizer == "adamw":
+                if config.moments == "float32":
+                    found.append("--moments bfloat16")
                 found.append("--optimizer adafactor")
         if config.reference == "live" and config.lora is None:
             found.append("--reference cached")
@@ -119,7 +174,9 @@ def read_mesh(text: str, topology: Slice) -> jax.sharding.Mesh:
         raise InputError(f"topology {topology.name}: {error}") from None
 
 
-def _programs(config: PlanConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> list[Program]:
+def _programs(
+    config: PlanConfig, model: ModelConfig, mesh: jax.sharding.Mesh, topology: Slice
+) -> list[Program]:
     parts = meshes.rows(mesh)
     if config.pairs % (parts * config.micro_batches):
         raise InputError(
@@ -131,7 +188,8 @@ def _programs(config: PlanConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -
     )
     found = []
     if config.program in ("train", "both"):
-        optimizer = {"adamw": optimizers.adamw, "adafactor": optimizers.adafactor}
+        adamw = partial(optimizers.adamw, mu_dtype=jnp.dtype(config.moments))
+        optimizer = {"adamw": adamw, "adafactor": optimizers.adafactor}
         frozen = config.frozen_dtype
         if frozen is None:
             frozen = "float32" if config.lora is None else defaults.base_dtype(config.dtype)
@@ -150,7 +208,8 @@ def _programs(config: PlanConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -
             )
         )
     if config.program in ("sample", "both"):
-        found.append(sampler(model, mesh, replace(shapes, responses=config.samples)))
+        on = sampling_mesh(model, mesh, topology, tensor=config.sampling_tensor)
+        found.append(sampler(model, on, replace(shapes, responses=config.samples)))
     return found
 
 

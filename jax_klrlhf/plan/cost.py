@@ -57,6 +57,8 @@ class Collective(NamedTuple):
     runs: int
     source: str
     """The operation of the JAX program that it was made for."""
+    asynchronous: bool = False
+    """Begun and waited for apart, with other work between."""
 
     @property
     def received(self) -> float:
@@ -153,8 +155,12 @@ def _visit(
             _visit(module, line.called("calls") or "", times, control, True, total, seen)
         elif opcode in ("call", "async"):
             inner = line.called("to_apply") or line.called("calls")
+            before = len(total.collectives)
             if inner:
                 _visit(module, inner, times, control, fused, total, seen)
+            if opcode == "async":
+                begun = total.collectives[before:]
+                total.collectives[before:] = [one._replace(asynchronous=True) for one in begun]
         if not fused:
             total.bytes += times * _traffic(module, computation, line)
 
@@ -213,6 +219,8 @@ def _collective(
         group=group,
         runs=times,
         source=source.group(1) if source else "",
+        asynchronous=line.opcode.endswith("-start")
+        or any("AsyncCollective" in other.attributes for other in computation.values()),
     )
 
 

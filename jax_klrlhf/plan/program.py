@@ -21,11 +21,13 @@ import optax
 
 from jax_klrlhf.core import objectives
 from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import lora, partition, sampling, scoring
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.models.logits import Warp
 from jax_klrlhf.models.transformer import language_model
+from jax_klrlhf.plan.chips import Slice
 from jax_klrlhf.training import make_train_step, reference
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import state as states
@@ -159,6 +161,48 @@ def train_step(
         arguments={kind: tree for kind, tree in kinds.items() if jax.tree.leaves(tree)},
         useful_flops=useful + (sum(forward) if live_reference else 0.0),
         attention_flops=forward.attention / micro_batches,
+        **_landmarks(config, params),
+    )
+
+
+def sampling_mesh(
+    config: ModelConfig, mesh: jax.sharding.Mesh, topology: Slice, *, tensor: int | None
+) -> jax.sharding.Mesh:
+    """The mesh that a run on ``mesh`` would sample on (:func:`training.mesh.for_sampling`).
+
+    Raises:
+        InputError: where ``tensor`` does not divide the devices.
+    """
+    held = jax.tree.map(
+        lambda leaf: _like(leaf, dtype=config.dtype), parameters(language_model(config))
+    )
+    memory = None if topology.chip is None else topology.chip.memory
+    try:
+        return meshes.for_sampling(mesh, held, tensor=tensor, memory=memory)
+    except ValueError as error:
+        raise InputError(f"--sampling-tensor: {error}") from None
+
+
+def move(config: ModelConfig, mesh: jax.sharding.Mesh, on: jax.sharding.Mesh) -> Program:
+    """The largest parameter's way from the mesh of training to that of sampling, of the compute
+    dtype; parameters move one after the other."""
+    params = parameters(language_model(config))
+    leaves = jax.tree.leaves(
+        jax.tree.map(
+            lambda leaf, at, to: (_like(leaf, dtype=config.dtype, sharding=at), to),
+            params,
+            partition.shardings(params, mesh),
+            partition.shardings(params, on),
+        ),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    leaf, to = max(leaves, key=lambda pair: prod(pair[0].shape))
+    return Program(
+        name="move",
+        lower=lambda: jax.jit(lambda x: x, out_shardings=to).lower(leaf),
+        arguments={"parameter": leaf},
+        useful_flops=0.0,
+        attention_flops=0.0,
         **_landmarks(config, params),
     )
 

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -100,18 +100,32 @@ class Plan:
         chip = self.topology.chip
         if chip is None or self.work is None:
             return None
-        wire = 0.0
-        for collective in self.work.collectives:
-            # One hop of a permutation uses one link; the others all that reach the group.
-            speed = self.topology.ingress(collective.group)
-            if collective.kind == "collective-permute":
-                speed = chip.link_bandwidth
-            wire += collective.runs * collective.received / speed
         return {
             "arithmetic": self.flops / chip.flops,
             "memory": self.work.bytes / chip.memory_bandwidth,
-            "interconnect": wire,
+            "interconnect": sum(map(self._wire, self.work.collectives)),
         }
+
+    def _wire(self, collective: Collective) -> float:
+        """Seconds that all runs of a collective take."""
+        assert self.topology.chip is not None  # Asked where there are peaks.
+        speed = self.topology.ingress(collective.group)
+        if collective.kind == "collective-permute":
+            # One hop uses one link; the others all that reach the group.
+            speed = self.topology.chip.link_bandwidth
+        return collective.runs * collective.received / speed
+
+    @property
+    def exposed(self) -> float | None:
+        """Seconds of arithmetic or memory traffic, whichever is longer, and of the collectives that
+        nothing overlaps; None where no peak is known.
+
+        Below it no asynchronous collective is late. Between the overlapped time and the sum.
+        """
+        if self.roofs is None or self.work is None:
+            return None
+        waited = [one for one in self.work.collectives if not one.asynchronous]
+        return max(self.roofs["arithmetic"], self.roofs["memory"]) + sum(map(self._wire, waited))
 
     @property
     def mfu(self) -> float | None:
@@ -236,32 +250,48 @@ def table(plan: Plan) -> str:
     lines.append(f"    {'  of which useful':<32}{useful / 1e12:>10.2f}")
     lines.append(f"    {'GB to and from memory':<32}{plan.work.bytes / 1e9:>10.2f}")
     lines.append(f"    {'GB received from other chips':<32}{_received(plan) / 1e9:>10.2f}")
-    lines += ["", f"  {'collectives':<22}{'runs':>10}{'largest MB':>14}{'received GB':>14}"]
-    for kind, (runs, size, received) in collectives(plan).items():
-        lines.append(f"    {kind:<20}{runs:>10}{size / 1e6:>14.2f}{received / 1e9:>14.3f}")
+    title = f"  {'collectives':<22}{'runs':>10}{'largest MB':>14}{'received GB':>14}"
+    lines += ["", f"{title}{'waited for GB':>16}"]
+    for kind, one in collectives(plan).items():
+        line = f"    {kind:<20}{one.runs:>10}{one.largest / 1e6:>14.2f}"
+        lines.append(f"{line}{one.received / 1e9:>14.3f}{one.waited / 1e9:>16.3f}")
     lines += ["", *_landmark_lines(plan)]
     if plan.roofs is not None:
         lines += ["", f"  {'seconds at peak':<34}"]
         lines += [f"    {kind:<32}{took:>10.3f}" for kind, took in plan.roofs.items()]
         low, high = max(plan.roofs.values()), sum(plan.roofs.values())
         lines.append(f"    {'overlapped':<32}{low:>10.3f}")
+        lines.append(f"    {'collectives waited for apart':<32}{plan.exposed:>10.3f}")
         lines.append(f"    {'one after the other':<32}{high:>10.3f}")
         lines.append(f"    {'MFU, overlapped':<32}{plan.mfu:>10.1%}")
     lines += [f"  not counted: {reason}" for reason in dict.fromkeys(plan.unread)]
     return "\n".join(lines) + "\n"
 
 
-def collectives(plan: Plan) -> dict[str, tuple[int, int, float]]:
-    """By kind: how many are run, the largest array in bytes, and bytes received in all."""
-    found: dict[str, tuple[int, int, float]] = {}
+class Traffic(NamedTuple):
+    """Collectives of one kind; bytes are those of one chip."""
+
+    runs: int = 0
+    largest: int = 0
+    """Of the whole array."""
+    received: float = 0.0
+    waited: float = 0.0
+    """Of the bytes received, those of synchronous collectives, during which nothing else is done.
+    """
+
+
+def collectives(plan: Plan) -> dict[str, Traffic]:
+    """What travels, by kind, the most first."""
+    found: dict[str, Traffic] = {}
     for one in plan.work.collectives if plan.work else []:
-        runs, size, received = found.get(one.kind, (0, 0, 0.0))
-        found[one.kind] = (
-            runs + one.runs,
-            max(size, one.size),
-            received + one.runs * one.received,
+        so_far, received = found.get(one.kind, Traffic()), one.runs * one.received
+        found[one.kind] = Traffic(
+            so_far.runs + one.runs,
+            max(so_far.largest, one.size),
+            so_far.received + received,
+            so_far.waited + (0.0 if one.asynchronous else received),
         )
-    return dict(sorted(found.items(), key=lambda item: -item[1][2]))
+    return dict(sorted(found.items(), key=lambda item: -item[1].received))
 
 
 def metrics(plan: Plan) -> Mapping[str, Metric]:
@@ -278,19 +308,21 @@ def metrics(plan: Plan) -> Mapping[str, Metric]:
         numbers[f"work/{name}/tflop"] = plan.flops / 1e12
         numbers[f"work/{name}/useful_tflop"] = plan.program.useful_flops / plan.topology.size / 1e12
         numbers[f"work/{name}/memory_gb"] = plan.work.bytes / 1e9
-        for kind, (runs, size, received) in collectives(plan).items():
-            numbers[f"collectives/{name}/{kind}_runs"] = runs
-            numbers[f"collectives/{name}/{kind}_largest_mb"] = size / 1e6
-            numbers[f"collectives/{name}/{kind}_received_gb"] = received / 1e9
+        for kind, one in collectives(plan).items():
+            numbers[f"collectives/{name}/{kind}_runs"] = one.runs
+            numbers[f"collectives/{name}/{kind}_largest_mb"] = one.largest / 1e6
+            numbers[f"collectives/{name}/{kind}_received_gb"] = one.received / 1e9
+            numbers[f"collectives/{name}/{kind}_waited_gb"] = one.waited / 1e9
     for kind, took in (plan.roofs or {}).items():
         numbers[f"seconds/{name}/{kind}"] = took
-    if plan.mfu is not None:
+    if plan.mfu is not None and plan.exposed is not None:
+        numbers[f"seconds/{name}/exposed"] = plan.exposed
         numbers[f"seconds/{name}/mfu"] = plan.mfu
     return {key: Metric(float(value)) for key, value in numbers.items()}
 
 
 def _received(plan: Plan) -> float:
-    return sum(received for _, _, received in collectives(plan).values())
+    return sum(one.received for one in collectives(plan).values())
 
 
 def _landmark_lines(plan: Plan) -> list[str]:

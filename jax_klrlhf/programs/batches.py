@@ -89,6 +89,8 @@ class Prompts(NamedTuple):
 
     batches: list[Ragged]
     """Of each batch this process's rows."""
+    where: list[np.ndarray]
+    """False at rows that only fill a batch."""
     longest: int
     """Tokens of the longest of all processes' prompts."""
 
@@ -98,15 +100,17 @@ def first_prompts(loaded: Loader, count: int) -> Prompts:
 
     Counted over the global batches: every process takes as many, whatever its own rows are.
     """
-    batches, total, longest = [], 0, 0
+    batches, where, total, longest = [], [], 0, 0
     for step in range(loaded.steps_per_epoch):
         if total >= count:
             break
         rows = loaded.piece(step).rows
-        batches.append(loaded[step].prompts)
+        batch = loaded[step]
+        batches.append(batch.prompts)
+        where.append(np.asarray(batch.weight) > 0)
         total += len(rows)
         longest = max(longest, int(loaded.lengths.prompts[rows].max()))
-    return Prompts(batches, longest)
+    return Prompts(batches, where, longest)
 
 
 def pairs(batch: Any, table: np.ndarray | None = None) -> Batch:

@@ -23,7 +23,8 @@ Layout = Literal["bucketed", "packed"]
 # What may change between a run and its continuation: how often it reports, and on what it runs.
 FREE = {
     "output", "log_every", "save_every", "evaluate_every", "keep", "tensorboard", "wandb",
-    "max_skipped", "mesh", "processes", "kl_prompts", "kl_samples", "reference_cache",
+    "max_skipped", "mesh", "processes", "profile", "compilation_cache", "kl_prompts", "kl_samples",
+    "reference_cache",
 }  # fmt: skip
 
 
@@ -93,6 +94,8 @@ class TrainingConfig:
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     weight_decay: float = 0.0
     """Of adamw."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Of adamw, the first ones; the second, which change by a thousandth a step, stay float32."""
     clip: float | None = 1.0
     """Largest norm of the gradient."""
 
@@ -117,6 +120,12 @@ class TrainingConfig:
     tensorboard: bool = False
     wandb: str | None = None
     """Project to log to."""
+    profile: bool = False
+    """Leave a trace of a few steps, taken once they are compiled, in OUTPUT/profile (TensorBoard,
+    Perfetto)."""
+    compilation_cache: str = "auto"
+    """Folder that keeps compiled programs for the next start; auto: one of the user's on
+    accelerators, and none on a CPU; none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +286,8 @@ def check(config: TrainingConfig) -> None:
         raise InputError("--epochs: --steps says how long the run is; leave one of them out.")
     if config.optimizer != "adamw" and config.weight_decay:
         raise InputError(f"--weight-decay: {config.optimizer} has none; leave it 0.")
+    if config.optimizer != "adamw" and config.moments != "float32":
+        raise InputError(f"--moments: {config.optimizer} has no first moments; leave it out.")
     check_seed(config.seed)
 
 

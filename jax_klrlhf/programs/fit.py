@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_klrlhf import finished, placement
@@ -37,7 +38,13 @@ def make_optimizer(config: TrainingConfig, steps: int) -> tuple[Any, Any]:
     )
     if config.optimizer == "adafactor":
         return optimizers.adafactor(rate, clip=config.clip), rate
-    return optimizers.adamw(rate, clip=config.clip, weight_decay=config.weight_decay), rate
+    adamw = optimizers.adamw(
+        rate,
+        clip=config.clip,
+        weight_decay=config.weight_decay,
+        mu_dtype=jnp.dtype(config.moments),
+    )
+    return adamw, rate
 
 
 def fit(
@@ -146,6 +153,7 @@ def fit(
             learning_rate=rate,
             limits=health.Limits(skipped=config.max_skipped),
             log=log,
+            profile=run.folder / "profile" if config.profile else None,
             tokens=(splits.encoder.begin, splits.encoder.end),
             console=run.console,
         )

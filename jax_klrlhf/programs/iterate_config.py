@@ -121,6 +121,8 @@ class FitConfig:
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     weight_decay: float = 0.0
     """Of adamw."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Of adamw, the first ones; the second, which change by a thousandth a step, stay float32."""
     clip: float | None = 1.0
     """Largest norm of the gradient."""
     save_every: int = 100
@@ -226,7 +228,14 @@ class IterateConfig:
     rows: int = 64
     """Prompts answered, and comparisons scored, at one time."""
     mesh: MeshSizes = field(default_factory=MeshSizes)
+    sampling_tensor: int | None = None
+    """Devices that a copy of the weights is cut over while it is sampled from; the others have
+    copies of their own. By default the fewest on which it is 4 GiB and a quarter of the memory at
+    most; 0: where training has them, every layer gathered for every token."""
     processes: Processes = field(default_factory=Processes)
+    compilation_cache: str = "auto"
+    """Folder that keeps compiled programs for the next start; auto: one of the user's on
+    accelerators, and none on a CPU; none."""
     seed: int = 0
 
     @property
@@ -251,7 +260,7 @@ class IterateConfig:
 
 
 # What may change between a run and its continuation.
-FREE = {"output", "rounds", "best_of", "mesh", "processes"}
+FREE = {"output", "rounds", "best_of", "mesh", "sampling_tensor", "processes", "compilation_cache"}
 
 MODELS = ("reward-model", "ensemble")
 REJECTION = ("rso", "rejection")
@@ -291,6 +300,7 @@ _READ: Mapping[str, tuple[str, Sequence[Any]]] = {
     "improve.ranking": ("improve.method", ("rso",)),
     "improve.labels": ("improve.method", ("rso",)),
     "fit.weight_decay": ("fit.optimizer", ("adamw",)),
+    "fit.moments": ("fit.optimizer", ("adamw",)),
     "offline_share": ("setting", ("hybrid",)),
     "newest_share": ("setting", ("hybrid",)),
     "offline_prompts": ("setting", ("offline", "hybrid")),

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from rich.console import Console
 
-from jax_klrlhf import models
+from jax_klrlhf import models, placement
 from jax_klrlhf.core import pairs
 from jax_klrlhf.core.pairs import PairRule
 from jax_klrlhf.core.sequence import Ragged
@@ -46,6 +46,7 @@ from jax_klrlhf.training.rounds.parts import (
     Situation,
     ragged,
 )
+from jax_klrlhf.training.state import cast_floating
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,17 @@ class Place:
         """What parameters are cast to, or None."""
         return jnp.bfloat16 if self.config.dtype == "bfloat16" else None
 
+    @property
+    def sampling(self) -> Mesh | None:
+        """The mesh that prompts are answered on."""
+        params = jax.eval_shape(lambda x: cast_floating(x, self.compute_dtype), self.loaded.params)
+        return meshes.for_sampling(
+            self.mesh,
+            params,
+            tensor=self.config.sampling_tensor,
+            memory=placement.memory(self.mesh),
+        )
+
     def draw(
         self, samples: int, *, temperature: float | None = None, plain: bool = False
     ) -> rounds.Draw:
@@ -80,7 +92,7 @@ class Place:
             top_k=None if plain else config.top_k,
             top_p=None if plain else config.top_p,
             rows=config.rows,
-            mesh=self.mesh,
+            mesh=self.sampling,
             compute_dtype=self.compute_dtype,
         )
 
@@ -368,7 +380,11 @@ def make_setting(config: IterateConfig) -> DataRule:
 
 
 def check_batches(place: Place) -> None:
-    """Raises ``InputError`` where batches do not divide over the devices."""
+    """Raises ``InputError`` where batches, or copies to sample from, do not divide over devices."""
+    try:
+        place.sampling  # noqa: B018
+    except ValueError as error:
+        raise InputError(f"--sampling-tensor: {error}") from None
     fit = place.config.fit
     parts = 1 if place.mesh is None else meshes.rows(place.mesh)
     if fit.batch_size % (parts * fit.micro_batches):
@@ -388,4 +404,6 @@ def _optimizer(fit: FitConfig) -> Any:
     )
     if fit.optimizer == "adafactor":
         return optimizers.adafactor(rate, clip=fit.clip)
-    return optimizers.adamw(rate, clip=fit.clip, weight_decay=fit.weight_decay)
+    return optimizers.adamw(
+        rate, clip=fit.clip, weight_decay=fit.weight_decay, mu_dtype=jnp.dtype(fit.moments)
+    )

@@ -18,6 +18,10 @@ class PlanConfig:
     mesh: str = ""
     """Sizes of the mesh axes data, fsdp and tensor, one of which may be -1: fsdp=16,tensor=4. By
     default as in `klrlhf dpo`: fsdp of at most 16, and data."""
+    sampling_tensor: int | None = None
+    """Devices that a copy of the weights is cut over in the sampler; by default, as in `klrlhf
+    iterate`, the fewest on which it is 4 GiB and a quarter of the memory at most; 0: the mesh of
+    training."""
     program: Literal["train", "sample", "both"] = "both"
     """What to compile."""
     pairs: int = 64
@@ -30,6 +34,8 @@ class PlanConfig:
     """Pieces that the batch is cut into."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """Of the trained parameters."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Of adamw, the first ones."""
     lora: int | None = None
     """Rank of low-rank adapters on every projection; None trains all parameters."""
     reference: Literal["cached", "live"] = "cached"
@@ -47,5 +53,14 @@ class PlanConfig:
     dpo`, what fills 128 MiB of logits on each part of the batch, 1024 at most."""
     samples: int = 8
     """Responses that the sampler draws for each prompt; it takes as many prompts as pairs."""
+    search: bool = False
+    """Compile candidates of --mesh and --remat for the training step, and of --sampling-tensor for
+    the sampler, and print them in a table, the best first. Minutes each for a large model."""
+    search_meshes: tuple[str, ...] = ()
+    """Candidates; by default some of fsdp and tensor that the batch divides over."""
+    search_remat: tuple[str, ...] = defaults.REMAT_TRIED
+    """Candidates."""
+    search_tensors: tuple[int, ...] = ()
+    """Candidates; by default powers of two, 8 at most."""
     output: Path | None = None
     """Folder for results.json and the text of the compiled programs."""

@@ -24,8 +24,8 @@ from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import LanguageModel
 from jax_klrlhf.programs.config import FREE, TrainingConfig, check
 from jax_klrlhf.results import Metric, output_folder, read_json, write_json, write_results
+from jax_klrlhf.training import compiler, metrics, processes
 from jax_klrlhf.training import mesh as meshes
-from jax_klrlhf.training import metrics, processes
 
 T = TypeVar("T")
 
@@ -68,6 +68,7 @@ def devices(config: Any) -> Mesh | None:
         InputError: where the mesh does not fit the devices.
     """
     processes.join(**dataclasses.asdict(config.processes))
+    compiler.remember(config.compilation_cache)
     return mesh_of(config.mesh)
 
 

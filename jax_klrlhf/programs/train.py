@@ -272,7 +272,7 @@ def _divergence(
             # With the reference cached its parameters are on no device; they come for this.
             pi0 = kept()
         key = jax.random.fold_in(carried.key, carried.step)
-        return measure(key, carried.policy, pi0, prompts.batches)
+        return measure(key, carried.policy, pi0, prompts.batches, prompts.where)
 
     return more
 

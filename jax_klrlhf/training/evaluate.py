@@ -101,8 +101,10 @@ def make_divergence(
     mesh: Mesh | None = None,
     compute_dtype: Any = None,
     chunk: int = scoring.CHUNK,
-) -> Callable[[Key[Array, ""], Any, Any, Iterable[Ragged]], Metrics]:
-    """Compile ``divergence(key, params, ref_params, prompts) -> metrics`` (see the module).
+) -> Callable[..., Metrics]:
+    """Compile ``divergence(key, params, ref_params, prompts, where=None) -> metrics`` (see the
+    module). ``prompts`` are batches, of each this process's rows; ``where`` are as many arrays
+    ``[B]``, False at rows that only fill a batch and are not to count.
 
     Args:
         model: the policy and, with other parameters, the reference.
@@ -137,14 +139,24 @@ def make_divergence(
             "finished": drawn.finished.astype(reference.dtype).mean(-1),
         }
 
-    def divergence(key: Any, params: Any, ref_params: Any, prompts: Iterable[Ragged]) -> Metrics:
+    def divergence(
+        key: Key[Array, ""],
+        params: Any,
+        ref_params: Any,
+        prompts: Iterable[Ragged],
+        where: Iterable[np.ndarray] | None = None,
+    ) -> Metrics:
         found = []
-        for number, rows in enumerate(prompts):
+        batches = ((rows, np.ones(len(rows.lengths), bool)) for rows in prompts)
+        if where is not None:
+            batches = zip(prompts, where, strict=True)
+        for number, (rows, keep) in enumerate(batches):
+            rows, keep = placement.put((rows, keep), mesh)
             with _under(mesh):
-                out = measure(
-                    jax.random.fold_in(key, number), params, ref_params, placement.put(rows, mesh)
-                )
-            found.append(jax.device_get(out))
+                out = measure(jax.random.fold_in(key, number), params, ref_params, rows)
+            # Rows come back of all processes, and so does which of them count.
+            keep = placement.host(keep)
+            found.append({name: values[keep] for name, values in jax.device_get(out).items()})
         together = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
         return {f"eval/{name}": mean(values) for name, values in together.items()}
 

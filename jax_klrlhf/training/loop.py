@@ -11,7 +11,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import jax
@@ -36,6 +37,8 @@ from jax_klrlhf.training.metrics import Metrics, Sink
 from jax_klrlhf.training.state import TrainState
 from jax_klrlhf.training.step import TrainStep
 
+PROFILED = 3
+"""Steps of a trace."""
 SHOWN = (
     "loss",
     "rewards/margins",
@@ -95,6 +98,30 @@ class Resumed(NamedTuple):
     """What its log remembers, for :func:`train`."""
 
 
+class Trace:
+    """A trace of a few steps, for TensorBoard or Perfetto; nothing where there is no folder."""
+
+    def __init__(self, folder: Path | None):
+        self._folder, self._taken, self._running = folder, 0, False
+
+    def step(self, number: int, compiled: bool) -> Any:
+        """The context of one step."""
+        if self._folder is not None and not self._running and compiled:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        if not self._running:
+            return nullcontext()
+        self._taken += 1
+        return jax.profiler.StepTraceAnnotation("train", step_num=number)
+
+    def end(self, info: Any, *, last: bool) -> None:
+        """After each step: write the trace, where it is whole."""
+        if self._running and (last or self._taken == PROFILED):
+            jax.block_until_ready(info)
+            jax.profiler.stop_trace()
+            self._folder, self._running = None, False
+
+
 class Outcome(NamedTuple):
     """What a run came to."""
 
@@ -143,6 +170,7 @@ def train(
     learning_rate: Callable[[Any], Any] | None = None,
     limits: health.Limits | None = None,
     tokens: tuple[int | None, int | None] = (None, None),
+    profile: Path | None = None,
     log: Any = None,
     console: Console | None = None,
 ) -> Outcome:
@@ -165,6 +193,8 @@ def train(
         learning_rate: schedule, to be logged.
         limits: of the health checks; ``None`` is :class:`.health.Limits`'s own.
         tokens: ids of the begin and the end token, for the check of the first batch.
+        profile: folder for a trace of :data:`PROFILED` steps, the first ones in a row that compile
+            nothing; each process writes its own devices'.
         log: what :func:`resume` said the log remembers.
         console: the terminal; a quiet one prints nothing.
 
@@ -178,6 +208,7 @@ def train(
     flops = metrics.flops_per_token(state)
     history = History(names, limits or health.Limits(), steps=steps, saved=log)
     shapes, rated, seconds = set(), [], 0.0
+    trace = Trace(profile)
     number = first = int(state.step)
 
     def save(state: TrainState) -> None:
@@ -237,7 +268,8 @@ def train(
                 # A new shape compiles: its step is taken out of the rates.
                 jax.block_until_ready(state.step)
                 seconds += time.perf_counter() - clock
-            state, info = step(state, placement.put(host, mesh))
+            with trace.step(number, shape in shapes):
+                state, info = step(state, placement.put(host, mesh))
             if shape in shapes:
                 rated.append(info)
             else:
@@ -245,6 +277,7 @@ def train(
                 jax.block_until_ready(info)
                 clock = time.perf_counter()
             number += 1
+            trace.end(info, last=number == steps)
             history.add(number, info)
             advance(number)
             final = number == steps

@@ -29,8 +29,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_klrlhf.core.scores import Scores
 from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.training import compiler, tasks
 from jax_klrlhf.training import reference as references
-from jax_klrlhf.training import tasks
 from jax_klrlhf.training.mesh import batch_sharding, rows
 from jax_klrlhf.training.state import TrainState, cast_floating, merge
 from jax_klrlhf.training.tasks import Task
@@ -119,7 +119,8 @@ def make_step(
         objective = partial(weighted_sums, task, state, compute_dtype)
 
         def differentiate(params: Any, part: Any) -> tuple[Sums, Any]:
-            (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params, part)
+            with jax.named_scope("loss"):
+                (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params, part)
             if shardings is not None:
                 # Whatever the optimizer does: each device keeps its part of the sum alone.
                 grads = jax.lax.with_sharding_constraint(grads, shardings.params)
@@ -133,7 +134,8 @@ def make_step(
         total = jnp.where(sums.loss.weight > 0, sums.loss.weight, 1.0)
         grads = jax.tree.map(lambda g: g / total.astype(g.dtype), grads)
         # Optax mixes types and ranks freely, whatever the session is set to.
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        mixed = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+        with mixed[0], mixed[1], jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
@@ -156,7 +158,8 @@ def make_step(
         return moved, info
 
     if shardings is None:
-        return TrainStep(jax.jit(train_step, donate_argnums=0), None)
+        alone = jax.jit(train_step, donate_argnums=0, compiler_options=compiler.options(None))
+        return TrainStep(alone, None)
     carried = shardings._replace(frozen=None, ref_params=None)
     replicated = shardings.step
     return TrainStep(
@@ -169,6 +172,7 @@ def make_step(
             ),
             out_shardings=(carried, replicated),
             donate_argnums=0,
+            compiler_options=compiler.options(replicated.mesh),
         ),
         replicated.mesh,
     )

@@ -293,3 +293,19 @@ def test_small_steps_are_not_the_end_while_the_objective_falls(x64):
         theta = theta - np.linalg.solve(curvature, slope)
     assert 1e-10 < np.abs(Z @ theta).max() < np.sqrt(np.finfo(float).eps)
     np.testing.assert_allclose(found.theta, theta, rtol=1e-13)
+
+
+def test_a_large_fit_holds_no_weighted_copy_of_its_rows():
+    """By the compiler's own count; the Gram matrix in blocks of columns is the whole one's."""
+    rows, dim = 8192, 520  # not a multiple of the block
+    z, y = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, dim), (rows,)))
+    fit = jax.jit(lambda z, y: estimation.fit(z, y, ridge=1.0))
+    memory = fit.lower(z, y).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * rows * dim
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(estimation._LARGE // dim + 1, dim)).astype(np.float32)
+    theta = (rng.normal(size=dim) / 25).astype(np.float32)
+    found = estimation.hessian(jnp.asarray(theta), jnp.asarray(z), ridge=1.0)
+    chance = 1 / (1 + np.exp(-z.astype(np.float64) @ theta))
+    exact = (z.astype(np.float64).T * (chance * (1 - chance))) @ z + np.eye(dim)
+    np.testing.assert_allclose(found, exact, atol=1e-5 * np.abs(exact).max())

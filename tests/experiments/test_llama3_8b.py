@@ -33,6 +33,7 @@ TOY = {
     "fit.batch-size": 8,
     "fit.learning-rate": 1e-3,
     "mesh.tensor": 2,
+    "sampling-tensor": 2,
 }
 CHAT = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -44,7 +45,7 @@ def test_the_recipe_is_a_configuration_of_klrlhf_iterate():
     config = cli.parse("iterate", ["--config", str(plan.CONFIG), "--rounds", "1"])
     assert isinstance(config, iterate_config.IterateConfig)
     iterate_config.check(config)
-    assert config.mesh.tensor == 4
+    assert config.mesh.tensor == 1
     assert config.fit.learning_rate == 5e-7
 
 
@@ -147,16 +148,25 @@ def test_every_phase_is_planned(place, tmp_path):
         ("rows: 256", "rows: 8"),
         ("batch_size: 64", "batch_size: 8"),
         ("samples: 8", "samples: 2"),
-        ("tensor: 4", "tensor: 2"),
+        ("tensor: 1", "tensor: 2"),
     ):
         assert old in text
         text = text.replace(old, new)
     recipe.write_text(text)
     config = plan.Config(
         config=recipe, model=str(place / "model"), topology="cpu:8", output=tmp_path / "out",
-        phases=("score", "reference"),
+        phases=("move", "score", "reference"), sampling_tensor=4,
     )  # fmt: skip
-    score, reference = plan.main(config)
+    move, score, reference = plan.main(config)
+    # From fsdp 4 x tensor 2 to tensor 4: a chip ends with a quarter of the largest parameter.
+    assert move.work is not None
+    assert {one.kind for one in move.work.collectives} <= {
+        "all-gather",
+        "collective-permute",
+        "all-to-all",
+    }
+    assert move.memory is not None
+    assert move.memory["new outputs"] == 2 * move.arguments["parameter"]
     assert (score.program.name, reference.program.name) == ("score", "reference")
     for found in (score, reference):
         assert found.refusal is None

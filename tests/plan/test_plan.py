@@ -1,5 +1,6 @@
 """Plans of the real programs: on CPU devices, and with the TPU compiler where it is installed."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -12,7 +13,7 @@ from jax_klrlhf.errors import InputError
 from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.models.lora import Lora
 from jax_klrlhf.models.transformer import language_model
-from jax_klrlhf.plan import PRESETS, PlanConfig, Shapes, main, program, report
+from jax_klrlhf.plan import PRESETS, PlanConfig, Shapes, candidates, main, program, report
 from jax_klrlhf.plan.chips import GIB, devices, read_topology
 from jax_klrlhf.plan.command import read_mesh
 from jax_klrlhf.plan.cost import Collective, Cost
@@ -57,6 +58,7 @@ def planned(folder):
         model=str(folder),
         topology="cpu:8",
         mesh="fsdp=4,tensor=2",
+        sampling_tensor=0,
         dtype="float32",
         remat=None,
         output=folder / "plan",
@@ -274,6 +276,74 @@ def test_what_does_not_fit_is_an_error_with_advice(folder, monkeypatch, capsys):
         assert option in said
     assert "--samples" not in said
     assert "needs 19.50 of 15.75 GiB" in capsys.readouterr().out
+
+
+def test_what_is_waited_for_is_told_apart():
+    """Only synchronous collectives count besides the arithmetic."""
+    plan = plan_with(10**9)
+    received = 3 * 2e9 * 63 / 64
+    assert report.collectives(plan)["all-gather"].waited == pytest.approx(received)
+    assert plan.exposed == pytest.approx(1.0 + received / 100e9)
+    (one,) = plan.work.collectives
+    plan.work.collectives.append(one._replace(asynchronous=True))
+    found = report.collectives(plan)["all-gather"]
+    assert (found.received, found.waited) == pytest.approx((2 * received, received))
+    assert plan.exposed == pytest.approx(1.0 + received / 100e9)
+
+
+def test_candidates_are_ranked_by_what_fits_and_then_by_time():
+    fast, slow, free = plan_with(1), plan_with(10**9), plan_with(10**9)
+    free.work.collectives[0] = free.work.collectives[0]._replace(asynchronous=True)
+    refused = dataclasses.replace(fast, refusal=report.Refusal(needs=19.5 * GIB, has=15.75 * GIB))
+    named = {"refused": refused, "slow": slow, "fast": fast, "free": free}
+    found = [candidates.Candidate(name, plan) for name, plan in named.items()]
+    order = [one.options for one in candidates.ranked(found)]
+    assert set(order[:2]) == {"fast", "free"}
+    assert order[2:] == ["slow", "refused"]
+    lines = candidates.table(found).splitlines()
+    assert "does not fit 15.75 GiB" in lines[4]
+    # 100 useful TFLOP of 197 in a second, and in that second and the wait.
+    assert lines[1].endswith("50.8%")
+    assert lines[3].endswith(f"{100 / 197 / slow.exposed:.1%}")
+
+
+def test_default_candidates_divide_the_devices_and_the_batch():
+    topology = read_topology("v5e:8x8")
+    found = candidates.meshes(topology, rows=64)
+    assert found[0] == "data=4,fsdp=16,tensor=1"  # what a run does by itself
+    assert {"data=8,fsdp=8,tensor=1", "data=1,fsdp=64,tensor=1", "data=1,fsdp=16,tensor=4"} <= {
+        *found
+    }
+    for text in found:
+        mesh = dict(part.split("=") for part in text.split(","))
+        data, fsdp, tensor = (int(mesh[axis]) for axis in ("data", "fsdp", "tensor"))
+        assert data * fsdp * tensor == 64
+    assert all("tensor=1" not in text for text in candidates.meshes(topology, rows=32))
+    assert candidates.tensors(topology, rows=64) == [1, 2, 4, 8]
+    assert candidates.tensors(topology, rows=16) == [4, 8]
+
+
+def test_a_search_compiles_its_candidates_and_prints_them_best_first(folder, capsys):
+    config = PlanConfig(
+        model=str(folder), topology="cpu:8", search=True, program="train",
+        search_meshes=("data=1,fsdp=8", "data=8,fsdp=1"), search_remat=("full",),
+        output=folder / "search", **SIZES,
+    )  # fmt: skip
+    plans = main(config)
+    received = [sum(one.received for one in report.collectives(p).values()) for p in plans]
+    assert len(plans) == 2
+    assert received == sorted(received)
+    # Whole copies on every device hold eight times the parameters.
+    held = {p.arguments["trained parameters"] for p in plans}
+    assert max(held) > 7 * min(held)
+    lines = capsys.readouterr().out.splitlines()
+    (head,) = (n for n, line in enumerate(lines) if line.startswith("program "))
+    rows = lines[head + 1 : head + 3]
+    assert [f"{value / 1e9:.2f}" in row for value, row in zip(received, rows, strict=True)] == [
+        True
+    ] * 2
+    written = json.loads((folder / "search" / "results.json").read_text())["metrics"]
+    assert len({key.rsplit("/", 1)[1] for key in written}) == 2
 
 
 def test_a_piece_of_the_batch_has_its_part_of_the_attention():

@@ -60,6 +60,12 @@ def test_sampled_kl_is_the_exact_one(laws):
         assert metric.n == 400
         assert abs(metric.value - exact.mean()) < 5 * metric.stderr, name
         assert metric.stderr < 0.1 * exact.mean()
+    # Rows that fill a batch do not count: of the first prompt alone it is that prompt's.
+    first = np.arange(200) % 2 == 0
+    half = measure(jax.random.key(2), policy, pi0, [many, many], [first, first])["eval/kl/ref"]
+    assert half.n == 200
+    assert abs(half.value - kl[0]) < 5 * half.stderr
+    assert abs(kl[0] - kl.mean()) > 10 * half.stderr
     # Sampler and scorer are one function; only rounding is between them.
     assert 0 <= found["eval/sampler_scorer_mismatch"].value < 1e-5
     # The Rao-Blackwell form is the one with less variance.

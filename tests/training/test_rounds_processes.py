@@ -25,15 +25,17 @@ def run(folder: Path, count: int, *, order: tuple[int, ...] | None):
     # Not before jax.distributed.initialize: the module computes when it is imported.
     from tests.training import rounds_world as world
 
-    mesh, whole, params = None, None, world.PARAMS
+    mesh, on, whole, params = None, None, None, world.PARAMS
     if order is not None:
         mesh = meshes.make(data=4, fsdp=2, devices=[jax.devices()[k] for k in order])
         cut = lambda x: jax.P("fsdp") if x.ndim and x.shape[0] % 2 == 0 else jax.P()  # noqa: E731
         whole = jax.tree.map(lambda x: jax.NamedSharding(mesh, cut(x)), params)
         params = jax.device_put(params, whole)
+        # Answered elsewhere: with weights cut over both hosts, where the order is permuted.
+        on = meshes.for_sampling(mesh, params, tensor=2, memory=None)
     draw = rounds.Draw(
         model=world.MODEL, samples=4, max_new_tokens=world.LENGTH, stop=(world.STOP,), rows=8,
-        mesh=mesh,
+        mesh=on,
     )  # fmt: skip
     fitting = rounds.Fitting(
         optimizer=optax.sgd(0.1), steps=3, batch_size=8, mesh=mesh, shardings=whole

@@ -21,6 +21,7 @@ from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import state as states
 from jax_klrlhf.training.checkpoint import Checkpoints
 from jax_klrlhf.training.metrics import Metrics
+from jax_klrlhf.training.rounds.compute import narrowed
 from jax_klrlhf.training.rounds.parts import Comparisons, Mixture, widen
 from jax_klrlhf.training.state import TrainState
 from jax_klrlhf.training.tasks import Batch, Task
@@ -242,8 +243,10 @@ class Stream:
             [self._rows_of(group, count) for group, count in enumerate(self._counts)]
         )
         self._next += 1
-        own = picked[placement.own_rows(self._mesh, len(picked))]
-        return jax.tree.map(lambda x: x[own], self._rows)
+        own = placement.own_rows(self._mesh, len(picked))
+        # As wide as the longest of the whole batch, which every process knows.
+        batch = narrowed(jax.tree.map(lambda x: x[picked], self._rows))
+        return jax.tree.map(lambda x: x[own], batch)
 
     def state(self) -> int:
         """Batches given so far."""

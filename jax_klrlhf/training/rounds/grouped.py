@@ -100,7 +100,7 @@ def on_policy(
         return scoring.token_log_prob(model, params, prompts, responses)
 
     score = fitting.shared(
-        ("tokens", model, rows), lambda: mapped(tokens, rows=rows, mesh=fitting.mesh)
+        ("tokens", model, rows), lambda: mapped(tokens, rows=rows, mesh=fitting.mesh, narrow=False)
     )
 
     of_reference = None if quantiles is None else dataclasses.replace(draw, samples=quantiles)

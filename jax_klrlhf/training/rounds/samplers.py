@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
+from jax_klrlhf import placement
 from jax_klrlhf.core.sequence import Ragged
-from jax_klrlhf.models import sampling
+from jax_klrlhf.models import partition, sampling
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.models.logits import Warp
 from jax_klrlhf.training.rounds.compute import mapped
@@ -29,6 +30,10 @@ class Draw:
 
     A response depends on the key, its prompt and the prompt's row number, not on ``rows``, the
     prompts that are answered at one time (up to the rounding of matrix products of other shapes).
+
+    ``mesh`` is the one to *sample* on. Parameters that lie on another (that of training) are cast
+    to ``compute_dtype`` and moved to it once for all prompts, and the copy is let go of at the end:
+    a decoding step on the training mesh would gather every weight over ``fsdp`` for each token.
     """
 
     model: LanguageModel
@@ -44,6 +49,9 @@ class Draw:
     rows: int = 256
     mesh: Mesh | None = None
     compute_dtype: Any = None
+    shardings: Callable[[Any, Mesh], Any] = partition.shardings
+    """How parameters that are moved lie on ``mesh``; for trees that are not the library's, one's
+    own."""
     _program: Callable[..., Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -83,8 +91,19 @@ class Draw:
         ids = np.asarray(prompts.ids)[:, :width]
         ids = np.pad(ids, ((0, 0), (0, width - ids.shape[1])))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(len(ids), dtype=np.uint32))
+        params = self._moved(params)
         drawn, log_prob = self._program(params, jax.random.key_data(keys), ragged(ids, lengths))
         return ragged(*drawn), log_prob
+
+    def _moved(self, params: Any) -> Any:
+        """The parameters where they are sampled with; as they are where they lie there already."""
+        lie = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
+        meshes = {at.mesh for at in lie if isinstance(at, jax.NamedSharding)}
+        if self.mesh is None or meshes <= {self.mesh}:
+            return params
+        # In the type of the computation first: half of what travels, and of what is held twice.
+        params = _cast(params, self.compute_dtype)
+        return placement.reshard(params, self.shardings(params, self.mesh))
 
     def _batch(self, params: Any, keys: Array, prompts: Ragged) -> tuple[Ragged, Array]:
         warp = Warp(
@@ -104,6 +123,9 @@ class Draw:
             pad_id=self.pad_id,
         )
         return drawn.responses, drawn.log_prob
+
+
+_cast = jax.jit(cast_floating, static_argnums=1)
 
 
 @dataclass(frozen=True, kw_only=True)
