@@ -57,7 +57,8 @@ class Cell(NamedTuple):
     """Prompts ``[B, P]``."""
     offline: Comparisons
     """Pairs of pi0's responses, as many as the label budget."""
-    folder: Path
+    folder: Path | None
+    """Of its phases; None: they stay in memory, and a killed cell begins again."""
     identity: Any
     """What the cell is made of, for the folder's fingerprint."""
 

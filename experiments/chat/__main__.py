@@ -1,0 +1,3 @@
+from experiments.chat.run import cli
+
+cli()

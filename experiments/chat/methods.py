@@ -1,0 +1,96 @@
+"""The methods: the frontier's own, and what a proxy alone can do; each a value handed labels.
+
+Every method is given as many of gold's labels, or as many of the proxy's: ``SFT on chosen`` and
+``offline DPO`` all at once, on pairs of pi0's answers; ``online`` an equal part in each round;
+``hybrid`` half and half. RSO has a proxy's labels instead, on answers of pi0's that are accepted
+towards its Gibbs law: one method for each proxy.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Key
+
+from experiments.chat.judges import PROXIES
+from experiments.frontier.methods import (
+    Cell,
+    Parts,
+    Run,
+    dpo,
+    hybrid,
+    offline,
+    online,
+    rso,
+)
+from jax_klrlhf.training import rounds, tasks
+from jax_klrlhf.training.rounds.fitting import deal
+from jax_klrlhf.training.rounds.improve import single_responses
+from jax_klrlhf.training.rounds.parts import Improve, Improved, Reward, Situation, join, pick
+from jax_klrlhf.training.rounds.run import Outcome
+
+SFT, OFFLINE, ONLINE, HYBRID = "SFT on chosen", "offline DPO", "online GSHF-DPO", "hybrid GSHF-DPO"
+LIKELIHOOD, GOLD, PROXY = "likelihood", "DPO on gold's labels", "DPO on a proxy's labels"
+
+
+class Method(NamedTuple):
+    """How a cell is run, and by which training objective its learning rate is chosen."""
+
+    run: Run
+    objective: str
+    proxy: str = "mean"
+    """What it believes."""
+    coefficient: bool = True
+    """Whether it has a kl_coef."""
+
+
+def chosen(parts: Parts, cell: Cell) -> Improve:
+    """Maximum likelihood on the preferred answer of each pair."""
+    del cell
+    fit = parts.fitting.shared(
+        ("chosen", parts.model), lambda: parts.fitting.compile(tasks.likelihood(parts.model))
+    )
+
+    def improve(key: Key[Array, ""], situation: Situation) -> Improved:
+        data = join(situation.data.sources)
+        best = (data.label < 0.5).astype(np.int32)[:, None]
+        rows = single_responses(data.prompts, pick(data.responses, best), data.weight[:, None])
+        fitted = fit(key, situation.start, deal([rows]), folder=situation.folder)
+        return Improved(fitted.params, fitted.metrics)
+
+    return improve
+
+
+METHODS: Mapping[str, Method] = {
+    SFT: Method(offline(chosen), LIKELIHOOD, coefficient=False),
+    OFFLINE: Method(offline(dpo), GOLD),
+    ONLINE: Method(online(), GOLD),
+    HYBRID: Method(hybrid, GOLD),
+    **{f"RSO, {proxy}": Method(offline(rso), PROXY, proxy) for proxy in PROXIES},
+}
+
+
+def run(
+    name: str,
+    parts: Parts,
+    cell: Cell,
+    *,
+    proxies: Mapping[str, Reward],
+    fittings: Mapping[str, rounds.Fitting],
+) -> Outcome:
+    """Run a method with what it believes and the learning rate of its objective."""
+    method = METHODS[name]
+    fitting = fittings[method.objective]
+    own = parts._replace(reward=proxies[method.proxy], fitting=fitting, short_fitting=fitting)
+    return method.run(own, cell)
+
+
+def pilot(objective: str) -> str:
+    """The method whose training loss chooses the learning rate of an objective."""
+    return next(name for name, method in METHODS.items() if method.objective == objective)
+
+
+def loss(outcome: Outcome) -> float:
+    """Training loss at the end of the last fit, nats."""
+    metrics: Any = outcome.metrics[-1]
+    return float(metrics["loss"].value)

@@ -1,0 +1,229 @@
+"""Tables, verdicts, the figure and the page of answers, from the cells there are."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+
+from experiments import plotting
+from experiments.chat import cells, human, judges, methods
+from jax_klrlhf import report as pages
+from jax_klrlhf import results
+from jax_klrlhf.results import Metric
+
+if TYPE_CHECKING:
+    from experiments.chat.cells import Lab, Name
+
+SHOWN = ("kl", "gold_gain", "proxy_gain", "wins", "length", "refusals", "distinct_2")
+TEN = 10
+"""Pairs of answers on the page's first screen and in ``pairs.md``."""
+CLAIMS = (
+    ("online beats offline at equal labels", methods.ONLINE, methods.OFFLINE),
+    ("hybrid beats offline at equal labels", methods.HYBRID, methods.OFFLINE),
+    ("hybrid beats online at equal labels", methods.HYBRID, methods.ONLINE),
+    ("preferences beat likelihood on the preferred", methods.OFFLINE, methods.SFT),
+    ("the worst of an ensemble beats its mean", "RSO, worst", "RSO, mean"),
+    ("the posterior's lower bound beats the mean", "RSO, lower bound", "RSO, mean"),
+    ("PAR beats the mean", "RSO, PAR", "RSO, mean"),
+)
+"""Of gold less ``kl_coef`` KL, the objective, at the same coefficient; likelihood has none and is
+judged at every one."""
+
+Found = dict["Name", dict[str, Any]]
+
+
+def write(lab: "Lab", names: Iterable["Name"], output: Path, console: Console) -> dict[str, Metric]:
+    """Everything but ``results.json``, whose metrics are returned."""
+    found: Found = {name: lab.run(name) for name in names}
+    metrics = _accuracy(lab.accuracy(), console)
+    for objective, rate in lab.rates.items():
+        metrics[f"learning rate/{objective}"] = Metric(rate)
+        console.print(f"learning rate of {objective}: {rate:g}", highlight=False)
+    for place in cells.PLACES:
+        rows = {}
+        for method, coefficient in dict.fromkeys((n.method, n.coefficient) for n in found):
+            row = method if not coefficient else f"{method}, {coefficient:g}"
+            measured = {
+                metric: _over(found, method, coefficient, place, metric) for metric in SHOWN
+            }
+            rows[row] = measured
+            metrics |= {f"{place}/{row}/{metric}": m for metric, m in measured.items()}
+        results.print_table(f"Policies, {place}", rows, console=console, caption=_caption(found))
+    metrics |= _curves(found, console)
+    metrics |= _verdicts(lab, found, console)
+    _figure(found, output / "frontier.png")
+    _page(lab, found, output)
+    return metrics
+
+
+def verdict(difference: Metric) -> str:
+    """By the 95 % interval: held above 0, not held below it, undecided else."""
+    if difference.stderr is None:
+        return "undecided"
+    half = 1.96 * difference.stderr
+    if difference.value - half > 0:
+        return "held"
+    return "not held" if difference.value + half < 0 else "undecided"
+
+
+def together(values: "list[np.ndarray]") -> Metric:
+    """Of per-prompt values by seed: over seeds from three on, else over prompts.
+
+    All seeds are judged on the same prompts, so prompts are averaged over seeds first, or seeds
+    over prompts: neither counts an answer as an independent unit.
+    """
+    table = np.stack(values)
+    return results.mean(table.mean(1) if len(table) >= 3 else table.mean(0))
+
+
+def _caption(found: Found) -> str:
+    seeds = len({name.seed for name in found})
+    unit = f"over {seeds} seeds" if seeds >= 3 else f"over prompts, {seeds} seed(s)"
+    return f"± one standard error {unit}; gains are over pi0; nats"
+
+
+def _over(found: Found, method: str, coefficient: float, place: str, metric: str) -> Metric:
+    return together(
+        [
+            np.asarray(cell[place][metric])
+            for name, cell in found.items()
+            if (name.method, name.coefficient) == (method, coefficient)
+        ]
+    )
+
+
+def _accuracy(found: dict[str, Any], console: Console) -> dict[str, Metric]:
+    metrics, rows = {}, {}
+    for key, hits in found.items():
+        if key in ("made_of", "seconds"):
+            continue
+        metric, (low, high) = results.proportion(hits)
+        metrics[f"accuracy/{key}"] = metric
+        rows[key] = {"accuracy [95 %]": f"{metric.value:.3f} [{low:.3f}, {high:.3f}]"}
+        bag = found.get(f"{key}, bag of words")
+        if bag is not None:
+            gain = results.mean(np.subtract(hits, bag))
+            metrics[f"accuracy/{key}/less the bag of words"] = gain
+            rows[key] |= {"less the bag of words": gain, "above it": verdict(gain)}
+        rows[key]["pairs"] = str(len(hits))
+    results.print_table(
+        "Accuracy on pairs of people that no one learned from", rows, console=console,
+        caption="the difference is paired; ± one standard error over pairs",
+    )  # fmt: skip
+    return metrics
+
+
+def _curves(found: Found, console: Console) -> dict[str, Metric]:
+    """Over-optimization: the best of n of pi0's answers by each proxy, judged by gold."""
+    cell = next(cell for name, cell in found.items() if name.method == cells.PI0)
+    metrics, rows = {}, {}
+    for key, at in cell["curves"].items():
+        place, by, n = key.split("/")
+        gain = results.mean(at["gold_gain"])
+        metrics[f"best-of-n/{key}/gold_gain"] = gain
+        metrics[f"best-of-n/{key}/own_gain"] = results.mean(at["own_gain"])
+        rows.setdefault(f"{place}, by {by}", {})[f"n = {n} ({at['kl']:.2f} nats)"] = gain
+    results.print_table(
+        "Gold of the best of n by each proxy, over pi0", rows, console=console,
+        caption="± one standard error over prompts",
+    )  # fmt: skip
+    return metrics
+
+
+def _verdicts(lab: "Lab", found: Found, console: Console) -> dict[str, Metric]:
+    metrics, rows = {}, {}
+    for place in cells.PLACES:
+        for said, one, other in CLAIMS:
+            for coefficient in lab.config.coefficients:
+                ours, theirs = (
+                    _objective(found, method, coefficient, place) for method in (one, other)
+                )
+                both = sorted(ours.keys() & theirs.keys())
+                if not both:
+                    continue
+                difference = together([ours[seed] - theirs[seed] for seed in both])
+                key = f"{place}: {said}, kl_coef {coefficient:g}"
+                metrics[f"claims/{key}"] = difference
+                rows[key] = {"difference": difference, "": verdict(difference)}
+    results.print_table(
+        "Gold less kl_coef KL, paired by seed and prompt", rows, console=console,
+        caption="held, not held or undecided by the 95 % interval, not corrected for their number",
+    )  # fmt: skip
+    return metrics
+
+
+def _objective(found: Found, method: str, coefficient: float, place: str) -> dict[int, np.ndarray]:
+    own = coefficient if methods.METHODS[method].coefficient else 0.0
+    return {
+        name.seed: np.asarray(cell[place]["gold"]) - coefficient * np.asarray(cell[place]["kl"])
+        for name, cell in found.items()
+        if (name.method, name.coefficient) == (method, own)
+    }
+
+
+def _figure(found: Found, target: Path) -> None:
+    figure, axes = plotting.grid(len(cells.PLACES), 2, width=5.4, height=4.0)
+    cell = next(cell for name, cell in found.items() if name.method == cells.PI0)
+    for row, place in enumerate(cells.PLACES):
+        for column, metric in enumerate(("gold_gain", "proxy_gain")):
+            ax = axes[row, column]
+            for number, method in enumerate(dict.fromkeys(name.method for name in found)):
+                at = sorted({n.coefficient for n in found if n.method == method})
+                points = [
+                    [_over(found, method, c, place, name) for name in ("kl", metric)] for c in at
+                ]
+                ax.errorbar(
+                    [p[0].value for p in points], [p[1].value for p in points],
+                    [1.96 * (p[1].stderr or 0.0) for p in points],
+                    marker="o", color=f"C{number}", label=method, linewidth=1,
+                )  # fmt: skip
+            plotting.label(ax, x="KL to pi0, nats", y=metric.replace("_", " "), title=place)
+        for by in (*judges.PROXIES, "gold"):
+            curve = {k: v for k, v in cell["curves"].items() if k.startswith(f"{place}/{by}/")}
+            axes[row, 0].plot(
+                [at["kl"] for at in curve.values()],
+                [np.mean(at["gold_gain"]) for at in curve.values()],
+                linestyle="--", linewidth=1, label=f"best of n by {by}",
+            )  # fmt: skip
+    axes[0, 0].legend(fontsize=6)
+    plotting.save(figure, target)
+
+
+def _page(lab: "Lab", found: Found, output: Path) -> None:
+    """All answers of the first seed, and ten pairs: pi0's and online's to the first ten prompts.
+
+    The prompts stand in the order of a shuffle that no policy was there to see, so the ten are
+    nobody's choice; all others are on the same page.
+    """
+    first, least = lab.config.seed, min(lab.config.coefficients)
+    kept = {
+        name.method: cell
+        for name, cell in found.items()
+        if name.seed == first and name.coefficient in (0.0, least)
+    }
+    records, decode = [], lab.encoder.decode
+    for place, prompts in zip(cells.PLACES, lab.places, strict=True):
+        for policy, cell in kept.items():
+            for answer in cell[f"{place}, answers"]:
+                pieces = pages.pieces(decode, answer["ids"])
+                records.append(
+                    {
+                        "prompt": human.words(prompts[answer["prompt"]]),
+                        "policy": policy, "text": "".join(pieces), "tokens": pieces,
+                        "token_kl": answer["token_kl"], "gold": answer["gold"],
+                        "proxy": answer["proxy"], "kl": sum(answer["token_kl"]),
+                    }
+                )  # fmt: skip
+    ten = [human.words(prompt) for prompt in lab.places[0][:TEN]]
+    pages.side_by_side(
+        records, output / "answers.html", title="Answers",
+        note="Judged by gold and by the proxies' mean; colour is the KL of a token, in nats.",
+    )  # fmt: skip
+    pair = (cells.PI0, methods.ONLINE)
+    pages.side_by_side(
+        [r for r in records if r["prompt"] in ten and (r["policy"] in pair or len(kept) == 1)],
+        output / "ten.html", title="Ten pairs",
+        note="pi0 and online, to the first ten held-out prompts of a fixed shuffle.",
+    )  # fmt: skip

@@ -1,0 +1,188 @@
+r"""The paper's loop on human preferences, on a chat model that answers in sentences.
+
+Two reward models are made of one half each of people's preferences: gold, which labels and judges,
+and a proxy, with its ensemble, its posterior and PAR. Every method has the same number of labels,
+and is judged by gold, by the proxy, and by the exact KL to pi0, on prompts nobody learned from and
+on prompts of another source. Source: arXiv 2312.11456, Algorithms 1 and 2 and section 6.
+"""
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from experiments import study
+from experiments.chat import cells, report
+from experiments.chat.methods import METHODS
+from jax_klrlhf.errors import InputError, reported
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How large everything is; a folder of results goes on only with the same sizes."""
+
+    labels: int = 384
+    """Of each method, a multiple of twice the rounds."""
+    rounds: int = 3
+    train_prompts: int = 128
+    held_out: int = 64
+    """Prompts of each source that policies are judged on."""
+    human: int = 600
+    """Pairs of each source at most, that each of gold and the proxy learns from."""
+    judged: int = 250
+    """Pairs of each source at most, that both are judged on."""
+    prompt_tokens: int = 96
+    """Longer prompts are left out."""
+    human_tokens: int = 96
+    """Pairs with a longer response are left out."""
+    new_tokens: int = 48
+    """Longest answer."""
+    explore: int = 4
+    """Answers of which online methods compare the best and the worst, and RSO's proposals."""
+    eval_samples: int = 2
+    draws: int = 16
+    """Of pi0 at each judged prompt: best-of-n has n up to half of them."""
+    steps: int = 24
+    batch: int = 16
+    rank: int = 8
+    """Of the adapter."""
+    gold_components: int = 128
+    proxy_components: int = 32
+    members: int = 5
+    spread: float = 1.0
+    """Standard deviation of gold among pi0's answers to a prompt, nats."""
+    pessimism: float = 1.0
+    """Posterior standard deviations of the lower bound."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Run every cell that is not on disk yet, and report on what there is."""
+
+    model: str
+    """Folder or hub id of a chat model: HuggingFaceTB/SmolLM2-135M-Instruct."""
+    data: Path
+    """Human pairs: prompt, chosen, rejected. Policies learn on prompts of this source."""
+    ood: Path
+    """Pairs of another source: gold learns of them too, proxies and policies do not."""
+    output: Path = Path("results/chat")
+    """Where cells, results.json, the figure and the page go; started again, a run goes on."""
+    seeds: int = 3
+    seed: int = 0
+    """The first of them."""
+    workers: int = 1
+    """Processes that seeds are divided over, each on its share of the cores; CPU only."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    coefficients: tuple[float, ...] = (0.3, 0.1)
+    """kl_coef of the sweep."""
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    """Learning rates: each training objective takes the one of the least training loss."""
+    small: bool = False
+    """A run of about ten minutes on two cores: one seed, one coefficient, few of everything."""
+    sizes: Sizes = Sizes()
+
+    def resized(self) -> "Config":
+        """This, or the small size if it was asked for."""
+        return dataclasses.replace(self, **SMALL) if self.small else self
+
+    def check(self) -> None:
+        """Refuse what cannot run, before any compute is spent."""
+        unknown = sorted(set(self.methods) - set(METHODS))
+        if unknown or not self.methods:
+            raise InputError(f"--methods {', '.join(unknown)}: choose from {', '.join(METHODS)}.")
+        for path, flag in ((self.data, "--data"), (self.ood, "--ood")):
+            if not path.is_file():
+                raise InputError(f"{flag} {path}: no such file.")
+        if min(self.seeds, self.workers, *dataclasses.astuple(self.sizes)) <= 0:
+            raise InputError("--seeds, --workers and every one of --sizes must be positive.")
+        if not self.coefficients or not self.rates or min(self.coefficients + self.rates) <= 0:
+            raise InputError("--coefficients and --rates: positive numbers.")
+        sizes = self.sizes
+        if sizes.labels % (2 * sizes.rounds):
+            raise InputError(
+                f"--sizes.labels {sizes.labels}: must be a multiple of twice the rounds, "
+                f"{2 * sizes.rounds}."
+            )
+        if sizes.explore < 2 or sizes.draws < max(4, sizes.eval_samples) or sizes.members < 2:
+            raise InputError("--sizes: explore and members at least 2, draws at least 4.")
+
+
+SMALL = {
+    "seeds": 1,
+    "coefficients": (0.1,),
+    "rates": (3e-4, 1e-3),
+    "sizes": Sizes(
+        labels=32, rounds=2, train_prompts=16, held_out=12, human=96, judged=64, prompt_tokens=56,
+        human_tokens=32, new_tokens=24, explore=4, eval_samples=2, draws=8, steps=4, batch=8,
+        gold_components=48, proxy_components=16, members=4,
+    ),
+}  # fmt: skip
+
+
+def main(config: Config, *, console: Console | None = None) -> Path:
+    """Run what is left to run; returns the path of ``results.json``."""
+    here = study.begin("chat", config, console=console)
+    config = here.config
+    if config.workers > 1:
+        _divided(config)
+    lab = cells.Lab(config, console=here.console)
+    for name in names(config):
+        lab.run(name)
+    metrics = report.write(lab, names(config), here.output, here.console)
+    seeds = range(config.seed, config.seed + config.seeds)
+    return here.end(metrics, seeds=seeds, beside="frontier.png and answers.html")
+
+
+def names(config: Config) -> Iterator[cells.Name]:
+    """Every cell, by seed: a part of a run is balanced."""
+    for seed in range(config.seed, config.seed + config.seeds):
+        yield cells.Name(cells.PI0, 0.0, seed)
+        for number, coefficient in enumerate(config.coefficients):
+            for method in config.methods:
+                if METHODS[method].coefficient:
+                    yield cells.Name(method, coefficient, seed)
+                elif number == 0:
+                    yield cells.Name(method, 0.0, seed)
+
+
+def _divided(config: Config) -> None:
+    """Rates first, which all seeds share; then each seed in a process, which leaves its cells."""
+    if jax.default_backend() != "cpu":
+        raise InputError(f"--workers {config.workers}: leave it out on {jax.default_backend()}.")
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    workers = min(config.workers, config.seeds)
+    context = multiprocessing.get_context("spawn")  # A fork would inherit JAX's threads.
+    places = context.Queue()
+    for worker in range(workers):
+        places.put(cores[worker::workers])
+    cells.Lab(config, console=Console(quiet=True)).prepare()
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, context, initializer=_pin, initargs=(places,)
+    ) as pool:
+        work = [
+            pool.submit(_cells, dataclasses.replace(config, seed=seed, seeds=1))
+            for seed in range(config.seed, config.seed + config.seeds)
+        ]
+        for done in concurrent.futures.as_completed(work):
+            done.result()
+
+
+def _pin(places: "multiprocessing.Queue[list[int]]") -> None:
+    """Keep this process to its share of the cores; before JAX counts them."""
+    if cores := places.get():
+        os.sched_setaffinity(0, cores)
+
+
+def _cells(config: Config) -> None:
+    lab = cells.Lab(config, console=Console(quiet=True))
+    with reported():
+        for name in names(config):
+            lab.run(name)
+
+
+cli = study.entry(main, Config, __doc__)

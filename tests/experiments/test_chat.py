@@ -1,0 +1,170 @@
+"""experiments/chat: its parts by hand, and the whole of it on a toy model."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments.chat import cells, human, judges, measure, methods, report, run
+from jax_klrlhf import models
+from jax_klrlhf.data import tokenize
+from jax_klrlhf.errors import InputError
+from jax_klrlhf.results import Metric
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_dialogue_is_read_turn_by_turn():
+    assert human.turns("\n\nHuman: a\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:") == (
+        ("user", "a\nb"), ("assistant", "c"), ("user", "d"),
+    )  # fmt: skip
+    assert human.turns("Question: why?\nAnswer:") == (("user", "Question: why?"),)
+
+
+def test_a_prompt_is_in_one_part_alone():
+    listed = [human.Pair((("user", f"p{n % 40}"),), f"a{n}", "b") for n in range(120)]
+    parts = human.divide(listed)
+    assert sum(map(len, parts.values())) == 120
+    prompts = [{p.prompt for p in part} for part in parts.values()]
+    assert all(prompts)
+    assert not any(a & b for a, b in itertools.combinations(prompts, 2))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_best_of_n_is_the_mean_over_all_subsets(n):
+    rng = np.random.default_rng(0)
+    believed, gold = rng.normal(size=(2, 3, 5))
+    subsets = list(itertools.combinations(range(5), n))
+    expected = [
+        np.mean([g[max(subset, key=b.__getitem__)] for subset in subsets])
+        for b, g in zip(believed, gold, strict=True)
+    ]
+    np.testing.assert_allclose(measure.best_of(believed, gold, n), expected, rtol=1e-12)
+
+
+def test_refusals_are_told_by_how_an_answer_begins():
+    assert measure.refuses("I’m sorry, but no.")
+    assert measure.refuses("As an AI, I have no car.")
+    assert not measure.refuses("Take two eggs." + " " * 120 + "I can't say more.")
+
+
+def test_a_fit_finds_the_reward_that_labelled():
+    """Of 400 pairs; the posterior covers the truth in chi-square's own scatter (3 sd)."""
+    rng = np.random.default_rng(1)
+    theta, phi = np.array([1.5, -1.0, 0.0, 0.5]), rng.normal(size=(400, 2, 4))
+    wins = rng.random(400) < 1 / (1 + np.exp(-(phi[:, 0] - phi[:, 1]) @ theta))
+    phi = np.where(wins[:, None, None], phi, phi[:, ::-1]).astype(np.float32)
+    found = judges.fit(phi, members=3, seed=0)
+    error = found.theta - theta
+    distance = error @ np.asarray(found.belief.precision) @ error
+    assert distance < 4 + 3 * np.sqrt(2 * 4)
+    assert len(np.unique(found.members[:, 0])) == 3
+    assert found.ridge < max(judges.RIDGES)
+
+
+def test_components_are_white_where_they_were_made():
+    hidden = np.random.default_rng(2).normal(size=(50, 2, 7)) @ np.diag([1, 2, 3, 4, 5, 6, 7.0])
+    phi = judges.components(hidden, dim=5)(hidden).reshape(100, -1)
+    np.testing.assert_allclose(np.cov(phi[:, :-1].T, bias=True), np.eye(4), atol=1e-4)
+    np.testing.assert_allclose(phi[:, -1].std(), 1, rtol=1e-4)
+
+
+def test_a_verdict_is_its_intervals():
+    said = [report.verdict(Metric(x, 1.0, 9)) for x in (2.0, 1.9, -1.9, -2.0)]
+    assert said == ["held", "undecided", "undecided", "not held"]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A chat model of one layer, and two sources of pairs."""
+    folder = tmp_path_factory.mktemp("toy")
+    names = ("ball", "cat", "kite", "tree", "house", "boat", "lamp", "song")
+    for name, ask in (("a", "\n\nHuman: {} {}?\n\nAssistant:"), ("b", "Question: {} {}\nAnswer:")):
+        rows = [
+            {"prompt": ask.format(x, y), "chosen": f" {x} is good", "rejected": f" {y} bad bad"}
+            for x, y in itertools.product(names, names)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    texts = [" ".join(names), "is good bad Question: user assistant"]
+    tokenizer = tokenize.train_tokenizer(
+        texts, vocab_size=300, folder=folder / "tokenizer", chat_template=CHATML
+    )
+    facts = models.ModelConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, layers=1, heads=2,
+        kv_heads=2, head_dim=4, max_length=96,
+    )  # fmt: skip
+    params = jax.jit(models.language_model(facts).init)(jax.random.key(0))
+    models.save(folder / "model", facts, params, tokenizer)
+    sizes = run.Sizes(
+        labels=8, rounds=2, train_prompts=6, held_out=4, human=24, judged=12, prompt_tokens=64,
+        human_tokens=16, new_tokens=5, explore=2, eval_samples=2, draws=4, steps=2, batch=4,
+        rank=2, gold_components=6, proxy_components=4, members=2,
+    )  # fmt: skip
+    return run.Config(
+        model=str(folder / "model"), data=folder / "a.jsonl", ood=folder / "b.jsonl",
+        output=folder / "out", seeds=1, coefficients=(0.1,), rates=(1e-3, 1e-2), sizes=sizes,
+        methods=(methods.SFT, methods.ONLINE, "RSO, worst"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(toy):
+    return json.loads(run.main(toy, console=Console(quiet=True)).read_text())["metrics"]
+
+
+def test_the_whole_of_it(made, toy):
+    for place in cells.PLACES:
+        assert made[f"{place}/pi0/kl"]["value"] == 0
+        for row in (methods.SFT, f"{methods.ONLINE}, 0.1", "RSO, worst, 0.1"):
+            assert made[f"{place}/{row}/kl"]["value"] > 0
+    # Best of n by gold itself is the most that any proxy can reach.
+    for by in judges.PROXIES:
+        ours, best = (made[f"best-of-n/held out/{x}/2/gold_gain"]["value"] for x in (by, "gold"))
+        assert ours <= best + 1e-6
+    assert "ball" in (toy.output / "answers.html").read_text()
+    assert (toy.output / "ten.html").is_file()
+    assert (toy.output / "frontier.png").stat().st_size > 10_000
+
+
+def test_the_rate_is_that_of_the_least_training_loss(made, toy):
+    for objective, metric in (
+        (key.removeprefix("learning rate/"), metric)
+        for key, metric in made.items()
+        if key.startswith("learning rate/")
+    ):
+        stem = f"rate_{objective.replace(' ', '-')}"
+        losses = {
+            rate: json.loads((toy.output / "cells" / f"{stem}_{rate:g}.json").read_text())["loss"]
+            for rate in toy.rates
+        }
+        assert losses[metric["value"]] == min(losses.values())
+
+
+def test_a_run_goes_on_from_its_cells_and_refuses_those_of_another(made, toy, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(cells.Lab, "_cell", refuse)
+    again = json.loads(run.main(toy, console=Console(quiet=True)).read_text())["metrics"]
+    assert again == made
+    other = dataclasses.replace(toy, rates=(1e-3,))
+    with pytest.raises(InputError, match="other options"):
+        run.main(other, console=Console(quiet=True))
+
+
+def test_what_cannot_run_is_refused_before_any_compute(toy):
+    for change, said in (
+        ({"methods": ("PPO",)}, "PPO"),
+        ({"data": toy.output / "no.jsonl"}, "no such file"),
+        ({"sizes": dataclasses.replace(toy.sizes, labels=7)}, "multiple"),
+        ({"rates": ()}, "positive"),
+    ):
+        with pytest.raises(InputError, match=said):
+            dataclasses.replace(toy, **change).check()
