@@ -1,9 +1,10 @@
 """The methods: the frontier's own, and what a proxy alone can do; each a value handed labels.
 
-Every method is given as many of gold's labels, or as many of the proxy's: ``SFT on chosen`` and
-``offline DPO`` all at once, on pairs of pi0's answers; ``online`` an equal part in each round;
-``hybrid`` half and half. RSO has a proxy's labels instead, on answers of pi0's that are accepted
-towards its Gibbs law: one method for each proxy.
+Every method but RSO is given as many of gold's labels: ``SFT on chosen`` and
+``offline DPO`` all at once, on pairs of pi0's answers; ``best and worst`` half of them on the
+online methods' selection from pi0's answers; ``online`` an equal part in each round;
+``hybrid`` half and half. RSO has none of them: a proxy labels a pair at each prompt, of pi0's
+answers that are accepted towards its Gibbs law. There is one RSO for each proxy.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from experiments.frontier.methods import (
     hybrid,
     offline,
     online,
-    rso,
+    selected,
 )
 from jax_klrlhf.training import rounds, tasks
 from jax_klrlhf.training.rounds.fitting import deal
@@ -30,6 +31,7 @@ from jax_klrlhf.training.rounds.parts import Improve, Improved, Reward, Situatio
 from jax_klrlhf.training.rounds.run import Outcome
 
 SFT, OFFLINE, ONLINE, HYBRID = "SFT on chosen", "offline DPO", "online GSHF-DPO", "hybrid GSHF-DPO"
+SELECTED = "offline DPO, best and worst"
 LIKELIHOOD, GOLD, PROXY = "likelihood", "DPO on gold's labels", "DPO on a proxy's labels"
 
 
@@ -61,12 +63,21 @@ def chosen(parts: Parts, cell: Cell) -> Improve:
     return improve
 
 
+def rejection(parts: Parts, cell: Cell) -> Improve:
+    """RSO that proposes until every prompt has a pair: at a small kl_coef few are accepted."""
+    return rounds.rso(
+        parts.model, parts.propose, kl_coef=cell.kl_coef, fitting=parts.fitting, keep=2,
+        passes="until", labelling=parts.labelling, rows=parts.rows,
+    )  # fmt: skip
+
+
 METHODS: Mapping[str, Method] = {
     SFT: Method(offline(chosen), LIKELIHOOD, coefficient=False),
     OFFLINE: Method(offline(dpo), GOLD),
+    SELECTED: Method(selected, GOLD),
     ONLINE: Method(online(), GOLD),
     HYBRID: Method(hybrid, GOLD),
-    **{f"RSO, {proxy}": Method(offline(rso), PROXY, proxy) for proxy in PROXIES},
+    **{f"RSO, {proxy}": Method(offline(rejection), PROXY, proxy) for proxy in PROXIES},
 }
 
 

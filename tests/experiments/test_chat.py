@@ -119,6 +119,7 @@ def made(toy):
     return json.loads(run.main(toy, console=Console(quiet=True)).read_text())["metrics"]
 
 
+@pytest.mark.slow
 def test_the_whole_of_it(made, toy):
     for place in cells.PLACES:
         assert made[f"{place}/pi0/kl"]["value"] == 0
@@ -133,6 +134,7 @@ def test_the_whole_of_it(made, toy):
     assert (toy.output / "frontier.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_rate_is_that_of_the_least_training_loss(made, toy):
     for objective, metric in (
         (key.removeprefix("learning rate/"), metric)
@@ -147,6 +149,7 @@ def test_the_rate_is_that_of_the_least_training_loss(made, toy):
         assert losses[metric["value"]] == min(losses.values())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_cells_and_refuses_those_of_another(made, toy, monkeypatch):
     def refuse(*args, **options):
         raise AssertionError("computed again")
