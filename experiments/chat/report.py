@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
+from scipy.stats import t as student
 
 from experiments import plotting
 from experiments.chat import cells, human, judges, methods
@@ -60,10 +61,10 @@ def write(lab: "Lab", names: Iterable["Name"], output: Path, console: Console) -
 
 
 def verdict(difference: Metric) -> str:
-    """By the 95 % interval: held above 0, not held below it, undecided else."""
-    if difference.stderr is None:
+    """By the 95 % interval, Student's t: held above 0, not held below it, undecided else."""
+    if difference.stderr is None or difference.n is None:
         return "undecided"
-    half = 1.96 * difference.stderr
+    half = float(student.ppf(0.975, difference.n - 1)) * difference.stderr
     if difference.value - half > 0:
         return "held"
     return "not held" if difference.value + half < 0 else "undecided"

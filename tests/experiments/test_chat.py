@@ -21,6 +21,14 @@ CHATML = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """What is looked at here is whether the parts fit: compile fast, run slowly."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def test_a_dialogue_is_read_turn_by_turn():
     assert human.turns("\n\nHuman: a\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:") == (
         ("user", "a\nb"), ("assistant", "c"), ("user", "d"),
@@ -77,7 +85,9 @@ def test_components_are_white_where_they_were_made():
 
 
 def test_a_verdict_is_its_intervals():
-    said = [report.verdict(Metric(x, 1.0, 9)) for x in (2.0, 1.9, -1.9, -2.0)]
+    # Student's t of 3 seeds is 4.30; of 9, 2.31.
+    said = [report.verdict(Metric(x, 1.0, 9)) for x in (2.4, 2.2, -2.2, -2.4)]
+    assert report.verdict(Metric(4.2, 1.0, 3)) == "undecided"
     assert said == ["held", "undecided", "undecided", "not held"]
 
 
