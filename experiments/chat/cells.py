@@ -323,12 +323,14 @@ class Lab:
         return self._json(name.stem, partial(self._cell, name))
 
     def _cell(self, name: Name) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         if name.method == PI0:
-            params, found = self.pi0, {"curves": self._curves()}
+            params = self.pi0
+            found["curves"] = self._curves()
         else:
             outcome = self._outcome(name, self.rates)
             params = outcome.policy
-            found = {"loss": methods.loss(outcome), "reports": len(outcome.metrics)}
+            found["loss"] = methods.loss(outcome)
         key = jax.random.fold_in(jax.random.key(14), name.seed)
         for number, (place, prompts) in enumerate(zip(PLACES, self.places, strict=True)):
             asked = self.asked(prompts)

@@ -396,11 +396,12 @@ def _print_confidence(
     for panel, measured in panels.items():
         held, (low, high) = results.proportion(_held(measured, -1, middle))
         quantile = np.quantile(measured.error, 1 - config.delta, axis=0)
-        least = least_constant(config, measured.needed[:, -1], measured.radius[0, -1, middle])
-        of_set = least_constant(config, measured.error[:, -1], measured.radius[0, -1, middle])
+        radius = float(measured.radius[0, -1, middle])
+        least = least_constant(config, np.asarray(measured.needed[:, -1]), radius)
+        of_set = least_constant(config, np.asarray(measured.error[:, -1]), radius)
         rows[panel] = {
             f"covered (asked {1 - config.delta:g})": f"{held.value:.3f} [{low:.3f}, {high:.3f}]",
-            "radius": f"{measured.radius[0, -1, middle]:.1f}",
+            "radius": f"{radius:.1f}",
             "error, its quantile": f"{quantile[-1]:.2f}",
             "at the least n": f"{quantile[0]:.2f}",
             "C needed by the set [95 %]": f"{of_set[0]:.3f} [{of_set[1]:.3f}, {of_set[2]:.3f}]",
@@ -425,7 +426,7 @@ def least_constant(
     whatever the law (binomial); an end that no seed is beyond is infinite. An estimate, so that it
     can be wrong: T1 with a radius of C = 1 holds with room for any program.
     """
-    found = config.constant * np.sort(np.asarray(needed, np.float64)) / float(radius)
+    found = config.constant * np.sort(needed.astype(np.float64)) / radius
     count, level = len(found), 1 - config.delta
     low, high = (int(x) for x in binom.ppf([0.025, 0.975], count, level))
     at = lambda rank: math.inf if rank >= count else float(found[rank])  # noqa: E731
