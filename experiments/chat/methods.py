@@ -1,8 +1,7 @@
 """The methods: the frontier's own, and what a proxy alone can do; each a value handed labels.
 
 Every method but RSO is given as many of gold's labels: ``SFT on chosen`` and
-``offline DPO`` all at once, on pairs of pi0's answers; ``best and worst`` half of them on the
-online methods' selection from pi0's answers; ``online`` an equal part in each round;
+``offline DPO`` all at once, on pairs of pi0's answers; ``online`` an equal part in each round;
 ``hybrid`` half and half. RSO has none of them: a proxy labels a pair at each prompt, of pi0's
 answers that are accepted towards its Gibbs law. There is one RSO for each proxy.
 """
@@ -22,7 +21,6 @@ from experiments.frontier.methods import (
     hybrid,
     offline,
     online,
-    selected,
 )
 from jax_klrlhf.training import rounds, tasks
 from jax_klrlhf.training.rounds.fitting import deal
@@ -31,8 +29,7 @@ from jax_klrlhf.training.rounds.parts import Improve, Improved, Reward, Situatio
 from jax_klrlhf.training.rounds.run import Outcome
 
 SFT, OFFLINE, ONLINE, HYBRID = "SFT on chosen", "offline DPO", "online GSHF-DPO", "hybrid GSHF-DPO"
-SELECTED = "offline DPO, best and worst"
-LIKELIHOOD, GOLD, PROXY = "likelihood", "DPO on gold's labels", "DPO on a proxy's labels"
+LIKELIHOOD, GOLD, PROXY = "likelihood", "DPO on gold labels", "DPO on proxy labels"
 
 
 class Method(NamedTuple):
@@ -74,7 +71,6 @@ def rejection(parts: Parts, cell: Cell) -> Improve:
 METHODS: Mapping[str, Method] = {
     SFT: Method(offline(chosen), LIKELIHOOD, coefficient=False),
     OFFLINE: Method(offline(dpo), GOLD),
-    SELECTED: Method(selected, GOLD),
     ONLINE: Method(online(), GOLD),
     HYBRID: Method(hybrid, GOLD),
     **{f"RSO, {proxy}": Method(offline(rejection), PROXY, proxy) for proxy in PROXIES},

@@ -22,7 +22,6 @@ TEN = 10
 """Pairs of answers on the page's first screen and in ``pairs.md``."""
 CLAIMS = (
     ("online beats offline at equal labels", methods.ONLINE, methods.OFFLINE),
-    ("online beats offline of the same selection", methods.ONLINE, methods.SELECTED),
     ("hybrid beats offline at equal labels", methods.HYBRID, methods.OFFLINE),
     ("hybrid beats online at equal labels", methods.HYBRID, methods.ONLINE),
     ("preferences beat likelihood on the preferred", methods.OFFLINE, methods.SFT),

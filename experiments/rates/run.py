@@ -16,7 +16,6 @@ least radius for which T1 is a theorem: a bound violated there would be a wrong 
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,12 +27,11 @@ from jaxtyping import Array, Bool, Float, Key
 from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.progress import Progress
-from scipy.stats import binom
 
 from experiments import plotting, study
 from jax_klrlhf import bandit, results
 from jax_klrlhf.bandit import pessimism
-from jax_klrlhf.core import bounds, ellipsoid, uncertainty
+from jax_klrlhf.core import bounds, uncertainty
 from jax_klrlhf.core.numerics import Scalar
 from jax_klrlhf.errors import InputError
 
@@ -117,7 +115,6 @@ class Measured(NamedTuple):
 
     greedy: Float[Array, " counts"]
     error: Float[Array, " counts"]  # ||theta_hat - theta*||_Sigma
-    needed: Float[Array, " counts"]  # least radius with which every action's bonus covers its error
     radius: Float[Array, "counts deltas"]
     one: Pessimist  # [counts, deltas]
     two: Pessimist  # [counts, deltas]
@@ -175,9 +172,6 @@ def measure(
         seen = (jnp.arange(most) < count).astype(data.weight.dtype)
         estimate = learner.update(setting, empty, data._replace(weight=seen))
         error = bandit.error(problem, estimate)
-        shift = setting.features - nu
-        off = jnp.abs(shift @ (estimate.theta - problem.theta))
-        needed = jnp.max(off / ellipsoid.norm(estimate.ellipsoid, shift))
         radius = bounds.radius(
             dim=dim,
             delta=deltas,
@@ -191,7 +185,6 @@ def measure(
         return Measured(
             bandit.gap(problem, learner.policy(setting, estimate)),
             error,
-            needed,
             radius,
             one,
             two,
@@ -282,9 +275,6 @@ def _numbers(
         metrics[f"{panel}/confidence set/radius"] = results.mean(measured.radius[:, point, delta])
         held, _ = results.proportion(_held(measured, point, delta))
         metrics[f"{panel}/confidence set/coverage"] = held
-        # T1's one step about the radius: at most the realized error, and attained by an action.
-        share = np.asarray(measured.needed[:, point] / measured.error[:, point])
-        metrics[f"{panel}/T1/needed over realized radius"] = results.mean(share)
         for name in POLICIES:
             p = _pessimist(measured, name, delta)
             gap, bound = p.gap[:, point], p.bound[:, point]
@@ -396,16 +386,13 @@ def _print_confidence(
     for panel, measured in panels.items():
         held, (low, high) = results.proportion(_held(measured, -1, middle))
         quantile = np.quantile(measured.error, 1 - config.delta, axis=0)
-        radius = float(measured.radius[0, -1, middle])
-        least = least_constant(config, np.asarray(measured.needed[:, -1]), radius)
-        of_set = least_constant(config, np.asarray(measured.error[:, -1]), radius)
+        needed = config.constant * quantile[-1] / measured.radius[0, -1, middle]
         rows[panel] = {
             f"covered (asked {1 - config.delta:g})": f"{held.value:.3f} [{low:.3f}, {high:.3f}]",
-            "radius": f"{radius:.1f}",
+            "radius": f"{measured.radius[0, -1, middle]:.1f}",
             "error, its quantile": f"{quantile[-1]:.2f}",
             "at the least n": f"{quantile[0]:.2f}",
-            "C needed by the set [95 %]": f"{of_set[0]:.3f} [{of_set[1]:.3f}, {of_set[2]:.3f}]",
-            "by T1": f"{least[0]:.3f} [{least[1]:.3f}, {least[2]:.3f}]",
+            "C needed": f"{needed:.3f}",
             "bound/gap, Option II": f"{_ratio(measured.two, middle):.0f}",
             "realized radius": f"{_ratio(measured.two_realized, None):.0f}",
         }
@@ -415,22 +402,6 @@ def _print_confidence(
         console=console,
         caption="covered: share of seeds, Wilson 95 %; bound/gap: ratio of the means over seeds",
     )
-
-
-def least_constant(
-    config: Config, needed: Float[np.ndarray, " seeds"], radius: float
-) -> tuple[float, float, float]:
-    """C of the radius that suffices with probability 1 - delta, and its 95 % interval.
-
-    The quantile of what each seed needed, between the order statistics that enclose it with 95 %
-    whatever the law (binomial); an end that no seed is beyond is infinite. An estimate, so that it
-    can be wrong: T1 with a radius of C = 1 holds with room for any program.
-    """
-    found = config.constant * np.sort(needed.astype(np.float64)) / radius
-    count, level = len(found), 1 - config.delta
-    low, high = (int(x) for x in binom.ppf([0.025, 0.975], count, level))
-    at = lambda rank: math.inf if rank >= count else float(found[rank])  # noqa: E731
-    return float(np.quantile(found, level)), float(found[max(low - 1, 0)]), at(high)
 
 
 def _ratio(p: Pessimist, delta: int | None) -> float:
