@@ -24,12 +24,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from jax_klrlhf import models, training
+from jax_klrlhf import toy
 from jax_klrlhf.core import pairs
-from jax_klrlhf.models import scoring
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds import oracle
-from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.parts import ragged
 
 SMALL = os.environ.get("KLRLHF_SMALL") == "1"  # continuous integration
@@ -37,87 +35,25 @@ SMALL = os.environ.get("KLRLHF_SMALL") == "1"  # continuous integration
 # %% [markdown]
 # ## A toy world
 #
-# A vocabulary of 13 words; a prompt is a name and what it did first, a response goes on. pi0 is a
-# small transformer trained here on sentences in which sad things happen more often than happy ones.
-# The gold reward counts happy words less sad words; only the annotator knows it.
+# It comes with the library (`jax_klrlhf.toy`). A vocabulary of 13 words; a prompt is a name and
+# what it did first, a response goes on. pi0 is a small transformer trained here on sentences in
+# which sad things happen more often than happy ones. The gold reward counts happy words less sad
+# words; only the annotator knows it.
 
 # %%
-NAMES = ["Ana", "Ben", "Cleo"]
-HAPPY, PLAIN = ["laughed", "danced", "sang"], ["walked", "waited", "slept"]
-SAD = ["cried", "fell", "left"]
-WORDS = ["<end>", *NAMES, *HAPPY, *PLAIN, *SAD]
-WORTH = np.array([0, 0, 0, 0, 1, 1, 1, 0, 0, 0, -1, -1, -1], np.float32)
-PROB = np.array([2, 2, 2, 4, 4, 4, 5, 5, 5]) / 33  # of the nine verbs
-END, LONGEST = 0, 6
-
-model = models.language_model(
-    models.ModelConfig(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, layers=1, heads=2,
-        kv_heads=2, head_dim=16, max_length=16,
-    )
-)  # fmt: skip
-
-
-def stories(count, *, seed):
-    """Prompts ``[count, 2]`` and responses ``[count, 1, LONGEST]``, on the host."""
-    rng = np.random.default_rng(seed)
-    prompts = np.stack([rng.integers(1, 4, count), rng.choice(9, count, p=PROB) + 4], 1)
-    length = rng.integers(2, LONGEST, count)
-    words = rng.choice(9, (count, LONGEST), p=PROB) + 4
-    words = np.where(np.arange(LONGEST) < length[:, None], words, END)
-    return (
-        ragged(prompts, np.full(count, 2)),
-        ragged(words[:, None], (length + 1)[:, None]),
-    )
-
-
-def gold(prompts, responses):
-    """Reward ``[B, K]`` in nats."""
-    del prompts
-    ids, lengths = np.asarray(responses.ids), np.asarray(responses.lengths)
-    kept = np.arange(ids.shape[-1]) < lengths[..., None]
-    return np.where(kept, WORTH[ids], 0.0).sum(-1).astype(np.float32)
+world = toy.world(steps=20 if SMALL else 200)
+model, pi0, gold, draw = world.model, world.pi0, world.gold, world.draw(4)
+held_out = world.prompts(64 if SMALL else 256, seed=1)
 
 
 def text(ids, length):
-    return " ".join(WORDS[i] for i in np.asarray(ids)[: int(length)])
-
-
-def train_pi0(*, steps):
-    questions, answers = stories(1024, seed=0)
-    optimizer = optax.adam(1e-2)
-    step = training.make_step(training.tasks.likelihood(model), optimizer)
-    carried = training.state.init(jax.random.key(0), model.init(jax.random.key(1)), optimizer)
-    rng = np.random.default_rng(0)
-    for _ in range(steps):
-        at = rng.choice(1024, 128, replace=False)
-        picked = jax.tree.map(lambda x, at=at: x[at], (questions, answers))
-        carried, _ = step(carried, training.Batch(*picked, weight=np.ones(128, np.float32)))
-    return carried.policy
-
-
-pi0 = train_pi0(steps=20 if SMALL else 200)
-draw = rounds.Draw(model=model, samples=4, max_new_tokens=LONGEST, stop=(END,))
-held_out, _ = stories(64 if SMALL else 256, seed=1)
-
-
-def divergence(both, prompts, responses):
-    """Sum over tokens of the exact divergence at each: unbiased for KL(pi || pi0)."""
-    scores = scoring.score(model, both[0], prompts, responses, reference=(model, both[1]))
-    return scores.kl.sum(-1)
-
-
-kl_of = mapped(divergence, rows=256)
+    return toy.decode(np.asarray(ids)[: int(length)])
 
 
 def judge(params):
     """Gold reward and KL(pi || pi0) in nats, on held-out prompts, with standard errors."""
-    answers = draw(jax.random.key(7), params, held_out)
-    found = (
-        gold(held_out, answers).mean(1),
-        np.asarray(kl_of((params, pi0), held_out, answers)).mean(1),
-    )
-    return [(x.mean(), x.std(ddof=1) / len(x) ** 0.5) for x in found]
+    found = world.evaluate(params, count=len(held_out.lengths))
+    return [(found[name].value, found[name].stderr) for name in ("reward", "kl")]
 
 
 answers = draw(jax.random.key(2), pi0, held_out)
@@ -134,8 +70,8 @@ print("gold reward of pi0: {:.3f} ± {:.3f}".format(*judge(pi0)[0]))
 
 # %%
 LABELS, ROUNDS = (64, 2) if SMALL else (512, 2)
-train, _ = stories(LABELS, seed=2)
-two = rounds.Draw(model=model, samples=2, max_new_tokens=LONGEST, stop=(END,))
+train = world.prompts(LABELS, seed=2)
+two = world.draw(2)
 features = rounds.hidden_features(model, pi0, scale=8.0, rows=256)
 annotator = oracle.bradley_terry(gold)
 
