@@ -100,10 +100,11 @@ def _search(config: PlanConfig, model: ModelConfig, topology: Slice) -> list[rep
             "--search-meshes, or other --pairs"
         )
     found = []
+    laid = read_mesh(config.mesh, topology)
     for options, one in tried:
         kept = model if one.remat is None else replace(model, remat=one.remat)
-        mesh = read_mesh(one.mesh, topology)
-        for program in _programs(one, kept, mesh, topology):
+        laid = read_mesh(one.mesh, topology)
+        for program in _programs(one, kept, laid, topology):
             plan = report.compile_program(program, topology)
             said = f"{program.name} {options}: {report.verdict(plan)}"
             print(f"{said}; {plan.seconds:.0f} s", flush=True)
@@ -124,7 +125,7 @@ def _search(config: PlanConfig, model: ModelConfig, topology: Slice) -> list[rep
             },
         )
     if all(one.plan.refusal is not None for one in found):
-        raise InputError(f"no candidate fits on {topology.name}. {advice(config, mesh)}")
+        raise InputError(f"no candidate fits on {topology.name}. {advice(config, laid)}")
     return [one.plan for one in ordered]
 
 

@@ -86,7 +86,7 @@ def _by_length(arrays: Any) -> np.ndarray:
     if all(len(np.unique(of)) == 1 for of in widths):
         return np.arange(len(leaves[0] if not isinstance(leaves[0], Ragged) else leaves[0].lengths))
     # By what is compiled first, then by tokens.
-    return np.lexsort([sum(longest), *widths])
+    return np.lexsort(np.stack([np.sum(longest, axis=0), *widths]))
 
 
 def fill(rows: np.ndarray, size: int) -> np.ndarray:
