@@ -31,4 +31,4 @@ def test_text_comment_and_annotation():
     statement, below = records.ast.parse("x: int  # a count\n'''Text.'''").body
     assert records._text(statement, below, ["x: int  # a count"]) == "Text."
     assert records._text(statement, None, ["x: int  # a count"]) == "a count"
-    assert records._text(statement, None, ["x: int"]) == "int"
+    assert records._text(statement, None, ["x: int"]) == "``int``"

@@ -55,4 +55,4 @@ def _text(statement: ast.AnnAssign, below: ast.stmt | None, lines: list[str]) ->
         return inspect.cleandoc(below.value.value)
     last = statement.end_lineno or statement.lineno
     behind = lines[last - 1][statement.end_col_offset or 0 :].partition("#")[2].strip()
-    return behind or ast.unparse(statement.annotation)
+    return behind or f"``{ast.unparse(statement.annotation)}``"  # its stars are no emphasis

@@ -1,7 +1,7 @@
 """Will it fit? The library's own programs, compiled ahead of time for a slice of TPUs."""
 
 from jax_klrlhf.plan.chips import CHIPS, read_topology
-from jax_klrlhf.plan.command import PlanConfig, main
+from jax_klrlhf.plan.command import main
 from jax_klrlhf.plan.presets import PRESETS
 from jax_klrlhf.plan.program import Program, Shapes, sampler, train_step
 from jax_klrlhf.plan.report import Plan, compile_program, table
@@ -10,7 +10,6 @@ __all__ = [
     "CHIPS",
     "PRESETS",
     "Plan",
-    "PlanConfig",
     "Program",
     "Shapes",
     "compile_program",

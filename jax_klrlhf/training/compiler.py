@@ -18,8 +18,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Of a training step, by platform.
 
-None are set so far. On v5e libtpu gathers weights asynchronously by itself; for v5p, where it does
-not, its options for asynchronous gathers left libtpu 0.0.42.1 idle in the middle of compiling 8B.
+None are set so far. On v5e libtpu gathers weights asynchronously by itself; on v5p it does not, and
+with five of its options for that, set at once, libtpu 0.0.42.1 did not finish 8B in 14 minutes.
 """
 
 

@@ -13,10 +13,11 @@ from jax_klrlhf.errors import InputError
 from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.models.lora import Lora
 from jax_klrlhf.models.transformer import language_model
-from jax_klrlhf.plan import PRESETS, PlanConfig, Shapes, candidates, main, program, report
+from jax_klrlhf.plan import PRESETS, Shapes, candidates, main, program, report
 from jax_klrlhf.plan.chips import GIB, devices, read_topology
 from jax_klrlhf.plan.command import read_mesh
 from jax_klrlhf.plan.cost import Collective, Cost
+from jax_klrlhf.programs.plan_config import PlanConfig
 from jax_klrlhf.training import optimizers
 
 needs_libtpu = pytest.mark.skipif(
