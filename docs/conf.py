@@ -103,9 +103,17 @@ def _objectives() -> None:
     (target / "objectives.md").write_text(catalogue.table())
 
 
+def _atlas() -> None:
+    """The page of claims, from the numbers that are committed beside the experiment."""
+    from experiments.atlas import page, run
+
+    (HERE / "atlas.md").write_text(page.document(run.SECTIONS))
+
+
 _notebooks()
 _readmes()
 _objectives()
+_atlas()
 
 
 def _skip(app, what, name, found, skip, options):

@@ -1,4 +1,4 @@
-"""Exact checks of the policy side's claims: objectives, self-play, inference (`checks.Effect`).
+"""Exact checks of the policy side's claims: objectives, self-play, inference (`rows.Effect`).
 
 Where a claim is a fixed point, the effect is minus the largest entry of the exact expected gradient
 there, in a tabular softmax policy: 0 if the claim holds. Where it is that something lies on the
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from experiments.atlas.checks import ACTIONS, CYCLE, KL_COEF, Effect
+from experiments.atlas.rows import Effect
+from experiments.atlas.worlds import ACTIONS, CYCLE, KL_COEF
 from jax_klrlhf.core import (
     choices,
     divergence,

@@ -1,8 +1,9 @@
 """One reward or many: what is gained on the real choices of people who differ.
 
 * Train tickets: 235 people, 2,929 choices between two tickets.
-* Cars: 4,654 people, *one* choice among six cars each: nothing identifies a group but the choice
-  itself, so groups cannot be used for a new person (the control).
+* Cars: 4,654 people, *one* choice among six cars each, read as five comparisons of weight 1/5:
+  nothing identifies a group but the choice itself, so none can be used for a new person (the
+  control).
 
 Some people are known, the others are new. A new person's first labels are revealed one after the
 other; everything is scored on the same later choices of theirs: log-likelihood per choice, person
@@ -10,23 +11,21 @@ by person, its mean over the worst-off tenth, and calibration.
 """
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Array, Bool, Float
 from rich.console import Console
 
-from experiments import plotting
+from experiments import plotting, study
 from jax_klrlhf import results
 from jax_klrlhf.bandit import human
 from jax_klrlhf.core import estimation, measure, mixture, posterior, saddle
 from jax_klrlhf.core.numerics import Scalar
-from jax_klrlhf.errors import InputError, reported
+from jax_klrlhf.errors import InputError
 
 METHODS = (
     "one reward",
@@ -60,8 +59,8 @@ class Config:
     ridge: float = 0.1
     share: float = 5.0
     """What all known people's choices together count in a person's own fit, in choices."""
-    car_people: int = 300
-    """Cars: people taken, half of them known."""
+    car_people: int = 4654
+    """Cars: people taken (at random by the seed, where not all), half of them known."""
     smoke: bool = False
     """Two splits of few people, to see that it runs."""
 
@@ -147,7 +146,15 @@ def learn(key: Array, people: People, known: Bool[Array, " people"], config: Con
         steps=20, weights=weight,
     )  # fmt: skip
     hull = mixture.prototypes(
-        z, y, user, start=found.theta, users=count, ridge=config.ridge, steps=2, weights=weight
+        z,
+        y,
+        user,
+        start=found.theta,
+        users=count,
+        ridge=config.ridge,
+        steps=2,
+        weights=weight,
+        most=rows,
     )
     # Every comparison is a context of two alternatives; groups' rewards are centred there.
     half = jnp.einsum("gd,nd->gn", found.theta, z) / 2
@@ -159,38 +166,51 @@ def learn(key: Array, people: People, known: Bool[Array, " people"], config: Con
 
 
 def predict(
-    learned: Learned, people: People, known: Bool[Array, " people"], config: Config, labels: Scalar
+    learned: Learned,
+    people: People,
+    known: Bool[Array, " people"],
+    config: Config,
+    labels: Scalar,
+    *,
+    reveals: bool,
 ) -> Float[Array, "methods people rows"]:
-    """Probability of the label 1 of each person's rows, their first ``labels`` being known."""
+    """Probability of the label 1 of each person's rows, their first ``labels`` being known.
+
+    Where nothing is revealed everybody's own models are one, and fitted once.
+    """
     _, rows, dim = people.differences.shape
     crowd = people.differences.reshape(-1, dim), people.label.reshape(-1)
     crowd_weight = jnp.where(known[:, None], people.weight, 0.0).reshape(-1)
     crowd_weight = crowd_weight * (config.share / jnp.sum(crowd_weight))
 
-    def person(z: Array, y: Array, weight: Array) -> Array:
-        heard = jnp.where(jnp.arange(rows) < labels, weight, 0.0)
-        margins = learned.groups.theta @ z.T
-        log_weight = mixture.route(learned.groups.log_weight, jnp.where(heard > 0, margins, 0.0), y)
-        routed = jnp.exp(log_weight) @ jax.nn.sigmoid(margins)
+    def told(z: Array, y: Array, heard: Array) -> tuple[Array, Array, posterior.Gaussian]:
+        """Weights of the groups, place among the prototypes, own posterior."""
+        margins = jnp.where(heard > 0, learned.groups.theta @ z.T, 0.0)
+        log_weight = mixture.route(learned.groups.log_weight, margins, y)
         place = mixture.simplex(learned.prototypes.theta, z, y, weights=heard)
         both = jnp.concatenate([crowd[0], z]), jnp.concatenate([crowd[1], y])
         counted = jnp.concatenate([crowd_weight, heard])
         own = estimation.fit(*both, ridge=config.ridge, weights=counted, init=learned.single).theta
         hessian = estimation.hessian(own, both[0], ridge=config.ridge, weights=counted)
-        mean, variance = posterior.margin(posterior.laplace(own, hessian), z)
+        return log_weight, place, posterior.laplace(own, hessian)
+
+    nobody = None if reveals else told(people.differences[0], people.label[0], jnp.zeros(rows))
+
+    def one(row: tuple[Array, Array, Array]) -> Array:
+        z, y, weight = row
+        heard = jnp.where(jnp.arange(rows) < labels, weight, 0.0)
+        log_weight, place, own = told(z, y, heard) if nobody is None else nobody
+        mean, variance = posterior.margin(own, z)
         return jnp.stack(
             [
                 jax.nn.sigmoid(z @ learned.single),
-                routed,
+                jnp.exp(log_weight) @ jax.nn.sigmoid(learned.groups.theta @ z.T),
                 jax.nn.sigmoid(z @ (place @ learned.prototypes.theta)),
                 posterior.probability(mean, variance),
                 jax.nn.sigmoid(mean),
                 jax.nn.sigmoid(z @ learned.maxmin),
             ]
         )
-
-    def one(row: tuple[Array, Array, Array]) -> Array:
-        return person(*row)
 
     found = jax.lax.map(one, (people.differences, people.label, people.weight), batch_size=32)
     return jnp.moveaxis(found, 1, 0)
@@ -236,11 +256,8 @@ def score(
 
 def main(config: Config, *, console: Console | None = None) -> Path:
     """Run every split, draw the figure, print the tables; returns the path of ``results.json``."""
-    console = console or Console()
-    began = time.perf_counter()
-    config = config.resized()
-    config.check()
-    output = results.output_folder(config.output)
+    here = study.begin("pluralism", config, console=console)
+    config, console = here.config, here.console
     found: dict[str, dict[int, list[Score]]] = {}
     for name in config.datasets:
         people = open_people(name, config)
@@ -250,7 +267,10 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         fitted = jax.jit(lambda key, people, known: learn(key, people, known, config))
         scored = jax.jit(
             lambda learned, people, known, m, first=first: score(
-                predict(learned, people, known, config, m), people, ~known, first
+                predict(learned, people, known, config, m, reveals=first > 0),
+                people,
+                ~known,
+                first,
             )
         )
         found[name] = {m: [] for m in labels}
@@ -264,14 +284,8 @@ def main(config: Config, *, console: Console | None = None) -> Path:
             console.print(f"{name}: split {split + 1} of {config.splits}")
     metrics = _numbers(found)
     _print(found, metrics, console)
-    _figure(found, output / "pluralism.png")
-    seconds = time.perf_counter() - began
-    path = results.write_results(
-        output, name="pluralism", config=config, seeds=[config.seed], seconds=seconds,
-        metrics=metrics,
-    )  # fmt: skip
-    console.print(f"{path} and pluralism.png beside it, in {seconds:.0f} s")
-    return path
+    _figure(found, here.output / "pluralism.png")
+    return here.end(metrics, beside="pluralism.png")
 
 
 def _numbers(found: dict[str, dict[int, list[Score]]]) -> dict[str, results.Metric]:
@@ -326,7 +340,4 @@ def _figure(found: dict[str, dict[int, list[Score]]], target: Path) -> None:
     plotting.save(figure, target)
 
 
-def cli() -> None:
-    """Entry of ``python -m experiments.pluralism``."""
-    with reported():
-        main(tyro.cli(Config, description=__doc__))
+cli = study.entry(main, Config, __doc__)

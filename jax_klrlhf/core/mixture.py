@@ -189,25 +189,36 @@ def prototypes(
     concentration: Scalar = 1.5,
     steps: int = 10,
     weights: Shaped[Array, " n"] | None = None,
+    most: int | None = None,
 ) -> Prototypes:
     r"""Prototypes and everybody's place among them, in turns, from ``start`` (a mixture's thetas).
 
     Given the places the reward is linear in all prototypes together, so they are one Bradley-Terry
     fit of features ``w_u`` times z; given the prototypes every person is :func:`simplex`. Squared
     distances to an ideal point, PAL's other form, are the same with features ``[f, vec f f^T]``.
+
+    ``most`` is the largest number of comparisons of one person (n by default): with it each place
+    is found from that many rows instead of all n. Who has more loses the rest.
     """
     groups, dim = start.shape
     labels = labels.astype(differences.dtype)
     heard = jnp.ones_like(labels) if weights is None else weights.astype(labels.dtype)
+    n = labels.shape[0]
+    most = n if most is None else min(most, n)
+    order = jnp.argsort(user)
+    near = jnp.arange(most, dtype=user.dtype)
+    people = jnp.arange(users, dtype=user.dtype)
+    first = jnp.searchsorted(user[order], people).astype(user.dtype)
+
+    def place(theta: Array, number: Array) -> Array:
+        own = order[jnp.minimum(first[number] + near, n - 1)]
+        counted = jnp.where((user[own] == number) & (first[number] + near < n), heard[own], 0)
+        return simplex(
+            theta, differences[own], labels[own], concentration=concentration, weights=counted
+        )
 
     def places(theta: Array) -> Array:
-        return lax.map(
-            lambda u: simplex(
-                theta, differences, labels,
-                concentration=concentration, weights=jnp.where(user == u, heard, 0),
-            ),
-            jnp.arange(users), batch_size=32,
-        )  # fmt: skip
+        return lax.map(lambda u: place(theta, u), people, batch_size=32)
 
     def step(_: int | Array, theta: Array) -> Array:
         weight = places(theta)[user]

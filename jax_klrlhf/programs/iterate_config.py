@@ -44,28 +44,29 @@ class Annotator:
 class Belief:
     """What the learner believes of responses; it sees labels, never the annotator's reward."""
 
-    kind: Literal["reward-model", "ensemble", "linear", "implicit", "given", "annotator"] = (
-        "reward-model"
-    )
-    """A Bradley-Terry reward model on the policy's trunk; several of them; a linear reward on
-    pi0's frozen hidden states with its confidence ellipsoid; the policy's own implicit reward; a
-    trained reward model (belief.model); or the annotator's reward itself, which is cheating and
-    tells what belief costs."""
+    kind: Literal[
+        "reward-model", "ensemble", "heads", "linear", "implicit", "given", "annotator"
+    ] = "reward-model"
+    """A Bradley-Terry reward model on the policy's trunk; several of them; several heads on one
+    trunk, which cost one forward pass; a linear reward on pi0's frozen hidden states with its
+    confidence ellipsoid; the policy's own implicit reward; a trained reward model (belief.model);
+    or the annotator's reward itself, which is cheating and tells what belief costs."""
     model: str | None = None
     """given: folder or hub id of the reward model."""
     members: int = 3
-    """ensemble: how many."""
+    """ensemble, heads: how many."""
     combine: Literal["mean", "worst", "variance"] = "mean"
-    """ensemble: the members' mean, their least, or mean less belief.variance-coef variances."""
+    """ensemble, heads: the members' mean, their least, or mean less belief.variance-coef times
+    their variance."""
     variance_coef: float = 1.0
-    """ensemble, combined by variance."""
+    """ensemble, heads, combined by variance."""
     steps: int = 100
-    """reward-model, ensemble: optimizer steps of each fit, anew each round on all labels."""
+    """reward-model, ensemble, heads: optimizer steps of each fit, anew each round on all labels."""
     learning_rate: float = 1e-5
-    """reward-model, ensemble."""
+    """reward-model, ensemble, heads."""
     pooling: Literal["last", "mean"] | None = None
-    """reward-model, ensemble, linear: the response's last state or the mean of its states; by
-    default last, and mean for linear."""
+    """reward-model, ensemble, heads, linear: the response's last state or the mean of its states;
+    by default last, and mean for linear."""
     ridge: float = 0.01
     """linear: of the fit and of the ellipsoid (lambda)."""
     radius: float = 1.0
@@ -262,15 +263,16 @@ class IterateConfig:
 # What may change between a run and its continuation.
 FREE = {"output", "rounds", "best_of", "mesh", "sampling_tensor", "processes", "compilation_cache"}
 
-MODELS = ("reward-model", "ensemble")
+MANY = ("ensemble", "heads")
+MODELS = ("reward-model", *MANY)
 REJECTION = ("rso", "rejection")
 ROUNDS = ("online", "newest", "hybrid")
 # Option, its switch, and the values of the switch that read it.
 _READ: Mapping[str, tuple[str, Sequence[Any]]] = {
     "annotator.tie": ("annotator.labels", ("drawn",)),
     "belief.model": ("belief.kind", ("given",)),
-    "belief.members": ("belief.kind", ("ensemble",)),
-    "belief.combine": ("belief.kind", ("ensemble",)),
+    "belief.members": ("belief.kind", MANY),
+    "belief.combine": ("belief.kind", MANY),
     "belief.variance_coef": ("belief.combine", ("variance",)),
     "belief.steps": ("belief.kind", MODELS),
     "belief.learning_rate": ("belief.kind", MODELS),
@@ -370,7 +372,7 @@ def _check_parts(config: IterateConfig) -> None:
     belief, pairs, improve = config.belief, config.pairs, config.improve
     if belief.kind == "given" and belief.model is None:
         raise InputError("--belief.kind given needs --belief.model, a trained reward model.")
-    if belief.kind == "ensemble" and belief.members < 2:
+    if belief.kind in MANY and belief.members < 2:
         raise InputError(f"--belief.members is {belief.members}; an ensemble has at least two.")
     if pairs.rule in ("most-uncertain", "enhancer") and belief.kind != "linear":
         raise InputError(
@@ -398,10 +400,10 @@ def _check_parts(config: IterateConfig) -> None:
                 "--improve.reward-bound: with --improve.passes until the largest reward that is "
                 "left stands for it; leave it out."
             )
-    if improve.method == "pessimistic" and belief.kind not in ("linear", "ensemble"):
+    if improve.method == "pessimistic" and belief.kind not in ("linear", *MANY):
         raise InputError(
             f"--improve.method pessimistic needs a belief that knows its uncertainty; "
-            f"{belief.kind} does not: give --belief.kind linear or ensemble."
+            f"{belief.kind} does not: give --belief.kind linear, ensemble or heads."
         )
     if (
         config.samples != _default("samples")

@@ -21,7 +21,7 @@ from jax_klrlhf.core.pairs import PairRule
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.models import partition, pretrained
+from jax_klrlhf.models import heads, partition, pretrained
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models.reward import RewardParams
 from jax_klrlhf.programs import own_draws
@@ -236,15 +236,18 @@ def make_belief(key: Key[Array, ""], place: Place, judge: Judge | None, prompts:
             bound=belief.bound,
             mesh=place.mesh,
         )
-    elif belief.kind == "ensemble":
-        keys = [jax.random.fold_in(key, number) for number in range(belief.members)]
-        members = [rounds.resampled(member) for member in _reward_models(keys, place)]
+    elif belief.kind in ("ensemble", "heads"):
         combine = {
             "mean": rounds.mean,
             "worst": rounds.worst,
             "variance": rounds.uncertainty_weighted(belief.variance_coef),
         }[belief.combine]
-        found = rounds.ensemble(members, combine=combine)
+        if belief.kind == "heads":
+            found = _heads(key, place, combine)
+        else:
+            keys = [jax.random.fold_in(key, number) for number in range(belief.members)]
+            members = [rounds.resampled(member) for member in _reward_models(keys, place)]
+            found = rounds.ensemble(members, combine=combine)
     else:
         (found,) = _reward_models([key], place)
     if belief.length_penalty:
@@ -257,13 +260,37 @@ def make_belief(key: Key[Array, ""], place: Place, judge: Judge | None, prompts:
 
 def _reward_models(keys: Sequence[Key[Array, ""]], place: Place) -> list[Reward]:
     """Reward models on pi0's trunk with random heads, which share their programs."""
-    belief, loaded, config = place.config.belief, place.loaded, place.config
-    starts = []
-    for key in keys:
-        head: Any = rewards.init_head(key, dim=loaded.config.hidden_size)
-        if place.mesh is not None:
-            head = jax.device_put(np.asarray(head), jax.NamedSharding(place.mesh, jax.P()))
-        starts.append(RewardParams(loaded.params, head))
+    dim = place.loaded.config.hidden_size
+    starts = [_on_trunk(rewards.init_head(key, dim=dim), place) for key in keys]
+    fitting, pooling = _belief_fitting(starts[0], place)
+    return [
+        rounds.reward_model(
+            place.loaded.model, params, fitting=fitting, pooling=pooling, rows=place.config.rows
+        )
+        for params in starts
+    ]
+
+
+def _heads(key: Key[Array, ""], place: Place, combine: rounds.Combine) -> Reward:
+    """Random heads on one trunk of pi0's."""
+    members, dim = place.config.belief.members, place.loaded.config.hidden_size
+    start = _on_trunk(heads.init(key, members=members, dim=dim), place)
+    fitting, pooling = _belief_fitting(start, place)
+    return rounds.heads(
+        place.loaded.model, start, fitting=fitting, combine=combine, pooling=pooling,
+        rows=place.config.rows,
+    )  # fmt: skip
+
+
+def _on_trunk(head: Any, place: Place) -> RewardParams:
+    if place.mesh is not None:
+        head = jax.device_put(np.asarray(head), jax.NamedSharding(place.mesh, jax.P()))
+    return RewardParams(place.loaded.params, head)
+
+
+def _belief_fitting(params: RewardParams, place: Place) -> tuple[rounds.Fitting, Any]:
+    """How a reward model is fitted, and how it pools."""
+    belief, config = place.config.belief, place.config
     fit = FitConfig(
         steps=belief.steps,
         learning_rate=belief.learning_rate,
@@ -271,14 +298,8 @@ def _reward_models(keys: Sequence[Key[Array, ""]], place: Place) -> list[Reward]
         micro_batches=config.fit.micro_batches,
         log_every=config.fit.log_every,
     )
-    fitting = place.fitting(fit, starts[0])
     pooling = rewards.mean if belief.pooling == "mean" else rewards.last
-    return [
-        rounds.reward_model(
-            loaded.model, params, fitting=fitting, pooling=pooling, rows=config.rows
-        )
-        for params in starts
-    ]
+    return place.fitting(fit, params), pooling
 
 
 def _features(key: Key[Array, ""], place: Place, prompts: Ragged) -> Features:

@@ -145,3 +145,37 @@ def test_the_win_rate_of_pi0_is_one_half_and_par_depends_on_pi0():
     np.testing.assert_allclose((jnp.exp(ref) * par).sum(-1), 0.5, rtol=1e-10)
     other = links.win_rate(links.matrix(rewards[0]), jnp.flip(ref, -1))
     assert jnp.abs(par - other).max() > 0.05
+
+
+def test_the_front_at_a_kl_is_strictly_concave_and_without_one_it_is_a_few_corners():
+    """Of two objectives: under a KL a weighted sum reaches every trade-off; without, it jumps."""
+    rewards, ref = worlds(count=16, members=2)
+    weights = jnp.linspace(0.02, 0.98, 25)
+
+    def point(weight, rewards, ref, spent):
+        mixed = weight * rewards[0] + (1 - weight) * rewards[1]
+        kl_coef = measure.at_divergence(mixed, ref, divergence=spent)
+        kl_coef = jnp.where(jnp.isfinite(spent), kl_coef, 1e-6)
+        return jnp.exp(gibbs.log_prob(mixed, ref, kl_coef=kl_coef)) @ rewards.T
+
+    over = jax.vmap(jax.vmap(point, in_axes=(0, None, None, None)), in_axes=(None, 1, 0, None))
+    front = jax.jit(over)
+    curve = front(weights, rewards, ref, jnp.asarray(0.3))  # [worlds, weights, objectives]
+    step = jnp.diff(curve, axis=1)
+    turn = step[:, :-1, 0] * step[:, 1:, 1] - step[:, :-1, 1] * step[:, 1:, 0]
+    assert (turn < 0).all()  # each step is to the right of the one before
+    assert (step[..., 0] > 0).all()
+    assert (step[..., 1] < 0).all()
+    corners = front(weights, rewards, ref, jnp.asarray(jnp.inf))
+    different = [len(np.unique(np.round(world, 6), axis=0)) for world in corners]
+    assert max(different) <= 8
+    assert len(np.unique(np.round(curve[0], 6), axis=0)) == 25
+    # Nothing of the same KL lies beyond it: mixtures of its own policies do not, nor others.
+    moved = jax.nn.log_softmax(ref[None] + jax.random.normal(jax.random.key(1), (300, *ref.shape)))
+    spent = (jnp.exp(moved) * (moved - ref[None])).sum(-1)
+    value = jnp.einsum("nsa,msa->nsm", jnp.exp(moved), rewards)
+    w = jnp.stack([weights, 1 - weights])
+    best = jnp.einsum("swm,mw->sw", curve, w)
+    others = jnp.einsum("nsm,mw->nsw", value, w)
+    assert (jnp.where(spent[..., None] <= 0.3, others, -jnp.inf) <= best[None] + 1e-9).all()
+    assert (spent <= 0.3).mean() > 0.1

@@ -3,6 +3,7 @@
 from jax_klrlhf.core import records
 from jax_klrlhf.training.rounds import oracle, pairing, rejection, settings
 from jax_klrlhf.training.rounds.beliefs import (
+    Combine,
     centred,
     ensemble,
     implicit,
@@ -29,6 +30,7 @@ from jax_klrlhf.training.rounds.improve import (
     preference,
     weighted_likelihood,
 )
+from jax_klrlhf.training.rounds.members import heads, worst_mixture
 from jax_klrlhf.training.rounds.parts import (
     Chosen,
     Comparisons,
@@ -61,6 +63,7 @@ from jax_klrlhf.training.rounds.samplers import (
 __all__ = [
     "Agent",
     "Chosen",
+    "Combine",
     "Comparisons",
     "Draw",
     "Drawn",
@@ -83,6 +86,7 @@ __all__ = [
     "dpo",
     "earlier",
     "ensemble",
+    "heads",
     "hidden_features",
     "implicit",
     "iterate",
@@ -117,6 +121,7 @@ __all__ = [
     "weighted_likelihood",
     "win_rate",
     "worst",
+    "worst_mixture",
 ]
 
 records.document(__name__)

@@ -163,11 +163,18 @@ def ensemble(
 
         found = ask(responses)
         beside = found if origin is None else ask(origin(policies, prompts))
-        offset = beside.mean(-1, keepdims=True)
-        combined = np.asarray(combine(jnp.asarray(found - offset)))
-        return Scored(combined + offset.mean(0), (found - offset).std(0, ddof=1))
+        return combined(found, beside, combine)
 
     return Reward(init=tuple(member.init for member in members), fit=fit, score=score)
+
+
+def combined(
+    found: Float[np.ndarray, "M B K"], beside: Float[np.ndarray, "M B R"], combine: Combine
+) -> Scored:
+    """One reward of members centred at ``beside``'s mean, as :func:`ensemble` says."""
+    offset = beside.mean(-1, keepdims=True)
+    one = np.asarray(combine(jnp.asarray(found - offset)))
+    return Scored(one + offset.mean(0), (found - offset).std(0, ddof=1))
 
 
 def pi0_draws(key: Key[Array, ""], draw: Draw) -> Origin:
