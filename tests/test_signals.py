@@ -27,6 +27,14 @@ def raising(name):
     return came
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """As at a terminal: what is started in the background of a script ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def arguments(tiny, pairs, tmp_path):  # noqa: F811
     """Of every command."""

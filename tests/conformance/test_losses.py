@@ -65,6 +65,8 @@ LOSSES = {
     "exo": bind(objectives.exo, label_smoothing=0.1),
     "discopop": bind(objectives.discopop),
     "wpo": lambda s: objectives.weighted(bind(objectives.sigmoid)(s), objectives.wpo_weight(s)),
+    "orpo": functools.partial(objectives.orpo, odds_coef=0.3),
+    "kto": bind(onesided.kto, shift=0.3, desirable=1.2),
     "nca": bind(onesided.nca),
     "bco": bind(onesided.bco, shift=0.1),
     "sppo": bind(onesided.sppo),

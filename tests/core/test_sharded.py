@@ -82,6 +82,9 @@ def everything(x):
         "gap": gibbs.gap(policy, reward, ref, where=where, **settings),
         "token_log_prob": token_log_prob,
         "sum_log_prob": sequence.sum_log_prob(token_log_prob, where=rows.mask),
+        "length_desensitized": sequence.length_desensitized(
+            jnp.stack([token_log_prob, 2 * token_log_prob], -2), x["length"], tail=0.4
+        ),
         "sigmoid": objectives.sigmoid(pairs, label_smoothing=0.1, **settings),
         "ipo": objectives.ipo(pairs, **settings),
         "hinge": objectives.hinge(pairs, **settings),
@@ -98,6 +101,7 @@ def everything(x):
         "mm_dpo": objectives.mm_dpo(pairs, **settings),
         "exo": objectives.exo(pairs, label_smoothing=0.1, **settings),
         "discopop": objectives.discopop(pairs, **settings),
+        "orpo": objectives.orpo(pairs, odds_coef=0.3),
         "aot": objectives.aot(pairs, **settings),
         "wpo_weight": objectives.wpo_weight(pairs),
         "weighted": objectives.weighted(chosen, policy[..., 0]),
@@ -105,6 +109,7 @@ def everything(x):
             pairs, divergence=fdivergence.forward_kl, **settings
         ),
         "nca": onesided.nca(pairs, **settings),
+        "kto": onesided.kto(pairs, shift=0.2, **settings),
         "bco": onesided.bco(pairs, shift=0.1, **settings),
         "sppo": onesided.sppo(pairs, **settings),
         "apo_zero": onesided.apo_zero(pairs, **settings),

@@ -87,7 +87,7 @@ def test_a_fit_of_iterate_has_checkpoints_where_nothing_is_said(tmp_path, monkey
     monkeypatch.setattr(rounds, "Fitting", lambda **named: made.append(named))
     place = Mock(spec=iterate_parts.Place, mesh=None, console=None, compute_dtype=None)
     config = iterate_config.IterateConfig(model="m", reward="r", prompts="p", output=tmp_path)
-    belief = iterate_config.Fit(steps=config.belief.steps)
+    belief = iterate_config.FitConfig(steps=config.belief.steps)
     for asked in (config.fit, belief):
         inspect.unwrap(iterate_parts.Place.fitting)(place, asked, None)
     for named in made:
