@@ -676,6 +676,7 @@ def test_help_says_what_is_for_python_alone(capsys):
         assert option in text
 
 
+@pytest.mark.slow
 def test_a_real_model_learns_from_a_fitted_gold_reward(stories_model, data_dir, tmp_path):
     text = (data_dir / "stories" / "train.txt").read_text().split("<|endoftext|>")
     openings = [" ".join(story.split())[:60].rsplit(" ", 1)[0] + " " for story in text[:80]]

@@ -140,6 +140,7 @@ def test_a_nominal_reward_between_the_mean_and_the_worst_case(solved):
     assert worst[0].mean() > worst[1].mean() > worst[2].mean()
 
 
+@pytest.mark.slow
 def test_multipliers_hold_the_thresholds_with_slackness(x64):
     rewards, ref = jax.vmap(world)(jax.random.split(jax.random.key(3), 16))
     kl_coef = 0.5

@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from rich.console import Console
 
 from experiments.objectives import methods, run
@@ -12,6 +13,7 @@ from experiments.ridge import run as ridge
 from jax_klrlhf.core import group_losses
 
 
+@pytest.mark.slow
 def test_it_runs_and_the_frontier_is_never_beaten(tmp_path):
     config = run.Config(smoke=True, output=tmp_path, only="RLOO")
     path = run.main(config, console=Console(quiet=True))
@@ -45,6 +47,7 @@ def test_every_family_has_a_loss_that_reads_the_same_group():
         assert np.abs(gradient).max() > 1e-3, name
 
 
+@pytest.mark.slow
 def test_the_ridge_is_an_axis(tmp_path):
     path = ridge.main(ridge.Config(smoke=True, output=tmp_path), console=Console(quiet=True))
     metrics = json.loads(path.read_text())["metrics"]

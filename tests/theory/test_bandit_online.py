@@ -106,6 +106,7 @@ def test_t2_some_round_is_good(rounds):
     assert (record["gap"].min(1) <= np.asarray(bound)).all()
 
 
+@pytest.mark.slow
 def test_t2_control_and_batch_size():
     """Comparing an action with itself breaks T2's bound; comparisons to epsilon don't depend on m.
 

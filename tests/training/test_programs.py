@@ -83,6 +83,7 @@ def test_parameters_on_the_host_come_back_where_they_lay():
     jax.tree.map(np.testing.assert_array_equal, back(), kept)
 
 
+@pytest.mark.slow
 def test_dpo_holds_three_copies_and_reads_the_model_once(tiny, pairs, tmp_path, monkeypatch):  # noqa: F811
     shape = models.load(tiny).params["embedding"].shape
     before, seen, read = alive(shape), [], []

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+import pytest
 
 from jax_klrlhf import placement
 from jax_klrlhf.core import pairs
@@ -60,6 +61,7 @@ def main(index: int, address: str, folder: Path) -> None:
     np.savez(folder / f"process-{index}.npz", *leaves)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_run_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
