@@ -39,7 +39,7 @@ parity:
 
 # Whole experiments and notebooks at their smallest.
 slow: env
-	KLRLHF_SLOW=1 $(BIN)/python -m pytest -n $(WORKERS) --dist load -m slow tests
+	KLRLHF_SLOW=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow tests
 
 # Kills, damages and fuzzes by seed, the slow ones too: minutes.
 faults: env

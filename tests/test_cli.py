@@ -189,6 +189,7 @@ def test_a_run_goes_on_or_refuses_another_configuration(dpo_run, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_finished_run_takes_more_steps(tiny, pairs, tmp_path, capsys):
     output = tmp_path / "run"
     arguments = options(tiny, pairs, output, **{"kl-prompts": 0, "test-fraction": 0})
@@ -292,6 +293,7 @@ def test_dpo_in_streams_without_padding(dpo_run, tiny, pairs, tmp_path):
     assert packed < 0.8 * padded
 
 
+@pytest.mark.slow
 def test_sft_then_reward_from_a_configuration_alone(tiny, pairs, tmp_path):
     arguments = options(tiny, pairs, tmp_path / "sft", weights="random", steps=8)
     assert cli.main(["sft", *arguments, "--learning-rate", "1e-2"]) == 0
@@ -392,8 +394,11 @@ def test_every_objective_has_a_name_that_works():
         jax.numpy.array([[-3.0, -5.0]]),
         jax.numpy.array([[-4.0, -4.0]]),
         jax.numpy.array([[3, 4]]),
+        reward=jax.numpy.array([[0.5, -0.2]]),
     )
     needed = {
+        "modpo": {"weight": 0.5},
+        "odpo": {"margin_coef": 0.5},
         "robust": {"flip_rate": 0.1},
         "rpo": {"sft_coef": 1.0},
         "simpo": {"margin": 0.5},

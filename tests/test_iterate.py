@@ -151,6 +151,7 @@ class Killed(BaseException):
     """Nothing in the library catches it."""
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits_and_then_further(
     online, place, tmp_path, monkeypatch, capsys
 ):
@@ -187,6 +188,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_then_further(
     assert without_time(lines(tmp_path))[:2] == without_time(lines(online))
 
 
+@pytest.mark.slow
 def test_offline_labels_pairs_of_pi0_and_improves_by_multi_step_rejection(place, tmp_path):
     changed = {
         "setting": "offline",

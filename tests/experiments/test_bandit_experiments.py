@@ -172,6 +172,7 @@ def _gap_of_reference(key, config, knob):
 # online
 
 
+@pytest.mark.slow
 def test_online(quick, tmp_path):
     config = dataclasses.replace(
         online.Config(smoke=True).resized(),
@@ -248,6 +249,7 @@ def choices(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_human_choices(quick, choices, tmp_path):
     config = human_choices.Config(
         choices_dir=choices,

@@ -81,6 +81,7 @@ def finished(place, tmp_path_factory):
     return folder, lab, _run(dataclasses.replace(CONFIG, seeds=1), lab)
 
 
+@pytest.mark.slow
 def test_every_method_leaves_its_cell_and_spends_the_same_labels(finished):
     _, _, found = finished
     assert {name.method for name in found} == {cells.PI0, cells.BEST_OF, *methods.DEFAULT}
@@ -106,6 +107,7 @@ def test_every_method_leaves_its_cell_and_spends_the_same_labels(finished):
     assert np.isnan(best.entropy).all()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_comes_to_the_same_cells(finished, place, monkeypatch):
     folder, lab, found = finished
     name = Name("online GSHF-DPO", 0.5, 0)
@@ -145,6 +147,7 @@ def test_a_killed_run_goes_on_and_comes_to_the_same_cells(finished, place, monke
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_a_cell_made_of_something_else_or_damaged_is_refused_by_name(finished, place):
     folder, lab, _ = finished
     other = dataclasses.replace(CONFIG, sizes=dataclasses.replace(SIZES, gold_scale=1.0))
@@ -162,6 +165,7 @@ def test_a_cell_made_of_something_else_or_damaged_is_refused_by_name(finished, p
     path.write_text(whole)
 
 
+@pytest.mark.slow
 def test_the_program_writes_results_and_one_self_contained_page(finished, place, monkeypatch):
     folder, lab, _ = finished
     monkeypatch.setattr(run, "_place", lambda config, progress: place)
@@ -184,6 +188,7 @@ def test_the_program_writes_results_and_one_self_contained_page(finished, place,
     assert "undecided" in console.export_text()
 
 
+@pytest.mark.slow
 def test_a_run_cut_short_is_balanced_and_goes_on(finished, monkeypatch):
     found = cells.names(sweeps={"a": [3.0, 1.0], "b": [0.5]}, best_of=[2], seeds=range(2))
     assert found[:5] == [

@@ -324,6 +324,7 @@ def test_default_candidates_divide_the_devices_and_the_batch():
     assert candidates.tensors(topology, rows=16) == [4, 8]
 
 
+@pytest.mark.slow
 def test_a_search_compiles_its_candidates_and_prints_them_best_first(folder, capsys):
     config = PlanConfig(
         model=str(folder), topology="cpu:8", search=True, program="train",

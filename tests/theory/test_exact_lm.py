@@ -13,6 +13,8 @@ from experiments.exact_lm.run import Config, small
 
 SETTINGS = small(Config())
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def here():
@@ -75,7 +77,6 @@ def test_each_samplers_draws_have_its_exact_law(here):
     assert panels._p_value(count, world.optimum(here)[-1]) < 1e-12
 
 
-@pytest.mark.slow
 def test_multi_step_rejection_accepts_at_the_exact_rate_and_nears_its_target(here):
     found = panels.rejection_chain(here, SETTINGS.sizes, jax.random.key(4))
     for name in ("1 step", "2 steps"):

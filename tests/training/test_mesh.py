@@ -173,6 +173,7 @@ def test_gradients_are_reduced_into_their_shards():
     assert kept["mix"].is_equivalent_to(NamedSharding(mesh, P("fsdp", "tensor")), 2)
 
 
+@pytest.mark.slow
 def test_adafactor_of_the_librarys_decoder():
     """Its row and column means have no parameter's shape: whole on every device, and the same."""
     config = ModelConfig(
@@ -202,6 +203,7 @@ def test_adafactor_of_the_librarys_decoder():
     assert kernel.sharding.spec == P(None, "fsdp", "tensor")
 
 
+@pytest.mark.slow
 def test_the_librarys_decoder_by_its_own_partition_rules():
     config = ModelConfig(
         vocab_size=toy.VOCAB,
