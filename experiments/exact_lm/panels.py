@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 from jaxtyping import Float
+from rich.console import Console
 from scipy import stats
 
 from experiments.exact_lm.world import STOP, Exact, World, evaluate, optimum
@@ -19,6 +20,8 @@ from jax_klrlhf.training.rounds import oracle, settings
 from jax_klrlhf.training.rounds import rejection as rejections
 from jax_klrlhf.training.rounds.features import estimate
 from jax_klrlhf.training.rounds.parts import pick, ragged, token_rows
+
+QUIET = Console(quiet=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,7 @@ def fixed_point(world: World, config: Config, key: Any) -> tuple[dict[str, Metri
         pair_rule=pairs.sampled, oracle=oracle.expected(world.judge),
     )  # fmt: skip
     rounds.iterate(
-        key_fit, world.params, prompts=world.prompts, rounds=0, offline=data,
+        key_fit, world.params, console=QUIET, prompts=world.prompts, rounds=0, offline=data,
         sampler=rounds.main_agent(draw_of(world, 2)), reward=rounds.known(world.judge),
         pair_rule=pairs.best_worst, oracle=oracle.expected(world.judge),
         improve=rounds.dpo(world.model, kl_coef=eta, fitting=fitting),
@@ -267,7 +270,8 @@ def comparison(
                 outcomes = [
                     rounds.iterate(
                         key, world.params, prompts=prompts, rounds=0, improve=improve,
-                        offline=gather(key, m * number), oracle=labels, **offline_part,
+                        offline=gather(key, m * number), oracle=labels, console=QUIET,
+                        **offline_part,
                     ).policy
                     for number in range(1, config.rounds + 1)
                 ]  # fmt: skip
@@ -278,7 +282,7 @@ def comparison(
                     rounds.iterate(
                         key, world.params, prompts=prompts, rounds=config.rounds - first,
                         improve=improve, oracle=labels, offline=offline,
-                        setting=settings.everything, **part,
+                        setting=settings.everything, console=QUIET, **part,
                     ).policies
                 )[1:]  # fmt: skip
             else:
@@ -286,7 +290,7 @@ def comparison(
                 outcomes = list(
                     rounds.iterate(
                         key, world.params, prompts=prompts, rounds=config.rounds,
-                        improve=improve, oracle=labels, **part,
+                        improve=improve, oracle=labels, console=QUIET, **part,
                     ).policies
                 )[1:]  # fmt: skip
             exact = [evaluate(world, params) for params in outcomes]

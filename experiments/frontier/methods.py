@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Array, Key
+from rich.console import Console
 
 from jax_klrlhf.core import enhancer, pairs
 from jax_klrlhf.core.pairs import PairRule
@@ -121,6 +122,7 @@ def _iterate(parts: Parts, cell: Cell, improve: Improve, **settings: Any) -> Out
         improve=improve,
         output=cell.folder,
         config=cell.identity,
+        console=Console(quiet=True),
         **{
             "sampler": rounds.main_agent(parts.explore),
             "pair_rule": pairs.otherwise(pairs.best_worst, pairs.sampled),

@@ -236,7 +236,10 @@ def align(
     best_and_worst = {"sampler": rounds.main_agent(draw.many), "pair_rule": pairs.best_worst}
 
     first, further = (rounds.collect(k, world.params, **parts, **pairs_of_pi0) for k in keys[:2])
-    fit = partial(rounds.iterate, keys[2], world.params, improve=improve, **parts, **best_and_worst)
+    fit = partial(
+        rounds.iterate, keys[2], world.params, improve=improve, console=Console(quiet=True),
+        **parts, **best_and_worst,
+    )  # fmt: skip
     run = fit(rounds=1, offline=first)
     more = fit(rounds=0, offline=join([first, further]))
     policies = {"offline": run.policies[1], "online": run.policy, "more offline": more.policy}
