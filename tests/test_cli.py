@@ -332,6 +332,7 @@ BAD = {
         "simpo reads no reference",
     ),
     "lora": (["--lora.rank", "2", "--lora.targets", "all"], "targets=('all',)"),
+    "no adapter": (["--lora.no-merged"], "--lora.no-merged: of an adapter; give --lora.rank"),
     "steps": (["--steps", "0"], "steps is 0"),
     "warmup": (["--warmup", "1"], "a share of the steps"),
     "decay": (["--optimizer", "adafactor", "--weight-decay", "0.1"], "adafactor has none"),

@@ -13,6 +13,7 @@ from rich.console import Console
 from jax_klrlhf import cli, finished, label, labelling, models
 from jax_klrlhf.core import catalogue
 from jax_klrlhf.data import tokenize
+from jax_klrlhf.models import lora
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.programs import iterate, iterate_config, iterate_parts, rows
 from jax_klrlhf.training.rounds import grouped, journal, oracle
@@ -454,6 +455,53 @@ def test_every_choice_builds_its_part(case, place, tmp_path, monkeypatch):
     assert holds is None or holds(found)
 
 
+ADAPTED = {"lora.rank": 2, "fit.learning-rate": 0.1, "fit.steps": 2}
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_an_adapter_is_trained_alone_and_the_base_is_written_once(
+    devices, place, tmp_path, monkeypatch
+):
+    """Killed in the second round; on one device (safetensors) and on eight (Orbax)."""
+    if devices == 8:
+        arguments = options(place, tmp_path, **ADAPTED)
+    else:
+        arguments = options(place, tmp_path, **ADAPTED, **{"mesh.data": None, "mesh.fsdp": None})
+        monkeypatch.setattr(iterate.runs, "devices", lambda config: None)
+    write = journal.Journal._write
+    written = {}
+
+    def breaking(self, base, value, *rest):
+        written[base.parent.name, base.name] = value
+        if (base.parent.name, base.name) == ("round-002", "label"):
+            raise Killed
+        return write(self, base, value, *rest)
+
+    monkeypatch.setattr(journal.Journal, "_write", breaking)
+    with pytest.raises(Killed):
+        cli.main(arguments)
+    monkeypatch.setattr(journal.Journal, "_write", write)
+    assert cli.main(arguments) == 0
+    first = tmp_path / "rounds" / "round-001" / "fit.json"
+    given = json.loads(first.read_text())["given"]
+    base = models.load(place / "model")
+    names = {journal.path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(base.params)}
+    assert set(given) == {f"base/{name}" for name in names}
+    if devices == 1:
+        kept = safetensors.numpy.load_file(first.with_suffix(".safetensors"))
+        assert kept
+        assert all(name.startswith("lora/") for name in kept)
+    # The whole model is the base with the adapter in it, and no longer the base.
+    facts, adapter = lora.load(tmp_path / "adapter", base.config)
+    want = lora.merge({"base": base.params, "lora": adapter}, facts)
+    have = models.load(tmp_path / "model").params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), have, want)
+    kernel = lambda params: np.asarray(params["layers"]["query"]["kernel"])  # noqa: E731
+    assert np.abs(kernel(have) - kernel(base.params)).max() > 1e-3
+    # Round 2 went on from round 1's adapter: what was drawn is not pi0's alone.
+    assert (lines(tmp_path)[1]["step"], len(lines(tmp_path))) == (2, 2)
+
+
 GRPO = {
     "belief.kind": "annotator",
     "improve.method": "grpo",
@@ -572,6 +620,9 @@ BAD = {
         {"improve.passes": "until", "improve.keep": 2},
         "is read by no run with --improve.method preference",
     ),
+    "no adapter": ({"lora.alpha": 8}, "--lora.alpha: of an adapter; give --lora.rank"),
+    "rank": ({"lora.rank": -1}, "--lora.rank is -1; 0 trains all parameters"),
+    "targets": ({"lora.rank": 2, "lora.targets": "all"}, "targets=('all',)"),
     "ridge": ({"belief.kind": "linear", "belief.ridge": 0}, "--belief.ridge is 0.0"),
     "random": ({"seed": -1}, "--seed is -1"),
     "unread": ({"belief.members": 4}, "--belief.members is read by no run with --belief.kind rew"),

@@ -289,6 +289,18 @@ def check(config: TrainingConfig) -> None:
     if config.optimizer != "adamw" and config.moments != "float32":
         raise InputError(f"--moments: {config.optimizer} has no first moments; leave it out.")
     check_seed(config.seed)
+    check_adapter(getattr(config, "lora", Adapter()))
+
+
+def check_adapter(adapter: Adapter) -> None:
+    """Raises ``InputError`` where an option of an adapter is out of range or read by nobody."""
+    if adapter.rank < 0:
+        raise InputError(f"--lora.rank is {adapter.rank}; 0 trains all parameters.")
+    positive("lora.alpha", adapter.alpha)
+    for entry in dataclasses.fields(Adapter):
+        if adapter.rank == 0 and getattr(adapter, entry.name) != entry.default:
+            name = "no-merged" if entry.name == "merged" else entry.name
+            raise InputError(f"--lora.{name}: of an adapter; give --lora.rank, or leave it out.")
 
 
 def positive(name: str, value: int | float | None) -> None:

@@ -24,10 +24,11 @@ from jax_klrlhf.data import tokenize
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import pretrained, scoring
+from jax_klrlhf.programs import adapters
 from jax_klrlhf.programs import iterate_parts as parts
 from jax_klrlhf.programs import rows as sources
 from jax_klrlhf.programs import run as runs
-from jax_klrlhf.programs.iterate_config import FREE, IterateConfig, check
+from jax_klrlhf.programs.iterate_config import FREE, MODELS, IterateConfig, check
 from jax_klrlhf.programs.iterate_parts import Place
 from jax_klrlhf.programs.policies import context_of, folder_of, stop_of, within_context
 from jax_klrlhf.results import mean, output_folder, print_table, write_results
@@ -89,12 +90,24 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     config = within_context(config, {name: context_of(found)}, console)
     data = _read(config, encoder)
     options = {} if config.remat is None else {"remat": config.remat}
+    # A base that nothing trains needs no float32 masters.
+    frozen = config.lora.rank > 0 and config.belief.kind not in MODELS
+    masters = jnp.dtype(config.dtype) if frozen else jnp.float32
     loaded = models.load(
-        found, mesh=mesh, param_dtype=jnp.float32, dtype=jnp.dtype(config.dtype), **options
+        found, mesh=mesh, param_dtype=masters, dtype=jnp.dtype(config.dtype), **options
     )
+    key = jax.random.key(config.seed)
+    # Keys by what they are for: none changes with the number of rounds.
+    purpose = {
+        word: jax.random.fold_in(key, number)
+        for number, word in enumerate(("belief", "offline", "judge", "best of", "run", "adapter"))
+    }
+    model, params, adapter = adapters.attach(purpose["adapter"], loaded, config.lora, mesh=mesh)
+    policy = loaded._replace(model=model, params=params)
     place = Place(
-        config=config, loaded=loaded, encoder=encoder, stop=stop, mesh=mesh, console=console
-    )
+        config=config, loaded=loaded, policy=policy, adapter=adapter, encoder=encoder, stop=stop,
+        mesh=mesh, console=console,
+    )  # fmt: skip
     asked = [Row(list(ids), [], [], 1.0, 1.0, 0) for ids in (*data.prompts, *data.held_out, stop)]
     suits.vocabulary([*(data.rows or ()), *asked], vocab_size=loaded.model.vocab_size, model=name)
     parts.check_batches(place)
@@ -107,15 +120,9 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
         {
             "config": json.dumps(identity, sort_keys=True),
             "prompts": digest(whole),
-            "pi0": states.fingerprint_text(states.digest(loaded.params)),
+            "pi0": states.fingerprint_text(states.digest(params)),
         },
     )
-    # Keys by what they are for: none changes with the number of rounds.
-    key = jax.random.key(config.seed)
-    purpose = {
-        word: jax.random.fold_in(key, number)
-        for number, word in enumerate(("belief", "offline", "judge", "best of", "run"))
-    }
     belief = parts.make_belief(purpose["belief"], place, judge, whole)
     comparisons = None
     if data.rows is not None and (not config.recorded or config.setting == "offline"):
@@ -136,6 +143,8 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
         base = measure.base
         console.print(f"pi0  {_line(base)}", highlight=False)
     improve = parts.make_improve(place)
+    if adapter is not None:
+        improve = adapters.alone(improve)
     write = sinks.json_lines(folder / "metrics.jsonl") if placement.leader() else None
     reports: dict[int, Metrics] = {}
 
@@ -147,7 +156,7 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     count = config.prompts_per_round or len(data.prompts)
     outcome = rounds.iterate(
         purpose["run"],
-        loaded.params,
+        params,
         prompts=lambda number: _portion(whole, number, len(data.prompts) if number == 0 else count),
         sampler=sampler,
         reward=belief,
@@ -164,19 +173,16 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
         console=console,
         report=report,
     )
-    models.save(
-        folder / "model",
-        loaded.config,
-        outcome.policy,
-        tokenizer,
-        generation=loaded.generation,
-    )
+    left = adapters.save(
+        folder, loaded.config, outcome.policy, tokenizer, adapter,
+        base=config.model, merged=config.lora.merged, generation=loaded.generation,
+    )  # fmt: skip
     best: Metrics = {}
     if config.best_of is not None and measure is not None:
         best = measure.best(purpose["best of"], outcome, config.best_of)
     _finish(config, folder, console, base, reports, best, time.perf_counter() - began)
-    placement.lead(lambda: finished.mark(folder, "iterate", original, left="model"))
-    said = finished.next_step("iterate", folder, "model")
+    placement.lead(lambda: finished.mark(folder, "iterate", original, left=left))
+    said = finished.next_step("iterate", folder, left)
     console.print(said, markup=False, highlight=False, soft_wrap=True)
     return outcome
 
@@ -195,7 +201,7 @@ class _Evaluation:
         key: Key[Array, ""],
         before: Journal,
     ):
-        config, model = place.config, place.loaded.model
+        config, model = place.config, place.policy.model
         self._place, self._judge, self._prompts, self._key = place, judge, prompts, key
         self._draw = place.draw(config.eval_samples, plain=True)
 
@@ -209,7 +215,7 @@ class _Evaluation:
         template: Any = (ANY, ANY)
 
         def judged() -> tuple[Any, Metrics]:
-            pi0 = place.loaded.params
+            pi0 = place.policy.params
             reward, length = self._answers(jax.random.fold_in(key, 1), pi0)
             return (reward, length), self._named(reward, length, reward)
 
@@ -222,7 +228,7 @@ class _Evaluation:
         responses, drawn = self._draw.with_log_prob(key, params, self._prompts)
         reward = self._reward(responses)
         found = self._named(reward, np.asarray(responses.lengths, np.float32), self._base)
-        kl, scored = self._kl((params, self._place.loaded.params), self._prompts, responses)
+        kl, scored = self._kl((params, self._place.policy.params), self._prompts, responses)
         return found | {
             "eval/kl/ref": mean(np.asarray(kl, np.float64).mean(1)),
             "eval/sampler_scorer_mismatch": mean(np.abs(drawn - scored).mean(1)),
@@ -276,7 +282,7 @@ def _offline(
         place.console.print(f"{count} pairs of pi0's responses", highlight=False)
         found = rounds.collect(
             key,
-            place.loaded.params,
+            place.policy.params,
             prompts=_portion(prompts, 1, count),
             sampler=rounds.main_agent(place.draw(2)),
             reward=rounds.known(lambda p, r: np.zeros(np.asarray(r.lengths).shape, np.float32)),

@@ -11,8 +11,10 @@ from jax_klrlhf import defaults
 from jax_klrlhf.columns import Columns
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.programs.config import (
+    Adapter,
     MeshSizes,
     Processes,
+    check_adapter,
     check_seed,
     default_of,
     flag,
@@ -142,9 +144,9 @@ class IterateConfig:
     OUTPUT/rounds, and a run that was killed goes on from there to the same result; a finished one
     goes on with more --rounds. The policy is left in OUTPUT/model.
 
-    From Python alone (jax_klrlhf.training.rounds): low-rank adapters; features, pair rules, and
-    f-divergences of your own; another oracle or prompts for each round; a pool of
-    recorded responses scored by another belief than these; an evaluation inside a fit.
+    From Python alone (jax_klrlhf.training.rounds): features, pair rules, and f-divergences of your
+    own; another oracle or prompts for each round; a pool of recorded responses scored by another
+    belief than these; an evaluation inside a fit.
     """
 
     model: str
@@ -214,6 +216,8 @@ class IterateConfig:
     pairs: Pairing = Pairing()
     improve: Improvement = field(default_factory=Improvement)
     fit: FitConfig = FitConfig()
+    lora: Adapter = field(default_factory=Adapter)
+    """Of the policy; a belief that is a reward model is trained whole."""
 
     held_out: int = 64
     """Prompts kept from learning, on which every round's policy is judged; 0 for none."""
@@ -356,6 +360,7 @@ def check(config: IterateConfig) -> None:
         if not math.isfinite(_value(config, name) or 0.0):
             raise InputError(f"{flag(name)} is {_value(config, name)}; it must be finite.")
     check_seed(config.seed)
+    check_adapter(config.lora)
     _check_parts(config)
     _check_sources(config)
     if config.improve.method in OWN_DRAWS:

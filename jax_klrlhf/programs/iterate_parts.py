@@ -3,6 +3,7 @@
 Axes: ``B`` prompts, ``K`` responses, ``C`` response positions, ``D`` features.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,10 @@ from jax_klrlhf.core.pairs import PairRule
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.models import heads, partition, pretrained
+from jax_klrlhf.models import heads, lora, partition, pretrained
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models.reward import RewardParams
-from jax_klrlhf.programs import own_draws
+from jax_klrlhf.programs import adapters, own_draws
 from jax_klrlhf.programs.gold import CLASSES, fit_sentiment
 from jax_klrlhf.programs.improvement_config import OWN_DRAWS
 from jax_klrlhf.programs.iterate_config import FitConfig, IterateConfig
@@ -55,6 +56,10 @@ class Place:
 
     config: IterateConfig
     loaded: models.Loaded
+    """pi0 as it was loaded, which beliefs are made of."""
+    policy: models.Loaded
+    """pi0 as it is trained: with ``adapter`` low-rank updates beside its parameters."""
+    adapter: lora.Lora | None
     encoder: tokenize.Encoder
     stop: tuple[int, ...]
     """Ids that end a response."""
@@ -69,7 +74,7 @@ class Place:
     @property
     def sampling(self) -> Mesh | None:
         """The mesh that prompts are answered on."""
-        params = jax.eval_shape(lambda x: cast_floating(x, self.compute_dtype), self.loaded.params)
+        params = jax.eval_shape(lambda x: cast_floating(x, self.compute_dtype), self.policy.params)
         return meshes.for_sampling(
             self.mesh,
             params,
@@ -84,7 +89,7 @@ class Place:
         policy itself, at temperature 1 and without cuts."""
         config = self.config
         return rounds.Draw(
-            model=self.loaded.model,
+            model=self.policy.model,
             samples=samples,
             max_new_tokens=config.max_response_length,
             stop=self.stop,
@@ -95,6 +100,13 @@ class Place:
             mesh=self.sampling,
             compute_dtype=self.compute_dtype,
         )
+
+    def policy_fitting(self) -> rounds.Fitting:
+        """How policies are fitted."""
+        found = self.fitting(self.config.fit, self.policy.params)
+        if self.adapter is None:
+            return found
+        return dataclasses.replace(found, trainable=adapters.is_adapter)
 
     def fitting(self, fit: FitConfig, params: Any) -> rounds.Fitting:
         """How ``params`` are fitted."""
@@ -224,7 +236,7 @@ def make_belief(key: Key[Array, ""], place: Place, judge: Judge | None, prompts:
         found = rounds.known(_model_judge(place, str(belief.model)))
     elif belief.kind == "implicit":
         found = rounds.implicit(
-            place.loaded.model, kl_coef=config.kl_coef, rows=config.rows, mesh=place.mesh
+            place.policy.model, kl_coef=config.kl_coef, rows=config.rows, mesh=place.mesh
         )
     elif belief.kind == "linear":
         features = _features(key, place, prompts)
@@ -313,7 +325,7 @@ def _features(key: Key[Array, ""], place: Place, prompts: Ragged) -> Features:
 
     program = mapped(pooled, rows=config.rows, mesh=place.mesh)
     some = ragged(prompts.ids[:256], prompts.lengths[:256])
-    drawn = place.draw(2)(key, loaded.params, some)
+    drawn = place.draw(2)(key, place.policy.params, some)
     seen = np.asarray(program(loaded.params, some, drawn), np.float64)
     centre = seen.mean((0, 1))
     scale = float(np.linalg.norm(seen - centre, axis=-1).max()) or 1.0
@@ -328,8 +340,8 @@ def _features(key: Key[Array, ""], place: Place, prompts: Ragged) -> Features:
 
 def make_improve(place: Place) -> Improve:
     """From comparisons to a policy."""
-    config, improve, model = place.config, place.config.improve, place.loaded.model
-    fitting = place.fitting(config.fit, place.loaded.params)
+    config, improve, model = place.config, place.config.improve, place.policy.model
+    fitting = place.policy_fitting()
     shared: dict[str, Any] = {"kl_coef": config.kl_coef, "fitting": fitting}
     if improve.method == "preference":
         loss, _ = objective(improve.objective, kl_coef=config.kl_coef, options=improve.options)

@@ -99,9 +99,9 @@ def improvement(place: Any) -> Improve:
     times = config.draws_of_round
     each = config.fit.steps // times
     # The schedule is that of all of the round's steps; a draw is followed by few of them.
-    fitting = dataclasses.replace(place.fitting(config.fit, place.loaded.params), steps=each)
+    fitting = dataclasses.replace(place.policy_fitting(), steps=each)
     return rounds.on_policy(
-        place.loaded.model,
+        place.policy.model,
         place.draw(improve.proposals or config.samples, plain=True),
         loss,
         fitting=fitting,

@@ -1,9 +1,7 @@
 """The training programs: ``klrlhf dpo``, ``klrlhf sft``, ``klrlhf reward``."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,10 +15,10 @@ from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import lora, partition, pretrained
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models.config import ModelConfig
-from jax_klrlhf.programs import batches
+from jax_klrlhf.programs import adapters, batches
 from jax_klrlhf.programs import config as configs
 from jax_klrlhf.programs import run as runs
-from jax_klrlhf.programs.config import Adapter, DpoConfig, RewardConfig, SftConfig
+from jax_klrlhf.programs.config import DpoConfig, RewardConfig, SftConfig
 from jax_klrlhf.programs.fit import fit
 from jax_klrlhf.programs.losses import objective
 from jax_klrlhf.programs.splits import Splits, open_data
@@ -50,13 +48,13 @@ def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
     loaded = models.load(config.model, mesh=run.mesh, **options)
     splits = open_data(run, loaded, needs=check.pairs)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    model, params, adapter = _adapted(key, loaded, config.lora)
+    model, params, adapter = adapters.attach(key, loaded, config.lora)
     pi0 = {"base": loaded.params, "lora": {}} if adapter else loaded.params
 
     source, tables = reference.free, [None, None]
     digest = state.digest(pi0)
     if needs_reference and config.reference == "live":
-        source = reference.base(_base) if adapter else reference.live
+        source = reference.base(adapters.base) if adapter else reference.live
     elif needs_reference:
         source = reference.cached
         name = state.fingerprint_text(digest)
@@ -82,7 +80,7 @@ def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
         splits,
         batches.pairs,
         tables=tables,
-        trainable=_is_adapter if adapter else None,
+        trainable=adapters.is_adapter if adapter else None,
         live=live,
         # With the live reference the state takes it from the reference itself.
         fingerprint=None if live else digest,
@@ -110,7 +108,7 @@ def sft(config: SftConfig, *, console: Console | None = None) -> TrainState:
         options = runs.optional(config, frozen=config.lora.rank > 0)
         loaded = models.load(config.model, mesh=run.mesh, **options)
     splits = open_data(run, loaded, needs=check.responses)
-    model, params, adapter = _adapted(key, loaded, config.lora)
+    model, params, adapter = adapters.attach(key, loaded, config.lora)
     task = tasks.likelihood(model, chunk=runs.chunk(run, model))
     whole, generation = loaded.config, loaded.generation
     del loaded
@@ -121,7 +119,7 @@ def sft(config: SftConfig, *, console: Console | None = None) -> TrainState:
         splits,
         batches.firsts,
         picked=batches.best,
-        trainable=_is_adapter if adapter else None,
+        trainable=adapters.is_adapter if adapter else None,
     )
     _save(run, whole, final.policy, splits, adapter, generation)
     return final
@@ -155,31 +153,6 @@ def reward(config: RewardConfig, *, console: Console | None = None) -> TrainStat
     rewards.save(run.folder / "model", whole, final.policy, splits.encoder.tokenizer)
     runs.close(run, "model")
     return final
-
-
-def _adapted(
-    key: Any, loaded: models.Loaded, adapter: Adapter
-) -> tuple[Any, Any, lora.Lora | None]:
-    """Model, parameters and adapter: the loaded ones, or those with low-rank updates beside."""
-    if adapter.rank == 0:
-        return loaded.model, loaded.params, None
-    try:
-        facts = lora.Lora(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
-    except ValueError as error:
-        raise InputError(f"lora: {error}") from None
-    # Masters of what is trained are float32, whatever the base lies in.
-    update = lora.init(key, dataclasses.replace(loaded.config, param_dtype=jnp.float32), facts)
-    model = lora.language_model(loaded.config, facts)
-    return model, {"base": loaded.params, "lora": update}, facts
-
-
-def _is_adapter(path: str) -> bool:
-    return path.startswith("lora/")
-
-
-def _base(params: Any) -> Any:
-    """The base alone: an adapted model without updates."""
-    return {"base": params["base"], "lora": {}}
 
 
 def _random(key: Any, config: SftConfig, run: runs.Run) -> models.Loaded:
@@ -267,7 +240,7 @@ def _divergence(
     def more(carried: TrainState) -> Any:
         pi0 = carried.ref_params
         if adapted:
-            pi0 = _base(carried.policy)
+            pi0 = adapters.base(carried.policy)
         elif kept is not None:
             # With the reference cached its parameters are on no device; they come for this.
             pi0 = kept()
@@ -285,14 +258,14 @@ def _save(
     adapter: lora.Lora | None,
     generation: Mapping[str, Any] | None,
 ) -> None:
-    if adapter is not None:
-        base = str(Path(run.config.model).expanduser())
-        lora.save(run.folder / "adapter", whole, adapter, params["lora"], base=base)
-        if not run.config.lora.merged:
-            runs.close(run, "adapter")
-            return
-        params = jax.jit(lora.merge)(params, adapter)
-    models.save(
-        run.folder / "model", whole, params, splits.encoder.tokenizer, generation=generation
+    left = adapters.save(
+        run.folder,
+        whole,
+        params,
+        splits.encoder.tokenizer,
+        adapter,
+        base=run.config.model,
+        merged=run.config.lora.merged,
+        generation=generation,
     )
-    runs.close(run, "model")
+    runs.close(run, left)

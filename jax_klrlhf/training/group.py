@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jax_klrlhf.core import policy_gradient
 from jax_klrlhf.core.group_losses import Group, Loss
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import scoring
@@ -35,6 +36,9 @@ class GroupBatch(NamedTuple):
     """Of each token under the reference."""
     old_log_prob: Float[Array, "B K C"] | None = None
     """Of each token under the policy that drew, as scoring gives it."""
+    sampled_log_prob: Float[Array, "B K"] | None = None
+    """Of each response, as the sampler gave it, in the place of ``old_log_prob``: the policy that
+    drew is the one that is scored."""
     importance: Float[Array, "B K"] | None = None
     """Weight of each response where the sampler's law was not the scored one's."""
     where: Bool[Array, "B K"] | None = None
@@ -50,6 +54,8 @@ class GroupReport(NamedTuple):
     """Mean log-ratio to the reference: on the policy's own draws an estimate of the KL (k1)."""
     drift: Float[Array, " B"] | None
     """Mean distance of a response's log-probability from that under the policy that drew."""
+    mismatch: Float[Array, " B"] | None
+    """Mean distance of the sampler's log-probability of a response from scoring's."""
     length: Float[Array, " B"]
 
 
@@ -58,38 +64,65 @@ NAMES = {
     "deviation": "reward/deviation",
     "log_ratio": "kl/drawn",
     "drift": "ratio/drift",
+    "mismatch": "drawn/sampler_scorer_mismatch",
     "length": "length/drawn",
 }
 
 
-def group(model: LanguageModel, loss: Loss, *, chunk: int = scoring.CHUNK) -> Task:
+class _Scored(NamedTuple):
+    """What the loss is of, and what is reported beside."""
+
+    group: Group
+    sampled: Float[Array, "B K"] | None
+
+
+def group(
+    model: LanguageModel,
+    loss: Loss,
+    *,
+    importance_limit: float | None = None,
+    chunk: int = scoring.CHUNK,
+) -> Task:
     """Minimize a loss on groups of K responses.
 
     Args:
         model: the policy.
         loss: for example ``group_losses.rloo(kl_coef=0.1)``; what it needs must be in the batch,
             and a loss that misses a field says which.
+        importance_limit: where the batch has ``sampled_log_prob``, weigh each response by its
+            scored over its sampled probability, at most this.
         chunk: tokens projected on the vocabulary at one time.
     """
 
-    def score(params: Any, ref_params: Any, batch: GroupBatch) -> Group:
+    def score(params: Any, ref_params: Any, batch: GroupBatch) -> _Scored:
         del ref_params
-        return Group(
-            token_log_prob=scoring.token_log_prob(
-                model, params, batch.prompts, batch.responses, chunk=chunk
-            ),
+        token = scoring.token_log_prob(model, params, batch.prompts, batch.responses, chunk=chunk)
+        old, importance, sampled = batch.old_log_prob, batch.importance, batch.sampled_log_prob
+        if sampled is not None:
+            # The first step after a draw: a forward pass of its own would say the same again.
+            old = lax.stop_gradient(token)
+            if importance_limit is not None:
+                ratio = policy_gradient.ratio(old.sum(-1), sampled)
+                importance = policy_gradient.truncated(ratio, limit=importance_limit)
+        made = Group(
+            token_log_prob=token,
             reward=batch.reward,
             token_where=batch.responses.mask,
             ref_token_log_prob=batch.ref_log_prob,
-            old_token_log_prob=batch.old_log_prob,
-            importance=batch.importance,
+            old_token_log_prob=old,
+            importance=importance,
             where=batch.where,
         )
+        return _Scored(made, sampled)
 
-    return Task(score=score, loss=loss, report=_report, names=NAMES)
+    def of_group(scored: _Scored) -> Array:
+        return loss(scored.group)
+
+    return Task(score=score, loss=of_group, report=_report, names=NAMES)
 
 
-def _report(group: Group) -> GroupReport:
+def _report(scored: _Scored) -> GroupReport:
+    group = scored.group
     keep = jnp.ones(group.reward.shape, bool) if group.where is None else group.where
     count = jnp.maximum(jnp.sum(keep, -1), 1).astype(group.reward.dtype)
 
@@ -101,6 +134,9 @@ def _report(group: Group) -> GroupReport:
     drift = None
     if group.old_token_log_prob is not None:
         drift = over(jnp.abs(group.log_prob - group.old_log_prob))
+    mismatch = None
+    if scored.sampled is not None:
+        mismatch = over(jnp.abs(group.log_prob - scored.sampled))
     log_ratio = None if group.ref_token_log_prob is None else over(group.log_ratio)
-    stopped = lax.stop_gradient((log_ratio, drift))
+    stopped = lax.stop_gradient((log_ratio, drift, mismatch))
     return GroupReport(mean, jnp.sqrt(spread), *stopped, over(group.length.astype(mean.dtype)))

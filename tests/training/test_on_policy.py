@@ -59,6 +59,33 @@ def test_the_task_is_the_core_loss_on_the_models_log_probabilities():
     )
 
 
+def test_the_step_after_a_draw_takes_its_own_scores_for_the_drawing_policys():
+    """Loss and gradient of what was scored apart, weights of a sampler that is off included."""
+    made = jax.tree.map(jnp.asarray, batch())
+    loss, off = group_losses.grpo(kl_coef=0.2), jnp.linspace(-1.0, 1.0, 24).reshape(6, 4)
+    assert made.reward.shape == off.shape
+    assert made.old_log_prob is not None
+    sampled = made.old_log_prob.sum(-1) - off
+    fresh = group(world.MODEL, loss, importance_limit=1.5)
+    apart = group(world.MODEL, loss)
+
+    def value(task, given):
+        return lambda params: task.loss(task.score(params, None, given)).sum()
+
+    given = made._replace(old_log_prob=None, sampled_log_prob=sampled)
+    weighed = made._replace(importance=jnp.minimum(jnp.exp(off), 1.5))
+    got, want = (
+        jax.value_and_grad(value(*pair))(world.PARAMS)
+        for pair in ((fresh, given), (apart, weighed))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+    unweighed = jax.grad(value(apart, made))(world.PARAMS)
+    difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), got[1], unweighed)
+    assert max(jax.tree.leaves(difference)) > 1e-2  # the weights are in it
+    report = fresh.report(fresh.score(world.PARAMS, None, given))
+    np.testing.assert_allclose(report.mismatch, np.abs(off).mean(1), rtol=1e-4)
+
+
 def exact(params):
     """E r - eta KL(pi || pi0) at the world's prompts, over every response."""
     every = enumerated.responses(

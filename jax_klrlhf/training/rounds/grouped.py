@@ -92,7 +92,9 @@ def on_policy(
         )
     if importance_limit is not None and not importance_limit > 0:
         raise ValueError(f"importance_limit must be positive, got {importance_limit}")
-    task = group(model, loss)
+    # The one step after a draw is at the parameters that drew: what it scores is what they scored.
+    first = fitting.steps == 1
+    task = group(model, loss, importance_limit=importance_limit if first else None)
     begin = fitting.begin(task)
 
     def tokens(params: Any, prompts: Ragged, responses: Ragged) -> Array:
@@ -120,24 +122,26 @@ def on_policy(
         responses, sampled = draw.with_log_prob(key_draw, params, asked)
         # Any: NumPy, on the host, where the record says arrays.
         reward: Any = rewards(key_reference, asked, responses, situation)
-        old: Any = np.asarray(score(params, asked, responses))
         ref: Any = np.asarray(score(situation.policies.reference, asked, responses))
-        gap = old.sum(-1) - np.asarray(sampled)
         useful = np.asarray(policy_gradient.informative(jnp.asarray(reward)))
+        weight: Any = (
+            useful.astype(np.float32) if informative_only else np.ones(len(reward), np.float32)
+        )
+        batch = GroupBatch(asked, responses, weight, reward, ref_log_prob=ref)
+        found = {
+            "reward/drawn": mean(reward.mean(1)),
+            "groups/informative": mean(useful.astype(np.float64)),
+        }
+        if first:
+            return batch._replace(sampled_log_prob=sampled), found
+        old: Any = np.asarray(score(params, asked, responses))
+        gap = old.sum(-1) - np.asarray(sampled)
         importance: Any = None
         if importance_limit is not None:
             ratio = policy_gradient.ratio(jnp.asarray(gap), jnp.zeros(gap.shape, gap.dtype))
             importance = np.asarray(policy_gradient.truncated(ratio, limit=importance_limit))
-        weight: Any = (
-            useful.astype(np.float32) if informative_only else np.ones(len(reward), np.float32)
-        )
-        batch = GroupBatch(
-            asked, responses, weight, reward,
-            ref_log_prob=ref, old_log_prob=old, importance=importance,
-        )  # fmt: skip
-        return batch, {
-            "reward/drawn": mean(reward.mean(1)),
-            "groups/informative": mean(useful.astype(np.float64)),
+        return batch._replace(old_log_prob=old, importance=importance), {
+            **found,
             "drawn/sampler_scorer_mismatch": mean(np.abs(gap).mean(1)),
         }
 

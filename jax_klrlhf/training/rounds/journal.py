@@ -1,7 +1,8 @@
 """Every phase's result on disk, so that a killed run goes on from the phase it was in.
 
 A phase leaves two files in its round's folder: its arrays (safetensors) and, written last, a
-manifest with the fingerprint of its inputs and of its content. Both appear in one step (written
+manifest with the fingerprint of its inputs and of its content. Arrays that are pi0's own (the base
+of a low-rank adapter) are named there and not written again. Both appear in one step (written
 under another name, then renamed), so a reader finds a whole phase or none. Arrays that lie over
 several devices are written by Orbax, each device its own part, and fingerprinted where they lie: an
 8B policy is whole nowhere. Inputs are chained: a
@@ -69,7 +70,8 @@ class Journal:
         """The result of a phase and its metrics: read where it is there, computed where it isn't.
 
         ``like`` has the result's structure; a leaf is :data:`ANY`, or an array that gives shape,
-        type and place (a parameter's sharding).
+        type and place (a parameter's sharding). A leaf of the result that is the very array of
+        ``like`` is not written; it is taken from there again.
 
         Raises:
             InputError: where what is on disk was made of other inputs, or is damaged.
@@ -83,7 +85,8 @@ class Journal:
             content = digest(value)
             self.computed.append(f"{number}/{name}")
             if base is not None:
-                self._write(base, value, metrics, content, time.perf_counter() - began)
+                given = _given(value, like)
+                self._write(base, value, metrics, content, time.perf_counter() - began, given)
         self._chain = _text_digest(f"{self._chain} {number} {name} {content}")
         return value, metrics
 
@@ -106,7 +109,13 @@ class Journal:
         placement.lead(lambda: None if path.exists() else write_json(path, identity))
 
     def _write(
-        self, base: Path, value: Any, metrics: Metrics, content: str, seconds: float
+        self,
+        base: Path,
+        value: Any,
+        metrics: Metrics,
+        content: str,
+        seconds: float,
+        given: Sequence[str],
     ) -> None:
         manifest = {
             "inputs": self._chain,
@@ -114,13 +123,16 @@ class Journal:
             "seconds": round(seconds, 3),
             "metrics": {key: _plain(metric) for key, metric in metrics.items()},
         }
+        if given:
+            manifest["given"] = list(given)
+        leaves = {name: leaf for name, leaf in _leaves(value) if name not in given}
         placement.lead(lambda: base.parent.mkdir(parents=True, exist_ok=True))
         try:
-            if any(_spread(leaf) for leaf in jax.tree.leaves(value)):
+            if any(_spread(leaf) for leaf in leaves.values()):
                 with _orbax() as store:
-                    store.save(_spread_folder(base), dict(_leaves(value)), force=True)
+                    store.save(_spread_folder(base), leaves, force=True)
             else:
-                tensors = {name: placement.host(leaf) for name, leaf in _leaves(value)}
+                tensors = {name: placement.host(leaf) for name, leaf in leaves.items()}
                 placement.lead(lambda: _save_file(tensors, base.with_suffix(".safetensors")))
         except InputError:
             raise
@@ -147,7 +159,7 @@ class Journal:
                 f"{self._chain[:12]} now); name another folder, or delete this round's and later "
                 "ones to compute them again."
             )
-        value = _load(base, like)
+        value = _load(base, like, given=manifest.get("given", ()))
         if digest(value) != manifest["content"]:
             raise _damaged(base, "its content is not what was written")
         metrics = {
@@ -159,7 +171,9 @@ class Journal:
     def stored(self, number: int, name: str, like: Any) -> Any:
         """A result that is on disk, unchecked against the chain: the phases before it were."""
         assert self.folder is not None
-        return _load(round_folder(self.folder, number) / name, like)
+        base = round_folder(self.folder, number) / name
+        manifest = read_json(base.with_suffix(".json"), remedy="start the run again")
+        return _load(base, like, given=manifest.get("given", ()))
 
 
 class Stored(Sequence[Any]):
@@ -249,15 +263,25 @@ def _save_file(tensors: dict[str, np.ndarray], target: Path) -> None:
     os.replace(partial, target)
 
 
-def _load(base: Path, like: T) -> T:
-    """What a phase left, of the structure and in the places of ``like``."""
+def _given(value: Any, like: Any) -> list[str]:
+    """Leaves of ``value`` that are arrays of ``like``, by name."""
+    known = dict(_leaves(like))
+    return [
+        name for name, leaf in _leaves(value)
+        if isinstance(leaf, jax.Array) and known.get(name) is leaf
+    ]  # fmt: skip
+
+
+def _load(base: Path, like: T, *, given: Sequence[str] = ()) -> T:
+    """What a phase left, of the structure and in the places of ``like``, whose own arrays it has
+    where they were ``given``."""
     folder = _spread_folder(base)
     if not folder.exists():
         try:
             tensors = safetensors.numpy.load_file(base.with_suffix(".safetensors"))
         except (OSError, safetensors.SafetensorError) as error:
             raise _damaged(base, str(error)) from None
-        return _restore(base, like, tensors)
+        return _restore(base, like, tensors, given)
     refused: list[InputError] = []
     found: Any = None
     # Orbax's own threads would print what they fail of, beside the one line.
@@ -266,6 +290,8 @@ def _load(base: Path, like: T) -> T:
         there: dict[str, Any] = dict(getattr(kept, "tree", kept))
         target = {}
         for name, leaf in _leaves(like):
+            if name in given:
+                continue
             if isinstance(leaf, int):
                 target[name] = np.empty(there[name].shape, there[name].dtype)
                 continue
@@ -283,7 +309,8 @@ def _load(base: Path, like: T) -> T:
     if failed:
         raise _damaged(base, failed[0][:200])
     paths, structure = jax.tree_util.tree_flatten_with_path(like)
-    return jax.tree.unflatten(structure, [found[path_name(path)] for path, _ in paths])
+    named = {path_name(path): leaf for path, leaf in paths}
+    return jax.tree.unflatten(structure, [found.get(name, named[name]) for name in named])
 
 
 def _check(base: Path, name: str, value: Any, leaf: Any) -> None:
@@ -296,11 +323,14 @@ def _check(base: Path, name: str, value: Any, leaf: Any) -> None:
         )
 
 
-def _restore(base: Path, like: Any, tensors: Mapping[str, np.ndarray]) -> Any:
+def _restore(base: Path, like: Any, tensors: Mapping[str, np.ndarray], given: Sequence[str]) -> Any:
     paths, structure = jax.tree_util.tree_flatten_with_path(like)
     found = []
     for path, leaf in paths:
         name = path_name(path)
+        if name in given:
+            found.append(leaf)
+            continue
         if isinstance(leaf, int):
             found.append(tensors.get(name))
             continue
