@@ -6,6 +6,7 @@ protocol buffers are filled and read directly. Reading goes by the files alone: 
 folder says of its features is believed, or run.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from jax_klrlhf.data.rows import Row
 DATASET = "preferences"
 _SHARD = 100_000  # rows of one file
 _FORMAT = "array_record"
+_WRITTEN = "group_size:1,snappy"  # zstd makes ids no smaller, and takes as long as all the rest
 
 
 class Writer:
@@ -36,7 +38,7 @@ class Writer:
         shards = self._shards[split]
         if split not in self._files:
             path = self._folder / f"{DATASET}-{split}.{_FORMAT}-{len(shards):05d}"
-            self._files[split] = module.ArrayRecordWriter(str(path), "group_size:1")
+            self._files[split] = module.ArrayRecordWriter(str(path), _WRITTEN)
             shards.append(0)
         content = to_bytes(row)
         self._files[split].write(content)
@@ -132,6 +134,7 @@ def from_bytes(content: bytes) -> Row:
     )
 
 
+@functools.cache
 def _example_type() -> Any:
     """The protocol buffer, whose class is made at import."""
     from tensorflow_datasets.proto import tf_example_pb2

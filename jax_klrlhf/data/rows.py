@@ -76,7 +76,7 @@ def encode(
                     prompt, responses, max_length, begin=encoder.begin
                 )
             lost = uncut[0] - len(prompt), uncut[1] - sum(map(len, responses))
-            if reason is None and len(responses) > 1 and _all_equal(responses):
+            if reason is None and lost[1] and len(responses) > 1 and _all_equal(responses):
                 reason = "identical responses after the cut"
             if reason is None:
                 yield Row(

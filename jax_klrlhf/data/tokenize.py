@@ -185,11 +185,12 @@ def encoder(tokenizer: PreTrainedTokenizerBase, *, control_tokens: bool = False)
         control = Control(spec, special=special, frame=_frame(tokenizer))
     named = spec if control is None else control.renamed(spec)
     opening = tokenizers.Tokenizer.from_str(json.dumps(named))
-    words = Words(opening, named)
-    continuation, continued, rules = opening, words, _continuing(named)
+    continuation, rules = opening, _continuing(named)
     if rules != named:  # many tokenizers invent no space
         continuation = tokenizers.Tokenizer.from_str(json.dumps(rules))
-        continued = Words(continuation, rules)
+    words = continued = Words(opening, continuation, named)
+    if continuation is not opening:
+        continued = Words(continuation, continuation, rules)
     return Encoder(
         tokenizer=tokenizer,
         vocab_size=len(tokenizer),

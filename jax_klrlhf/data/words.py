@@ -1,133 +1,262 @@
 """Tokens of a text by its words, each of which the tokenizer is asked for once.
 
-A byte-level BPE cuts a text into words by a regular expression and merges within each of them, so
-that a text's tokens are its words' tokens, one after the other. Asked for whole texts, the
-`tokenizers` library spends most of a preparation's time on words it has seen a thousand times.
+Asked for whole texts, the `tokenizers` library spends most of a preparation's time on words that it
+has seen a thousand times. Here a text is cut before its spaces, and the pieces' tokens are kept.
 
-Only what is certain is taken: Western texts without an added token, cut by a known kind of
-expression. Everything else, and every new word, is the library's.
+That is exact where no token reaches from one side of a cut to the other. A cut is made before a
+space that stands alone between two characters that are none, where
+
+- a byte-level BPE cuts texts by an expression whose parts are all known here: each takes such a
+  space as its first character or not at all, none looks beyond it, and together they leave no
+  character out;
+- a BPE of SentencePiece's kind, whose "word" is the whole text, has no merge that puts its sign for
+  a space, ``▁``, behind another character (one look at its merges says so), or cuts there itself.
+
+What else happens within a piece is the library's own work, so that scripts and versions of Unicode
+do not matter. All other tokenizers, and texts with an added token in them, are asked for whole.
 """
 
 import json
 import re
-from collections.abc import Sequence
+import unicodedata
+from array import array
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
 
-# GPT-2's expression, which ByteLevel applies by itself.
-_BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Of other characters those of Western texts, whose kind no version of Unicode changes: letters, and
-# signs that are neither letters nor digits nor spaces.
-_LETTERS = "A-Za-z\u00aa\u00b5\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u00ff"
-_SIGNS = (
-    "\u00a1\u00a7\u00ab\u00b0\u00b6\u00b7\u00bb\u00bf\u2013\u2014\u2018-\u201f\u2022\u2026\u20ac"
-)
-_PLAIN = re.compile(rf"[\t\n\r\x20-\x7e{_LETTERS}{_SIGNS}]*")
-_MOST = 1_000_000  # words kept
+# U+180E was a space in early versions of Unicode.
+_SPACE = re.compile(r" (?<=[^\s\u180e▁] )(?=[^\s\u180e▁])")
+_EDGE = re.compile(r"[\s\u180e▁]")
+_MOST = 200_000  # pieces kept
+_LONG = 64  # characters; longer pieces hardly come back
+
+# Parts of expressions, and the kind of characters that each takes wherever it finds one.
+_CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+_PARTS = dict.fromkeys((*_CONTRACTIONS, f"(?i:{'|'.join(_CONTRACTIONS)})"), "") | {
+    r" ?\p{L}+": "letters",
+    r"[^\r\n\p{L}\p{N}]?\p{L}+": "letters",
+    r" ?\p{N}+": "numbers",
+    r"\p{N}{1,3}": "numbers",
+    r"\p{N}": "numbers",
+    r" ?[^\s\p{L}\p{N}]+": "others",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*": "others",
+    r"\s*[\r\n]+": "",
+    r"\s+(?!\S)": "",
+    r"\s+": "spaces",
+}
+_KINDS = {"letters", "numbers", "others", "spaces"}
+_PART = "|".join(map(re.escape, sorted(_PARTS, key=len, reverse=True)))
 
 
 class Words:
-    """Tokenizes many texts with one tokenizer, remembering words."""
+    """Tokenizes many texts with one tokenizer, remembering pieces."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, spec: dict[str, Any] | None = None):
-        """`spec`: what `tokenizer` is saved as, where it is at hand."""
-        self._tokenizer = tokenizer
-        rules: dict[str, Any] = json.loads(tokenizer.to_str()) if spec is None else spec
-        self._expression = _expression(rules)
-        added = [re.escape(token["content"]) for token in rules["added_tokens"]]
+    def __init__(
+        self,
+        opening: tokenizers.Tokenizer,
+        continuation: tokenizers.Tokenizer,
+        spec: Mapping[str, Any] | None = None,
+    ):
+        """A tokenizer, and the same without a space that it invents before a text.
+
+        `spec`: what `opening` is saved as, where it is at hand.
+        """
+        rules: Mapping[str, Any] = json.loads(opening.to_str()) if spec is None else spec
+        self.cuts = _can_be_cut(rules)
+        """Whether texts are cut; if not, the library is asked for each as a whole."""
+        added = [re.escape(_underlined(token["content"])) for token in rules["added_tokens"]]
+        self._whole = opening
         self._added = re.compile("|".join(added) or r"(?!)")
-        self._known: dict[str, list[int]] = {}
-        self._uncertain: set[str] = set()
+        self._first, self._later = _Known(opening), _Known(continuation, " ")
+        # Where no space is invented, a text may also be cut before a space that it begins with.
+        self._first.safe_alone = opening is continuation
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """As the library's ``encode_batch_fast`` without special tokens."""
-        if self._expression is None:
-            return self._asked(texts)
-        find, known = self._expression.findall, self._known
-        if len(known) > _MOST:
-            known.clear()
-        cut = [self._cut(text) for text in texts]
-        new = list({word: None for words in cut if words for word in words if word not in known})
-        # An expression that looks around may cut a word that stands alone in another way.
-        odd = {word for word in new if find(word) != [word]}
-        if odd:
-            self._uncertain |= odd
-            new = [word for word in new if word not in odd]
-        if self._uncertain:
-            cut = [
-                None if words is None or not self._uncertain.isdisjoint(words) else words
-                for words in cut
-            ]
-        known.update(zip(new, self._asked(new), strict=True))
-        others = iter(
-            self._asked([t for t, words in zip(texts, cut, strict=True) if words is None])
-        )
-        found = []
-        for words in cut:
-            if words is None:
-                found.append(next(others))
-            else:
-                found.append([token for word in words for token in known[word]])
+        if not self.cuts:
+            return _asked(self._whole, texts)
+        if len(self._first) + len(self._later) > _MOST:
+            self._first.clear()
+            self._later.clear()
+        found: list[list[int]] = [[]] * len(texts)
+        left: Sequence[int] = range(len(texts))
+        for cut in (_quickly, _carefully):
+            for _ in range(2):  # the second time with what the first was missing
+                unknown = []
+                for number in left:
+                    packed = self._packed(cut(texts[number]))
+                    if packed is None:
+                        unknown.append(number)
+                    else:
+                        found[number] = array("i", packed).tolist()
+                left = unknown
+                self._first.learn(self._added)
+                self._later.learn(self._added)
+        for number, ids in zip(left, _asked(self._whole, [texts[n] for n in left]), strict=True):
+            found[number] = ids  # an added token is in it
+        self._first.forget()
+        self._later.forget()
         return found
 
-    def _cut(self, text: str) -> list[str] | None:
-        assert self._expression is not None
-        if _PLAIN.fullmatch(text) is None or self._added.search(text) is not None:
-            return None
-        words = self._expression.findall(text)
-        return words if sum(map(len, words)) == len(text) else None
-
-    def _asked(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+    def _packed(self, pieces: list[str]) -> bytes | None:
+        """Tokens of a text, None where a piece is not known, which is noted."""
+        first, later = self._first, self._later
+        noted = len(first.missing) + len(later.missing)
+        head, *tail = pieces
+        packed = b"".join([first[head], *map(later.__getitem__, tail)])
+        return packed if len(first.missing) + len(later.missing) == noted else None
 
 
-def _expression(spec: dict[str, Any]) -> re.Pattern[str] | None:
-    """How a saved tokenizer cuts Western text into words; None where that is not certain."""
+class _Known(dict[str, bytes]):
+    """Tokens of pieces, as the bytes of 32-bit integers; what is missing is noted.
+
+    A piece that begins or ends with a space, whose place in a text counts, is known with a space
+    behind it: so only who cuts with care finds it.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, before: str = ""):
+        """`before`: what stands before every piece, which is looked up without it."""
+        super().__init__()
+        self.missing: list[str] = []
+        self._tokenizer, self._before = tokenizer, before
+        self._long: list[str] = []
+        self.safe_alone = False
+        """Whether no piece at all is one."""
+
+    def __missing__(self, piece: str) -> bytes:
+        self.missing.append(piece)
+        return b""
+
+    def learn(self, added: re.Pattern[str]) -> None:
+        """Ask for what was missing, but for pieces in which an added token may be found."""
+        texts = {}
+        for piece in {*self.missing}.difference(self):
+            text = piece.removesuffix(" ")
+            if (text != piece or self.safe(piece)) and not _found(added, text):
+                texts[piece] = self._before + text
+        self.missing.clear()
+        for piece, ids in zip(texts, _asked(self._tokenizer, [*texts.values()]), strict=True):
+            self[piece] = array("i", ids).tobytes()
+            if len(piece) > _LONG:
+                self._long.append(piece)
+
+    def forget(self) -> None:
+        """Long pieces."""
+        for piece in self._long:
+            self.pop(piece, None)
+        self._long.clear()
+
+    def safe(self, piece: str) -> bool:
+        """Whether all spaces around a piece stand alone."""
+        ends = piece[-1:] + piece[:1] * bool(self._before)
+        return _EDGE.search(ends) is None if ends else self.safe_alone
+
+
+def _quickly(text: str) -> list[str]:
+    """Cut before every space, which is found out to be right by what is known."""
+    return _carefully(text) if "  " in text else text.split(" ")
+
+
+def _carefully(text: str) -> list[str]:
+    """Cut where it is exact: the last piece alone may end with a space."""
+    pieces = _SPACE.split(text)
+    if not pieces[-1] or _EDGE.match(pieces[-1][-1]):
+        pieces[-1] += " "
+    return pieces
+
+
+def _found(added: re.Pattern[str], piece: str) -> bool:
+    """Whether an added token may be found in a piece behind a space."""
+    text = "▁" + _underlined(piece)
+    return added.search(text) is not None or (
+        not text.isascii() and added.search(unicodedata.normalize("NFC", text)) is not None
+    )
+
+
+def _asked(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    found = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in found]
+
+
+def _underlined(text: str) -> str:
+    """With ``▁`` for spaces: an added token may be looked for in a text before or after that."""
+    return text.replace(" ", "▁")
+
+
+def _can_be_cut(spec: Mapping[str, Any]) -> bool:
+    """Whether the tokens of a saved tokenizer never reach over a cut."""
     model, steps = spec["model"], spec["pre_tokenizer"]
-    if model["type"] != "BPE" or model.get("dropout") or spec["normalizer"] is not None:
-        return None
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or steps is None:
-        return None
-    steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
-    *splits, last = steps
-    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
-        return None
-    if not splits and last["use_regex"]:
-        pattern = _BYTE_LEVEL
-    elif len(splits) == 1 and not last["use_regex"] and splits[0]["type"] == "Split":
-        split = splits[0]
-        pattern = split["pattern"].get("Regex")
-        if split["behavior"] != "Isolated" or split["invert"] or pattern is None:
-            return None
-    else:
-        return None
-    return _western(pattern)
+    if model["type"] != "BPE" or model.get("dropout"):
+        return False
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        return False
+    # An added token must lie within a piece, where it is seen.
+    if any("▁" in _underlined(added["content"]).lstrip("▁") for added in spec["added_tokens"]):
+        return False
+    return _is_byte_level(_steps(spec["normalizer"]), _steps(steps)) or _is_sentence_piece(
+        _steps(spec["normalizer"]), _steps(steps), model
+    )
 
 
-def _western(pattern: str) -> re.Pattern[str] | None:
-    """An expression of letters and digits of any script, for texts of these characters."""
-    inside, escaped, found = False, False, ""
-    place = 0
-    while place < len(pattern):
-        token = next((t for t in (r"\p{L}", r"\p{N}") if pattern.startswith(t, place)), None)
-        if token is not None and not escaped:
-            letters = _LETTERS if token == r"\p{L}" else "0-9"
-            found += letters if inside else f"[{letters}]"
-            place += len(token)
-            continue
-        char = pattern[place]
-        if not escaped:
-            inside = (inside or char == "[") and char != "]"
-        escaped = char == "\\" and not escaped
-        found += char
-        place += 1
-    if r"\p" in found or r"\P" in found or "&&" in found or re.search(r"\((?!\?)", found):
-        return None  # another script's letters, or groups, by which findall would answer
-    try:
-        return re.compile(found, re.ASCII)
-    except re.error:
-        return None
+def _steps(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    if step is None:
+        return []
+    inner = step.get("normalizers", step.get("pretokenizers"))
+    return [step] if inner is None else [each for one in inner for each in _steps(one)]
+
+
+def _is_byte_level(
+    normalizers: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Cut into words by parts of `_PARTS` that leave nothing out."""
+    if any(step["type"] != "NFC" for step in normalizers):
+        return False
+    if not steps or steps[-1]["type"] != "ByteLevel":
+        return False
+    *steps, last = steps
+    if steps and last["add_prefix_space"]:  # it would begin every word
+        return False
+    steps = [step for step in steps if step["type"] != "Digits"]
+    if last["use_regex"]:  # GPT-2's
+        return not steps
+    if len(steps) != 1 or steps[0]["type"] != "Split":
+        return False
+    pattern = steps[0]["pattern"].get("Regex")
+    if pattern is None or steps[0]["behavior"] != "Isolated" or steps[0]["invert"]:
+        return False
+    if re.fullmatch(rf"(?:{_PART})(?:\|(?:{_PART}))*", pattern) is None:
+        return False
+    return {_PARTS[part] for part in re.findall(_PART, pattern)} >= _KINDS
+
+
+def _is_sentence_piece(
+    normalizers: Sequence[Mapping[str, Any]],
+    steps: Sequence[Mapping[str, Any]],
+    model: Mapping[str, Any],
+) -> bool:
+    """Spaces become ``▁``, behind which nothing is merged to what stands before."""
+    replaced = False
+    for step in normalizers:
+        if step["type"] == "Replace":
+            if step["pattern"] != {"String": " "} or step["content"] != "▁":
+                return False
+            replaced = True
+        elif step["type"] != "Prepend" or step["prepend"] != "▁":
+            return False
+    parted = False
+    for step in steps:
+        if step["type"] == "Metaspace" and step["replacement"] == "▁" and len(steps) == 1:
+            replaced, parted = True, step["split"]
+        elif step["type"] != "Split" or step["pattern"] != {"String": " "} or not replaced:
+            return False  # such a split finds no space any more
+    if not replaced or "▁" not in model["vocab"]:
+        return False
+    if parted:
+        return True
+    merges = (m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"])
+    return not model.get("ignore_merges") and not any(
+        "▁" in (left + right).lstrip("▁") for left, right in merges
+    )

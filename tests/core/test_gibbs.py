@@ -1,5 +1,6 @@
 """The Gibbs policy and the value it attains: brute force, limits, masks, extremes."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -234,11 +235,11 @@ def test_a_reference_need_not_be_normalized(x64):
 
 def test_kl_coef_is_traced_and_swept_by_vmap_in_one_trace(x64):
     reward, ref_log_prob, policy = problem(6)
-    traces = []
+    chex.clear_trace_counter()
 
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def sweep(kl_coef):
-        traces.append(kl_coef)
         return jax.vmap(lambda eta: outputs(reward, ref_log_prob, policy, eta))(kl_coef)
 
     for coefficients in ([0.1, 1.0], [0.3, 30.0]):
@@ -247,7 +248,6 @@ def test_kl_coef_is_traced_and_swept_by_vmap_in_one_trace(x64):
             alone = outputs(reward, ref_log_prob, policy, kl_coef)
             for name, want in alone.items():
                 np.testing.assert_allclose(swept[name][i], want, rtol=1e-9, err_msg=name)
-    assert len(traces) == 1
 
 
 def test_gradients_of_the_value_through_a_softmax_policy_with_a_mask(x64):

@@ -1,8 +1,10 @@
 """Scoring against the naive forward of every prompt-response row by itself, in float64 NumPy."""
 
+import dataclasses
 import itertools
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import scoring
+from jax_klrlhf.training import reference
+from jax_klrlhf.training.tasks import Batch
 from tests.models import toy
 
 B, K, P, C, V = 3, 2, 5, 6, 7
@@ -314,6 +318,20 @@ def test_eight_devices_equal_one():
     eight = value(PARAMS, prompts, responses), gradient(PARAMS, prompts, responses, weight)
     assert len(eight[0].sharding.device_set) == 8
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), one, eight)
+
+
+def test_one_program_scores_all_batches_of_a_shape_by_all_parameters():
+    chex.clear_trace_counter()
+
+    @chex.assert_max_traces(n=1)
+    def prefill(params, prompts):
+        return MODEL.prefill(params, prompts)
+
+    score = reference.make_log_prob(dataclasses.replace(MODEL, prefill=prefill))
+    for seed, params in enumerate((PARAMS, REFERENCE, PARAMS)):
+        given = batch(seed, [1 + seed, 2, 3], [seed, 1, 2, 3, 4, 5])
+        found = score(params, Batch(*given, weight=np.ones(B, np.float32)))
+        np.testing.assert_allclose(found, scoring.log_prob(MODEL, params, *given), rtol=1e-5)
 
 
 def test_float64(x64):

@@ -3,6 +3,7 @@
 import functools
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,19 +118,18 @@ def test_steps_on_a_mesh_equal_one_device_and_everything_is_sharded_alike(shape)
     spread, laid = meshes.init(
         jax.random.key(1), params, optimizer, shardings=shardings, ref_params=params
     )
-    traces = []
+    chex.clear_trace_counter()
 
-    def counted(scores):
-        traces.append(1)
+    @chex.assert_max_traces(n=1)
+    def once(scores):
         return loss(scores)
 
     one = step.make_train_step(MODEL, optimizer, loss, **options)
-    many = step.make_train_step(MODEL, optimizer, counted, shardings=laid, **options)
+    many = step.make_train_step(MODEL, optimizer, once, shardings=laid, **options)
     np.testing.assert_array_equal(spread.fingerprint, plain.fingerprint)
 
     first = placement.put(toy.batch(0), mesh)
     compiled = many.lower(spread, first).compile()
-    before = len(traces)
     moved, _ = compiled.output_shardings
     given, _, rows = compiled.input_shardings[0]
     for tree in (moved, given):
@@ -147,9 +147,8 @@ def test_steps_on_a_mesh_equal_one_device_and_everything_is_sharded_alike(shape)
         spread, told = many(spread, placement.put(toy.batch(seed), mesh))
         np.testing.assert_allclose(told.loss.total, info.loss.total, rtol=1e-5)
         np.testing.assert_allclose(told.grad_norm, info.grad_norm, rtol=1e-5)
-    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    jax.tree.map(close, spread.params, plain.params)
-    assert len(traces) == before  # the states that come back fit the program that made them
+        # The states that come back fit the program that made them: no second trace.
+    chex.assert_trees_all_close(spread.params, plain.params, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_are_reduced_into_their_shards():

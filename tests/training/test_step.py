@@ -3,6 +3,7 @@
 import functools
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,16 @@ LOG_PROB = reference.make_log_prob(MODEL)
 def fresh(optimizer=SGD, **options):
     params = MODEL.init(jax.random.key(0))
     return state.init(jax.random.key(1), params, optimizer, **options)
+
+
+def traced_once():
+    """The loss; a program in which it stands may be compiled once."""
+    chex.clear_trace_counter()
+
+    def loss(scores):
+        return LOSS(scores)
+
+    return chex.assert_max_traces(loss, n=1)
 
 
 def parameters(carried):
@@ -205,13 +216,13 @@ def test_a_finite_loss_with_a_gradient_that_is_not_leaves_the_parameters_too():
 def test_the_state_is_given_away_and_the_callers_parameters_are_not():
     params = MODEL.init(jax.random.key(0))
     before = state.init(jax.random.key(1), params, SGD, ref_params=params)
-    train = step.make_train_step(MODEL, SGD, LOSS, reference=reference.live)
+    train = step.make_train_step(MODEL, SGD, traced_once(), reference=reference.live)
     after, _ = train(before, toy.batch(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
-    assert train.jitted._cache_size() == 1
-    train(after, toy.batch(1))
-    assert train.jitted._cache_size() == 1  # one trace for equal shapes
+    train(after, toy.batch(1))  # one trace for equal shapes
+    with pytest.raises(AssertionError, match="traced > 1 times"):
+        train(fresh(ref_params=params), toy.batch(1, rows=8))
 
 
 @pytest.mark.parametrize("trainable", [None, lambda path: path.startswith("head")])
@@ -219,12 +230,12 @@ def test_loaded_parameters_compile_one_program(trainable):
     """Parameters bound to a device, as loaded ones are: the second step has the first's type."""
     params = jax.device_put(MODEL.init(jax.random.key(0)), jax.devices()[0])
     optimizer = optax.adam(1e-2)
-    take = step.make_train_step(MODEL, optimizer, LOSS)
+    take = step.make_train_step(MODEL, optimizer, traced_once())
     carried = state.init(jax.random.key(1), params, optimizer, trainable=trainable)
     batch = reference.precompute(MODEL, params, [toy.batch(0)])[0]
     for _ in range(3):
         carried, _ = take(carried, batch)
-    assert take.jitted._cache_size() == 1
+    assert int(carried.step) == 3
 
 
 def test_reported_names_mean_what_they_say():
