@@ -4,11 +4,11 @@ Asked for whole texts, the `tokenizers` library spends most of a preparation's t
 has seen a thousand times. Here a text is cut before its spaces, and the pieces' tokens are kept.
 
 That is exact where no token reaches from one side of a cut to the other. A cut is made before a
-space that stands alone between two characters that are none, where
+space (of several, the first) behind a character that is none, where
 
 - a byte-level BPE cuts texts by an expression whose parts are all known here: each takes such a
-  space as its first character or not at all, none looks beyond it, and together they leave no
-  character out;
+  space as its first character or not at all, none looks beyond it from before, and together they
+  leave no character out;
 - a BPE of SentencePiece's kind, whose "word" is the whole text, has no merge that puts its sign for
   a space, ``▁``, behind another character (one look at its merges says so), or cuts there itself.
 
@@ -26,7 +26,7 @@ from typing import Any
 import tokenizers
 
 # U+180E was a space in early versions of Unicode.
-_SPACE = re.compile(r" (?<=[^\s\u180e▁] )(?=[^\s\u180e▁])")
+_SPACE = re.compile(r" (?<=[^\s\u180e▁] )")
 _EDGE = re.compile(r"[\s\u180e▁]")
 _MOST = 200_000  # pieces kept
 _LONG = 64  # characters; longer pieces hardly come back
@@ -111,7 +111,7 @@ class Words:
 class _Known(dict[str, bytes]):
     """Tokens of pieces, as the bytes of 32-bit integers; what is missing is noted.
 
-    A piece that begins or ends with a space, whose place in a text counts, is known with a space
+    A piece that ends with a space, which must be the last of its text, is known with one space more
     behind it: so only who cuts with care finds it.
     """
 
@@ -148,9 +148,8 @@ class _Known(dict[str, bytes]):
         self._long.clear()
 
     def safe(self, piece: str) -> bool:
-        """Whether all spaces around a piece stand alone."""
-        ends = piece[-1:] + piece[:1] * bool(self._before)
-        return _EDGE.search(ends) is None if ends else self.safe_alone
+        """Whether it is exact to cut before a space behind a piece."""
+        return _EDGE.match(piece[-1]) is None if piece else self.safe_alone
 
 
 def _quickly(text: str) -> list[str]:

@@ -49,7 +49,7 @@ TEXT = (
 
 
 def made(name):
-    """A small tokenizer of a kind; an added token, one that takes the space behind it, spaces."""
+    """A small tokenizer of a kind, with added tokens: of spaces, and that take a space behind."""
     bytewise = not name.startswith(("llama2", "metaspace"))
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=not bytewise))
     backend.pre_tokenizer = KINDS[name] if bytewise else KINDS["metaspace, split"]
@@ -77,7 +77,8 @@ def made(name):
         )
         spec = json.loads(backend.to_str())
         backend = tokenizers.Tokenizer.from_str(json.dumps(spec | {"pre_tokenizer": None}))
-    backend.add_tokens(["<mood>", AddedToken("<greedy>", rstrip=True), "    ", "<Ñ>"])
+    backend.add_tokens(["<mood>", "    "])
+    backend.add_tokens([AddedToken(token, rstrip=True) for token in ("<greedy>", "<Ñ>")])
     return backend
 
 
@@ -183,6 +184,11 @@ def test_what_is_not_certain_is_left_to_the_library(kinds, texts):
         backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
         backend.pre_tokenizer = step
         changes.append(json.loads(backend.to_str()))
+    # A space before every part.
+    step = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(True)])
+    backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    backend.pre_tokenizer = step
+    changes.append(json.loads(backend.to_str()))
     # A merge over a space; whole words of the vocabulary; a token of two words; no sign for spaces.
     crossing = other["model"] | {
         "vocab": other["model"]["vocab"] | {"e▁": 600},
