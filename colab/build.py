@@ -2,7 +2,8 @@
 
 ``src/*.py`` are the notebooks, in jupytext's percent format; the ``.ipynb`` beside this file are
 made of them and executed, so that their pictures are inside. Change the sources and build again;
-a test compares the two.
+a test compares the two. What all have in common, the badge and the cell that installs, is put in
+here.
 """
 
 import sys
@@ -17,6 +18,29 @@ HERE = Path(__file__).resolve().parent
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 LARGEST = 600_000
 """Bytes of a notebook."""
+REPOSITORY = "OWNER/jax_klrlhf"
+"""On GitHub. A placeholder: the repository has no public address yet. Put it here, and build."""
+_BADGE = """
+
+[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]\
+(https://colab.research.google.com/github/{repository}/blob/main/colab/{name}.ipynb)"""
+_INSTALL = """\
+import glob
+import importlib.util
+import subprocess
+import sys
+
+REPOSITORY = "{repository}"
+if importlib.util.find_spec("jax_klrlhf") is None:
+    # A wheel beside this notebook comes first: in a clone, `pip wheel --no-deps .` makes one.
+    wheels = sorted(glob.glob("jax_klrlhf-*.whl"))
+    if not wheels and REPOSITORY.startswith("OWNER/"):
+        raise SystemExit(
+            "OWNER is a placeholder: set REPOSITORY to the address of the repository on GitHub, or "
+            "upload a wheel beside this notebook (in a clone: pip wheel --no-deps .)"
+        )
+    source = wheels[-1] if wheels else f"git+https://github.com/{{REPOSITORY}}"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)"""
 
 
 def sources() -> list[Path]:
@@ -28,6 +52,10 @@ def convert(source: Path) -> Any:
     """The notebook of a source, not executed; nothing in it depends on when or where."""
     notebook = jupytext.read(source, fmt="py:percent")
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})
+    here = {"repository": REPOSITORY, "name": source.stem}
+    title, line, rest = notebook.cells[0].source.partition("\n")
+    notebook.cells[0].source = title + _BADGE.replace("\\\n", "").format(**here) + line + rest
+    notebook.cells.insert(1, nbformat.v4.new_code_cell(_INSTALL.format(**here)))
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02d}"
         cell.metadata = nbformat.from_dict({})

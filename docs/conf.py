@@ -3,8 +3,12 @@
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+
+from sphinx.errors import ExtensionError
+from sphinx.util import logging
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -51,11 +55,12 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
-nb_execution_excludepatterns = ["tutorials/*"]  # executed when they are made (colab.build)
+# Tutorials are shown as they were built, at full size; that they run is seen at a small one, below.
+nb_execution_excludepatterns = ["tutorials/*"]
 nb_merge_streams = True
 
 templates_path: list[str] = []
-exclude_patterns = ["_build", "_generated", "**/.ipynb_checkpoints", "api/modules.rst"]
+exclude_patterns = ["_build", "_generated", "*.py", "**/.ipynb_checkpoints", "api/modules.rst"]
 html_theme = "sphinx_book_theme"
 html_title = "jax_klrlhf"
 html_static_path = ["_static"]
@@ -65,6 +70,8 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
 }
+# An object has its source at its own module; a package's page would send the way back astray.
+viewcode_follow_imported_members = False
 # A short name in a docstring (`loss`, `Rows`) may be several objects: the first is linked.
 suppress_warnings = ["mystnb.unknown_mime_type", "ref.python"]
 
@@ -121,6 +128,41 @@ def _skip(app, what, name, found, skip, options):
     return True if what == "module" and name == "simulate" and callable(found) else None
 
 
+def _tutorials_run(app):
+    """Execute every tutorial at a small size; one that does not run ends the build."""
+    small = os.environ | {"KLRLHF_SMALL": "1", "MPLBACKEND": "Agg"}
+    for source in sorted((ROOT / "colab" / "src").glob("*.py")):
+        LOG.info("executing %s at a small size", source.name)
+        done = subprocess.run(
+            [sys.executable, str(source)], env=small, cwd=HERE, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise ExtensionError(f"{source.name} does not run:\n{done.stderr[-2000:]}")
+
+
+def _look(app, error):
+    """Follow every link of what was built, and open its pages in a browser."""
+    if error is not None or app.builder.name != "html":
+        return
+    import check
+
+    folder = Path(app.outdir)
+    wrong = check.links(folder)
+    try:
+        wrong += check.browse(folder)
+        print("pages, formulas and search were tried in a browser")
+    except check.NoBrowser as reason:
+        print(f"not looked at in a browser: {reason}")
+    for line in wrong:
+        LOG.warning("%s", line)
+
+
+LOG = logging.getLogger(__name__)
+sys.path.insert(0, str(HERE))
+
+
 def setup(app):
     """Sphinx calls this."""
     app.connect("autodoc-skip-member", _skip)
+    app.connect("builder-inited", _tutorials_run)
+    app.connect("build-finished", _look)

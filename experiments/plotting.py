@@ -1,21 +1,30 @@
 """What the experiments' figures share: bands over seeds, log-log slopes with intervals, saving.
 
-Axes: ``seeds`` (independent repetitions), ``points`` (of the horizontal axis).
+Their style is :data:`jax_klrlhf.figures.STYLE`, which the notebooks have too; importing this module
+sets it. Axes: ``seeds`` (independent repetitions), ``points`` (of the horizontal axis).
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from jax_klrlhf import figures
 from jax_klrlhf.results import Metric
 
+matplotlib.rcParams.update(figures.STYLE)
+MARKERS = "os^vDP"
+"""Of methods beyond the ten colours."""
 
-def grid(rows: int, columns: int, *, width: float = 4.2, height: float = 3.4):
+
+def grid(
+    rows: int, columns: int, *, width: float = figures.WIDTH, height: float = 0.8 * figures.WIDTH
+):
     """A figure and its axes ``[rows, columns]``, without pyplot's global state."""
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -86,9 +95,21 @@ def label(ax: Axes, *, x: str, y: str, title: str = "", log: str = "") -> None:
         ax.set_xscale("log")
     if "y" in log:
         ax.set_yscale("log")
-    ax.grid(alpha=0.3)
+
+
+def legend(figure: Figure, *, columns: int = 3) -> None:
+    """One legend for all panels, under them: each name once."""
+    named = {}
+    for ax in figure.axes:
+        handles, names = ax.get_legend_handles_labels()
+        named |= dict(zip(names, handles, strict=True))
+    if named:
+        figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the PNG."""
-    figure.savefig(path, dpi=140)
+    """Write the PNG, and a PDF beside it; ticks of logarithmic axes are set by what is seen."""
+    figures.tidy(figure)
+    figure.savefig(path)
+    # Without a date: the same figure is the same file.
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})

@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -63,6 +64,55 @@ def data_dir() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"real data absent: no folder {DATA} (set KLRLHF_DATA to it)")
     return DATA
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium, playwright's own or the system's; or a skip that says what is missing.
+
+    One a module: while it lives the main thread has an event loop, which others may not expect.
+    """
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    system = shutil.which("chromium") or shutil.which("google-chrome")
+    with playwright.sync_playwright() as run:
+        try:
+            browser = run.chromium.launch(executable_path=system, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"no browser: {str(error).splitlines()[0]}")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def pages(browser):
+    """``pages()`` is a page of a visitor of its own; at the end none may have had an error.
+
+    ``page.problems`` are what the console and the scripts complained of: a test that expects one
+    takes it out.
+    """
+    opened = []
+
+    def opener():
+        page = browser.new_context().new_page()
+        page.problems = []
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.on(
+            "console",
+            lambda said: page.problems.append(said.text) if said.type == "error" else None,
+        )
+        opened.append(page)
+        return page
+
+    yield opener
+    for page in opened:
+        page.context.close()
+    assert [problem for page in opened for problem in page.problems] == []
+
+
+@pytest.fixture
+def page(pages):
+    """A page of one visitor."""
+    return pages()
 
 
 @pytest.fixture(scope="session")

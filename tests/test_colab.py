@@ -1,10 +1,14 @@
 """Notebooks are what their sources make, hold their pictures, and run at a small size."""
 
 import runpy
+import sys
+import types
 
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+
+from jax_klrlhf import figures
 
 build = pytest.importorskip("colab.build", reason="jupytext and nbclient are of the test extra")
 SOURCES = build.sources()
@@ -29,10 +33,57 @@ def test_the_notebook_is_its_source(source):
 
 
 def test_the_notebook_installs_the_library_and_has_a_badge(source):
-    text = source.read_text()
-    assert f"blob/main/colab/{source.stem}.ipynb" in text
-    assert "colab-badge.svg" in text
-    assert "jax-klrlhf @ git+https://" in text
+    notebook = build.convert(source)
+    badge = f"github/{build.REPOSITORY}/blob/main/colab/{source.stem}.ipynb)"
+    first, install = notebook.cells[:2]
+    assert first.source.startswith("# ")
+    assert badge in first.source.splitlines()[2]
+    assert first.source.splitlines()[2].startswith("[![Open in Colab](https://")
+    compile(install.source, source.name, "exec")
+    assert f'REPOSITORY = "{build.REPOSITORY}"' in install.source
+    # In one place: what a notebook says for itself knows of no address.
+    assert "github" not in source.read_text()
+    assert 'find_spec("jax_klrlhf")' not in source.read_text()
+
+
+@pytest.mark.parametrize("wheel", [False, True])
+def test_the_cell_that_installs_takes_a_wheel_first_and_says_that_an_address_is_missing(
+    wheel, tmp_path, monkeypatch
+):
+    install = build.convert(SOURCES[0]).cells[1].source
+    called = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("subprocess.run", lambda words, **given: called.append(words[-1]))
+    if wheel:
+        (tmp_path / "jax_klrlhf-0.1.0-py3-none-any.whl").touch()
+    elif build.REPOSITORY.startswith("OWNER/"):
+        with pytest.raises(SystemExit, match="OWNER is a placeholder"):
+            exec(install, {})
+    exec(install.replace("OWNER/", "somebody/"), {})
+    address = f"git+https://github.com/{build.REPOSITORY}".replace("OWNER/", "somebody/")
+    assert called == ["jax_klrlhf-0.1.0-py3-none-any.whl" if wheel else address]
+
+
+def test_what_is_explored_has_sliders_where_there_are_any_and_one_picture_elsewhere(monkeypatch):
+    drawn, made = [], []
+    ranges = {"kl_coef": (0.3, 0.05, 20.0), "ridge": (1.0, 0.1, 10.0)}
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    figures.explore(lambda **at: drawn.append(at), **ranges)
+    assert drawn == [{"kl_coef": 0.3, "ridge": 1.0}]
+    widgets = types.SimpleNamespace(
+        FloatLogSlider=lambda value, **given: (value, 10 ** given["min"], 10 ** given["max"]),
+        interact=lambda show, **sliders: made.append((show(kl_coef=2.0, ridge=3.0), sliders)),
+    )
+    monkeypatch.setitem(sys.modules, "ipywidgets", widgets)
+    figures.explore(lambda **at: drawn.append(at), **ranges)
+    ((shown, sliders),) = made
+    assert drawn[1] == {"kl_coef": 2.0, "ridge": 3.0}
+    assert shown is None
+    for name, given in ranges.items():
+        assert sliders[name] == pytest.approx(given)
+    with pytest.raises(ValueError, match="ridge is not"):
+        figures.explore(print, ridge=(0.0, 0.0, 1.0))
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """What the documentation says to type can be typed: commands parse, names exist, snippets run."""
 
+import doctest
 import importlib
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -46,6 +48,12 @@ def _label(value):
     return value.name if isinstance(value, Path) else None
 
 
+# pytest collects the core's own; the examples of everything else are run below.
+EXAMPLES = [
+    path
+    for path in sorted((ROOT / "jax_klrlhf").rglob("*.py"))
+    if "core" not in path.relative_to(ROOT).parts and ">>> " in path.read_text()
+]
 COMMANDS, NAMES, SNIPPETS = list(_commands()), sorted(set(_names())), list(_snippets())
 
 
@@ -109,3 +117,57 @@ def test_a_snippet_runs(page, source):
     scope: dict = {}
     exec(compile(source, page.name, "exec"), scope)
     assert set(scope) - {"__builtins__"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=_label)
+def test_an_example_outside_of_the_core_holds(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    found = doctest.testmod(importlib.import_module(name), optionflags=flags)
+    assert found.attempted
+    assert not found.failed
+
+
+@pytest.fixture(scope="module")
+def check():
+    """``docs/check.py``, which Sphinx calls when it has built."""
+    spec = importlib.util.spec_from_file_location("docs_check", ROOT / "docs" / "check.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_link_that_leads_nowhere_is_named(check, tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "index.html").write_text(
+        '<h1 id="top">x</h1><a href="deep/page.html#there">1</a><a href="https://x.test/a">2</a>'
+        '<a href="search.html?q=a">3</a><img src="picture.svg"><a href="deep/">4</a>'
+    )
+    (tmp_path / "deep" / "page.html").write_text(
+        '<p id="there"><a href="../index.html#top">1</a><a href="#there">2</a><a href="#">3</a>'
+    )
+    (tmp_path / "deep" / "index.html").write_text("<p>")
+    (tmp_path / "search.html").write_text("<p>")
+    (tmp_path / "picture.svg").write_text("<svg/>")
+    assert check.links(tmp_path) == []
+    (tmp_path / "picture.svg").unlink()
+    (tmp_path / "deep" / "page.html").write_text('<p><a href="../index.html#bottom">1</a>')
+    assert check.links(tmp_path) == [
+        "deep/page.html: ../index.html#bottom leads to no place in that page",
+        "index.html: deep/page.html#there leads to no place in that page",
+        "index.html: picture.svg leads to no file",
+    ]
+
+
+def test_pages_that_the_browser_opens_exist(check):
+    for name in check.SHOWN:
+        page = Path(name).with_suffix("")
+        top = page.parts[0]
+        if top == "api":
+            assert importlib.util.find_spec(page.name), name
+        elif top == "tutorials":
+            assert (ROOT / "colab" / "src" / page.name).with_suffix(".py").is_file(), name
+        elif top == "gallery":
+            assert page.name == "index" or (ROOT / "experiments" / page.name).is_dir(), name
+        else:
+            assert page.name == "atlas" or (ROOT / "docs" / page).with_suffix(".md").is_file(), name

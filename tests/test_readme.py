@@ -1,13 +1,16 @@
-"""README's two rounds run as printed, and call the same functions of the core."""
+"""README's programs run as printed; its two rounds call the same functions of the core."""
 
 import re
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
+
+from jax_klrlhf import bandit
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+FIRST, TRAINING, *BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def _run(source: str) -> dict:
@@ -18,6 +21,24 @@ def _run(source: str) -> dict:
 
 def _core_calls(source: str) -> set[str]:
     return set(re.findall(r"\b(?:bradley_terry|gibbs|pairs)\.\w+", source))
+
+
+def test_the_first_lines_run(capsys):
+    scope = _run(FIRST)
+    setting = scope["problem"].setting
+    # Better than pi0, which is what one has without any line.
+    start = bandit.gap(scope["problem"], setting.ref_log_prob)
+    assert 0 <= scope["run"].gap < start
+    assert f"J(pi*) - J(pi) = {scope['run'].gap}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_training_example_runs_and_its_policy_is_better(capsys):
+    _run(TRAINING)
+    line = capsys.readouterr().out.splitlines()[-1]
+    before, after = (float(part.split("±")[0]) for part in line.split("->"))
+    error = max(float(part.split("±")[1]) for part in line.split("->"))
+    assert after - before > 5 * error
 
 
 def test_the_bandit_round_runs():

@@ -1,20 +1,9 @@
 # %% [markdown]
 # # Theory in ten minutes
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jax-klrlhf/jax_klrlhf/blob/main/colab/01_theory.ipynb)
-#
 # Preference learning under a KL constraint on a *bandit*: contexts, a few actions, a linear reward.
 # Everything is a sum over actions, so what a theorem says can be looked at. The paper is Xiong et
 # al., [arXiv 2312.11456](https://arxiv.org/abs/2312.11456). No accelerator is needed.
-
-# %%
-import importlib.util
-import subprocess
-import sys
-
-SOURCE = "jax-klrlhf @ git+https://github.com/jax-klrlhf/jax_klrlhf"
-if importlib.util.find_spec("jax_klrlhf") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", SOURCE], check=True)
 
 # %%
 import os
@@ -24,9 +13,10 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jax_klrlhf import bandit
+from jax_klrlhf import bandit, figures
 from jax_klrlhf.core import bounds, divergence, gibbs
 
+plt.rcParams.update(figures.STYLE)
 SMALL = os.environ.get("KLRLHF_SMALL") == "1"  # continuous integration
 SEEDS, ROUNDS, BATCH = (4, 4, 8) if SMALL else (64, 24, 16)
 ETA = 0.3  # the paper's eta, DPO's beta: `kl_coef` everywhere in this library
@@ -60,10 +50,29 @@ print("eta KL(pi||pi*) =", float(ETA * divergence.categorical(other, optimum)))
 # %%
 coefficients = jnp.geomspace(0.05, 20.0, 60)
 policies = jax.vmap(lambda eta: gibbs.log_prob(reward, ref_log_prob, kl_coef=eta))(coefficients)
-figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
-axes.plot(coefficients, jnp.exp(policies), label=[f"r = {r:g}" for r in reward])
-axes.set(xscale="log", xlabel="eta", ylabel="pi*(a)", title="From the best action to pi0")
-_ = axes.legend()
+
+
+def look(kl_coef):
+    """The optimum at every coefficient, and at one of them beside pi0."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
+    left.plot(coefficients, jnp.exp(policies), label=[f"r = {r:g}" for r in reward])
+    left.axvline(kl_coef, color="0.4", ls=":")
+    left.set(xscale="log", xlabel=r"$\eta$ (`kl_coef`)", ylabel=r"$\pi^*(a)$")
+    left.set_title(r"From the best action to $\pi_0$")
+    left.legend()
+    best, at = gibbs.log_prob(reward, ref_log_prob, kl_coef=kl_coef), np.arange(4)
+    right.bar(at - 0.2, jnp.exp(ref_log_prob), 0.4, label=r"$\pi_0$", color="0.7")
+    right.bar(at + 0.2, jnp.exp(best), 0.4, label=rf"$\pi^*$ at $\eta$ = {kl_coef:.2g}")
+    right.set_xticks(at, [f"{r:g}" for r in reward])
+    right.set(xlabel="reward of the action", ylabel="probability", ylim=(0, 1))
+    kl = float(divergence.categorical(best, ref_log_prob))
+    right.set_title(rf"$\mathrm{{KL}}(\pi^* \| \pi_0)$ = {kl:.2f} nats")
+    right.legend()
+    figures.tidy(figure)
+    plt.show()
+
+
+figures.explore(look, kl_coef=(ETA, 0.05, 20.0))
 
 # %% [markdown]
 # ## The confidence set
@@ -77,10 +86,10 @@ _ = axes.legend()
 RADIUS = bounds.radius(dim=8, delta=0.1, ridge=1.0, bound=3.0, curvature=0.25, constant=0.8)
 
 
-def problem_of(key):
+def problem_of(key, coverage=0.02):
     """Half of the actions are rare under pi0, and only they show four of the eight features."""
     return bandit.sphere(
-        key, contexts=16, actions=8, dim=8, hidden=4, coverage=0.02, bound=3.0, kl_coef=ETA
+        key, contexts=16, actions=8, dim=8, hidden=4, coverage=coverage, bound=3.0, kl_coef=ETA
     )
 
 
@@ -89,11 +98,11 @@ problem = problem_of(key)
 offline = bandit.offline_greedy()
 run = bandit.simulate(jax.random.key(1), problem, offline, rounds=ROUNDS, batch=BATCH)
 width = jnp.sqrt(jnp.diagonal(jnp.linalg.inv(run.state.ellipsoid.precision)))
-figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+figure, axes = plt.subplots(figsize=(4.4, 2.8), layout="constrained")
 where = np.arange(8)
-axes.bar(where, RADIUS * width, color="C0", alpha=0.6)
-axes.set(xlabel="coordinate of theta", ylabel="half width of the set")
-_ = axes.set_title("Wide where only rare actions would tell")
+axes.bar(where, RADIUS * width, color=["C0"] * 4 + ["C1"] * 4)
+axes.set(xlabel=r"coordinate of $\theta$", ylabel="half width of the set")
+_ = axes.set_title("Wide where only rare actions would tell (the last four)")
 print("theta* in the set:", bool(bandit.in_confidence_set(problem, run.state, radius=RADIUS)))
 
 # %% [markdown]
@@ -106,45 +115,57 @@ print("theta* in the set:", bool(bandit.in_confidence_set(problem, run.state, ra
 
 # %%
 LEARNERS = {
-    "offline, greedy": lambda: bandit.offline_greedy(),
-    "offline, pessimistic": lambda: bandit.offline_gshf_two(radius=RADIUS),
-    "online, greedy": lambda: bandit.greedy(),
-    "online, enhancer": lambda: bandit.gshf(radius=RADIUS),
+    "offline, greedy": lambda ridge: bandit.offline_greedy(ridge=ridge),
+    "offline, pessimistic": lambda ridge: bandit.offline_gshf_two(radius=RADIUS, ridge=ridge),
+    "online, greedy": lambda ridge: bandit.greedy(ridge=ridge),
+    "online, enhancer": lambda ridge: bandit.gshf(radius=RADIUS, ridge=ridge),
 }
 
 
-def simulate(name):
-    """Gap before each round, and of the final policy: ``[SEEDS, ROUNDS + 1]``."""
+def simulations(name):
+    """A program: gap before each round, and of the final policy, ``[SEEDS, ROUNDS + 1]``."""
 
-    def one(key):
+    def one(key, coverage, ridge):
         key_problem, key_run = jax.random.split(key)
         run = bandit.simulate(
             key_run,
-            problem_of(key_problem),
-            LEARNERS[name](),
+            problem_of(key_problem, coverage),
+            LEARNERS[name](ridge),
             rounds=ROUNDS,
             batch=BATCH,
             record=bandit.record_gap,
         )
         return jnp.append(run.record, run.gap)
 
-    return jax.jit(jax.vmap(one))(jax.random.split(key, SEEDS))
+    return jax.jit(jax.vmap(one, in_axes=(0, None, None)))
 
 
-figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-for name in LEARNERS:
-    gap = np.asarray(simulate(name))
-    mean, error = gap.mean(0), gap.std(0, ddof=1) / np.sqrt(SEEDS)
+PROGRAMS = {name: simulations(name) for name in LEARNERS}
+
+
+def compare(coverage, ridge):
+    """Gap against comparisons; where the sliders stand is data, and compiles nothing anew."""
+    figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
     seen = BATCH * np.arange(1, ROUNDS + 1)
-    (line,) = axes.plot(seen, mean[1:], label=name)
-    axes.fill_between(
-        seen, (mean - 2 * error)[1:], (mean + 2 * error)[1:], color=line.get_color(), alpha=0.2
-    )
-    print(f"{name:<22} gap {mean[-1]:.4f} ± {error[-1]:.4f}")
-axes.set(xscale="log", yscale="log", xlabel="comparisons", ylabel="J(pi*) - J(pi)")
-_ = axes.legend()
+    for name, program in PROGRAMS.items():
+        gap = np.asarray(program(jax.random.split(key, SEEDS), coverage, ridge))
+        mean, error = gap.mean(0), gap.std(0, ddof=1) / np.sqrt(SEEDS)
+        (line,) = axes.plot(seen, mean[1:], label=name)
+        low, high = mean - 2 * error, mean + 2 * error
+        axes.fill_between(seen, low[1:], high[1:], color=line.get_color(), alpha=0.2, lw=0)
+        print(f"{name:<22} gap {mean[-1]:.4f} ± {error[-1]:.4f}")
+    axes.set(xscale="log", yscale="log", xlabel="comparisons", ylabel=r"$J(\pi^*) - J(\hat\pi)$")
+    axes.set_title(f"coverage {coverage:.2g}, ridge {ridge:.2g}; bands: two standard errors")
+    axes.legend()
+    figures.tidy(figure)
+    plt.show()
+
+
+figures.explore(compare, coverage=(0.02, 0.002, 1.0), ridge=(1.0, 0.05, 5.0))
 
 # %% [markdown]
 # Going on learning from pi0 stops paying where pi0 has nothing to show; exploring does not. Whether
-# pessimism beats greedy depends on the coverage and on the radius: `experiments/coverage` sweeps
-# both. The next notebook trains a language model with the very same likelihood.
+# pessimism beats greedy depends on the coverage, on the radius and on the ridge: move the sliders,
+# or see `experiments/coverage` and `experiments/ridge`, which sweep them. Gaps are of *these*
+# problems: notebook 4 has smaller ones, and other numbers. The next notebook trains a language
+# model with the very same likelihood.

@@ -165,7 +165,7 @@ def _objective(found: Found, method: str, coefficient: float, place: str) -> dic
 
 
 def _figure(found: Found, target: Path) -> None:
-    figure, axes = plotting.grid(len(cells.PLACES), 2, width=5.4, height=4.0)
+    figure, axes = plotting.grid(len(cells.PLACES), 2)
     cell = next(cell for name, cell in found.items() if name.method == cells.PI0)
     for row, place in enumerate(cells.PLACES):
         for column, metric in enumerate(("gold_gain", "proxy_gain")):
@@ -188,7 +188,7 @@ def _figure(found: Found, target: Path) -> None:
                 [np.mean(at["gold_gain"]) for at in curve.values()],
                 linestyle="--", linewidth=1, label=f"best of n by {by}",
             )  # fmt: skip
-    axes[0, 0].legend(fontsize=6)
+    plotting.legend(figure)
     plotting.save(figure, target)
 
 

@@ -301,7 +301,7 @@ def _figure(played: Mapping[Panel, Mapping[float, Any]], target: Path) -> None:
         plotting.label(axes[0, column], x="coverage knob", y="gap", title=title, log="xy")
         plotting.label(axes[1, column], x="coverage knob", y=f"gain over {GREEDY}", log="x")
         axes[1, column].axhline(0, color="0.4", linewidth=0.8)
-        axes[0, column].legend(fontsize=7)
+    plotting.legend(figure, columns=4)
     plotting.save(figure, target)
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 from rich.console import Console
 
-from experiments import study
+from experiments import plotting, study
 from experiments.exact_lm import panels as measures
 from experiments.exact_lm import world as worlds
 from jax_klrlhf import results
@@ -124,7 +123,8 @@ def _figure(
     target: Path,
 ) -> None:
     """The identity along training, the gap against labels, and multi-step rejection."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, axes = plotting.grid(1, 3)
+    left, middle, right = axes[0]
     if path:
         at = range(len(path))
         eta = here.config.kl_coef
@@ -138,9 +138,9 @@ def _figure(
     for name, found in paths.items():
         gaps = np.array([p.gap for p in found])
         spread = gaps.std(0, ddof=1) / np.sqrt(len(gaps)) if len(gaps) > 1 else None
-        middle.errorbar(found[0].labels, gaps.mean(0), spread, marker="o", label=name, capsize=2)
+        middle.errorbar(found[0].labels, gaps.mean(0), spread, marker="o", label=name)
     if paths:
-        middle.legend(fontsize=7)
+        middle.legend()
     middle.set(xlabel="labels", ylabel=r"exact $J(\pi^*) - J(\pi)$", title="The same labels")
     middle.set_yscale("log")
     chains = {
@@ -151,13 +151,12 @@ def _figure(
     if chains:
         right.errorbar(
             list(chains), [m.value for m in chains.values()],
-            [m.stderr or 0.0 for m in chains.values()], marker="o", capsize=2,
+            [m.stderr or 0.0 for m in chains.values()], marker="o",
         )  # fmt: skip
     right.set(
         xlabel="rejection steps", ylabel=r"total variation to $\pi^*$", title="The same proposals"
     )
-    figure.savefig(target, dpi=150)
-    plt.close(figure)
+    plotting.save(figure, target)
 
 
 cli = study.entry(main, Config, __doc__)

@@ -16,6 +16,7 @@ from experiments.frontier import statements
 from experiments.frontier.cells import BEST_OF, PI0, Found, Name
 from experiments.frontier.evaluate import Judged
 from experiments.frontier.statements import Curve, Finding
+from jax_klrlhf import figures as style
 from jax_klrlhf.results import Metric, mean
 
 Cells = Mapping[Name, Found]
@@ -75,6 +76,9 @@ def _row(method: str, coefficient: float, found: Sequence[Found]) -> Row:
     inside, outside = fields(lambda f: f.held_out), fields(lambda f: f.ood)
     last = [f.rounds[-1] for f in found if f.rounds]
     shared = set.intersection(*(set(r) for r in last)) if last else set()
+    if method == PI0:
+        # By definition; two draws of it differ by chance.
+        inside["gold_gain"] = outside["gold_gain"] = Metric(0.0)
     return Row(
         method,
         coefficient,
@@ -202,26 +206,24 @@ def _line(ax: Any, x: Sequence[Metric], y: Sequence[Metric], **style: Any) -> No
         xerr=[m.stderr or 0.0 for m in x],
         yerr=[m.stderr or 0.0 for m in y],
         marker="o",
-        markersize=4,
-        capsize=2,
         **style,
     )
 
 
 def _frontier(rows: Sequence[Row]) -> Figure:
-    figure, axes = plotting.grid(1, 2, width=5.6, height=4.2)
+    figure, axes = plotting.grid(1, 2)
     sides = ((axes[0, 0], "held_out", "Held-out prompts"), (axes[0, 1], "ood", "Other source"))
     for ax, at, title in sides:
         for colour, (method, group) in enumerate(_groups(rows).items()):
             kl, gold = ([getattr(r, at)[f] for r in group] for f in ("kl", "gold"))
             _line(ax, kl, gold, label=method, color=f"C{colour % 10}")
         plotting.label(ax, x=r"KL($\pi\,\|\,\pi_0$), nats", y="gold reward", title=title)
-    axes[0, 0].legend(fontsize=7)
+    plotting.legend(figure)
     return figure
 
 
 def _proxy(rows: Sequence[Row]) -> Figure:
-    figure, axes = plotting.grid(1, 2, width=5.6, height=4.2)
+    figure, axes = plotting.grid(1, 2)
     for colour, (method, group) in enumerate(_groups(rows).items()):
         proxy, gold, kl = (
             [r.held_out[f] for r in group] for f in ("proxy_gain", "gold_gain", "kl")
@@ -238,26 +240,26 @@ def _proxy(rows: Sequence[Row]) -> Figure:
         y="proxy gain - gold gain",
         title="Over-optimization",
     )
-    axes[0, 0].legend(fontsize=7)
+    plotting.legend(figure)
     return figure
 
 
 def _manner(rows: Sequence[Row]) -> Figure:
-    figure, axes = plotting.grid(1, 4, width=3.8, height=3.4)
+    figure, axes = plotting.grid(2, 2)
     shown = ("wins", "length", "entropy", "distinct_2")
-    for ax, field in zip(axes[0], shown, strict=True):
+    for ax, field in zip(axes.flat, shown, strict=True):
         for colour, (method, group) in enumerate(_groups(rows).items()):
             known = [r for r in group if field in r.held_out]
             if known:
                 kl, values = ([r.held_out[f] for r in known] for f in ("kl", field))
                 _line(ax, kl, values, label=method, color=f"C{colour % 10}")
         plotting.label(ax, x=r"KL($\pi\,\|\,\pi_0$), nats", y=COLUMNS[field])
-    axes[0, 0].legend(fontsize=6)
+    plotting.legend(figure)
     return figure
 
 
 def _acceptance(rows: Sequence[Row]) -> Figure:
-    figure, axes = plotting.grid(1, 1, width=5.6, height=3.6)
+    figure, axes = plotting.grid(1, 1, width=5.6, height=3.2)
     ax = axes[0, 0]
     for colour, row in enumerate(r for r in rows if "rejection/acceptance/1" in r.rounds):
         steps = [n for n in row.rounds if n.startswith("rejection/acceptance/")]
@@ -267,7 +269,7 @@ def _acceptance(rows: Sequence[Row]) -> Figure:
     ax.set_ylim(0, 1)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=7)
+        ax.legend()
     return figure
 
 
@@ -300,5 +302,6 @@ def write_html(
 def png(figure: Figure) -> bytes:
     """The figure's PNG file."""
     found = io.BytesIO()
-    figure.savefig(found, format="png", dpi=120)
+    style.tidy(figure)
+    figure.savefig(found, format="png")
     return found.getvalue()

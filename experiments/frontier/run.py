@@ -27,6 +27,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from experiments import plotting
 from experiments.frontier import cells, evaluate, methods, proxy, report
 from experiments.frontier import world as worlds
 from experiments.quickstart import world as quickstart
@@ -117,7 +118,7 @@ class Config:
     Bradley-Terry probability, a draw from it, or which reward is the higher."""
     best_of: tuple[int, ...] = (2, 4, 8, 16)
     small: bool = False
-    """A run of a few minutes: other sizes, two seeds, two coefficients."""
+    """A run of a few minutes: other sizes, at most two seeds, two coefficients."""
     sizes: Sizes = dataclasses.field(default_factory=Sizes)
 
     def check(self) -> None:
@@ -177,7 +178,7 @@ def small(config: Config) -> Config:
     """The sizes of ``--small``."""
     return dataclasses.replace(
         config,
-        seeds=2,
+        seeds=min(config.seeds, 2),
         coefficients=(0.4, 0.1),
         rejection_coefficients=(1.5, 0.6),
         best_of=(4,),
@@ -281,7 +282,7 @@ def write(
     rows, said = report.table(found), report.findings(found)
     drawn = report.figures(rows)
     for name, figure in drawn.items():
-        (output / f"{name}.png").write_bytes(report.png(figure))
+        plotting.save(figure, output / f"{name}.png")
     seconds = sum(cell.seconds for cell in found.values())
     seeds = sorted({name.seed for name in found})
     report.write_html(
@@ -517,7 +518,7 @@ def _print(
             f.statement: {
                 "difference": f.difference,
                 "95 % interval": f"[{f.low:.3f}, {f.high:.3f}]",
-                "": f.verdict,
+                "": f"{f.verdict}: {f.reason}" if f.reason else f.verdict,
             }
             for f in said
         },

@@ -58,6 +58,8 @@ class Finding(NamedTuple):
     shared_kl: float
     """Mean over seeds of the KL up to which both were compared."""
     verdict: Verdict
+    reason: str = ""
+    """Why it is undecided."""
 
 
 def compare(statement: str, better: Sequence[Curve], worse: Sequence[Curve]) -> Finding:
@@ -91,9 +93,12 @@ def compare(statement: str, better: Sequence[Curve], worse: Sequence[Curve]) -> 
     value, half, stderr = _interval(values, errors)
     low, high = value - half, value + half
     verdict: Verdict = "held" if low > 0 else "not held" if high < 0 else "undecided"
-    if min(shared) < LEAST_KL or len(values) < 2:
-        # Nothing to compare on; or one fit each, whose luck no resampling of prompts shows.
-        verdict = "undecided"
+    reason = "the interval holds 0" if verdict == "undecided" else ""
+    if min(shared) < LEAST_KL:
+        verdict, reason = "undecided", f"compared up to a KL of {min(shared):.2f} only"
+    elif len(values) < 2:
+        # One fit each, whose luck no resampling of prompts shows.
+        verdict, reason = "undecided", "one seed, and an interval over its prompts"
     return Finding(
         statement,
         Metric(value, stderr, len(values)),
@@ -101,6 +106,7 @@ def compare(statement: str, better: Sequence[Curve], worse: Sequence[Curve]) -> 
         high,
         float(np.mean(shared)),
         verdict,
+        reason,
     )
 
 

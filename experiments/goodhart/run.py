@@ -264,7 +264,7 @@ def _print(config: Config, metrics, regimes: list[str], console: Console) -> Non
 
 
 def _figure(config: Config, found, target: Path) -> None:
-    figure, axes = plotting.grid(2, len(found), width=4.0)
+    figure, axes = plotting.grid(2, len(found))
     for column, (regime, (gold, best, spent)) in enumerate(found.items()):
         for row, names in enumerate((AGGREGATES, {"mean": None} | TRANSFORMS)):
             ax = axes[row, column]
@@ -277,7 +277,7 @@ def _figure(config: Config, found, target: Path) -> None:
             plotting.label(
                 ax, x="KL to pi0 (nats)", y="gold over pi0", title=regime if row == 0 else ""
             )
-            ax.legend(fontsize=6)
+            ax.legend()
     plotting.save(figure, target)
 
 

@@ -21,9 +21,8 @@ import numpy as np
 from jaxtyping import Float
 from rich.console import Console
 
-from experiments import study
+from experiments import plotting, study
 from experiments.hh_harmless import words
-from experiments.plotting import grid
 from jax_klrlhf import models, results
 from jax_klrlhf.core import bradley_terry
 from jax_klrlhf.data import prepare, tokenize
@@ -367,7 +366,7 @@ def _table(found: Mapping[str, Metric]) -> dict[str, dict[str, Metric | str]]:
 def _figure(metrics: Mapping[str, Metric], path: Path) -> None:
     """Accuracy of every method on every data set, with 95 % intervals."""
     names = list(dict.fromkeys(key.split("/")[0] for key in metrics))
-    figure, axes = grid(1, len(names), width=5.0, height=2.8)
+    figure, axes = plotting.grid(1, len(names), width=4.4, height=2.6)
     for ax, name in zip(axes[0], names, strict=True):
         found = {
             key.split("/")[1]: metric
@@ -376,10 +375,10 @@ def _figure(metrics: Mapping[str, Metric], path: Path) -> None:
         }
         for place, metric in enumerate(found.values()):
             half = 1.96 * (metric.stderr or 0.0)
-            ax.errorbar(metric.value, place, xerr=half, fmt="o", color="C0", capsize=3)
+            ax.errorbar(metric.value, place, xerr=half, fmt="o", color="C0")
         ax.axvline(0.5, color="0.7", linewidth=1)
         ax.set_yticks(range(len(found)), list(found))
         ax.invert_yaxis()
         ax.set_xlabel("held-out preference accuracy")
         ax.set_title(name)
-    figure.savefig(path, dpi=150)
+    plotting.save(figure, path)

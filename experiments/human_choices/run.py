@@ -356,7 +356,7 @@ def _figure(
     target: Path,
 ) -> None:
     """By uncertainty quartile, the fewest people in the data; both kinds of data."""
-    figure, axes = plotting.grid(len(worlds), 2, width=5.0)
+    figure, axes = plotting.grid(len(worlds), 2, width=4.2)
     radius = _middle(config)
     for row, name in enumerate(worlds):
         count = min(n for n, _, _ in found[name])
@@ -382,7 +382,7 @@ def _figure(
                 log="y",
             )
             axes[row, column].set_xticks(range(1, BINS + 1))
-            axes[row, column].legend(fontsize=7)
+    plotting.legend(figure, columns=4)
     plotting.save(figure, target)
 
 

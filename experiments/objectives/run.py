@@ -247,18 +247,18 @@ def _table(head: str, values: Mapping[str, Mapping[str, np.ndarray]], console: C
 
 
 def _figure(panels: Mapping[str, tuple[tuple[float, ...], Panel]], target: Path) -> None:
-    figure, axes = plotting.grid(1, len(panels), width=5.6, height=4.4)
+    figure, axes = plotting.grid(1, len(panels), width=4.2, height=3.6)
     for ax, (title, (_, found)) in zip(axes[0], panels.items(), strict=True):
         for number, (name, columns) in enumerate(found.items()):
             reward, kl = columns["reward"], columns["KL"]
             spread = reward.std(-1, ddof=1) / np.sqrt(reward.shape[-1])
             ax.errorbar(
-                kl.mean(-1), reward.mean(-1), 1.96 * spread, marker="os^vD"[number // 10],
-                color=f"C{number % 10}", label=name, linewidth=1, markersize=4,
+                kl.mean(-1), reward.mean(-1), 1.96 * spread, marker=plotting.MARKERS[number // 10],
+                color=f"C{number % 10}", label=name, linewidth=1,
             )  # fmt: skip
         plotting.label(ax, x="KL to pi0, nats", y="gold reward over pi0's, 95 %")
         ax.set_title(title)
-    axes[0, 0].legend(fontsize=5)
+    plotting.legend(figure, columns=4)
     plotting.save(figure, target)
 
 

@@ -350,7 +350,7 @@ def _race_figure(
         plotting.label(axes[row, 1], x="batch m", y="rounds", title=title, log="xy")
         plotting.label(axes[row, 2], x="dimension d", y="comparisons", title=title, log="xy")
     for ax in axes.ravel():
-        ax.legend(fontsize=6)
+        ax.legend()
     plotting.save(figure, target)
 
 
@@ -364,16 +364,16 @@ def _spent(points: Sequence[int], pick, eps: float) -> np.ndarray:
 
 
 def _regret_figure(config: Config, curves: Mapping[str, np.ndarray], target: Path) -> None:
-    figure, axes = plotting.grid(1, 2, width=6.0, height=5.0)
+    figure, axes = plotting.grid(1, 2)
     x = config.batch * np.arange(config.rounds + 1)
     for k, (name, values) in enumerate(curves.items()):
-        color, line = f"C{k % 10}", "-" if k < 10 else "--"
+        color, line = f"C{k % 10}", ("-", "--", ":")[k // 10]
         summed = regret(values, config.batch)
         plotting.band(axes[0, 0], x, values, label=name, color=color, linestyle=line)
         plotting.band(axes[0, 1], x[1:], summed, label=name, color=color, linestyle=line)
     plotting.label(axes[0, 0], x="comparisons", y="gap of the deployed policy", log="y")
     plotting.label(axes[0, 1], x="comparisons", y="cumulated gap", log="xy")
-    axes[0, 1].legend(fontsize=6, ncols=2)
+    plotting.legend(figure, columns=4)
     plotting.save(figure, target)
 
 

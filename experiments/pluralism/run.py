@@ -325,7 +325,7 @@ def _print(found, metrics: dict[str, results.Metric], console: Console) -> None:
 
 
 def _figure(found: dict[str, dict[int, list[Score]]], target: Path) -> None:
-    figure, axes = plotting.grid(1, 2, width=5.0)
+    figure, axes = plotting.grid(1, 2)
     name = next(iter(found))
     counts = list(found[name])
     for column, field in enumerate(("log_likelihood", "worst_tenth")):
@@ -336,7 +336,7 @@ def _figure(found: dict[str, dict[int, list[Score]]], target: Path) -> None:
             axes[0, column], x="choices of a new person revealed", y="log-likelihood per choice",
             title=f"{name}: " + ("all people" if column == 0 else "the worst-off tenth"),
         )  # fmt: skip
-        axes[0, column].legend(fontsize=7)
+    plotting.legend(figure)
     plotting.save(figure, target)
 
 

@@ -412,7 +412,7 @@ def _pooled(per_seed: Sequence[Float[np.ndarray, " B"]]) -> results.Metric:
 
 def _figure(paths: Sequence[Mapping[str, list[Judged]]], table: Mapping, target: Path) -> None:
     """Gold reward against KL: the mean way of every fit from pi0, and where it ends."""
-    figure, axes = plotting.grid(1, 1, width=5.0, height=3.6)
+    figure, axes = plotting.grid(1, 1, width=4.4, height=3.1)
     ax = axes[0, 0]
     for colour, method in enumerate(METHODS[1:]):
         ways = [[path["pi0"][0], *path[method]] for path in paths]
@@ -426,7 +426,6 @@ def _figure(paths: Sequence[Mapping[str, list[Judged]]], table: Mapping, target:
             xerr=row["kl"].stderr,
             yerr=row["reward"].stderr,
             fmt="o",
-            capsize=2,
             color=f"C{colour}",
             label=NAMES.get(method, method),
         )

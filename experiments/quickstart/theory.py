@@ -167,7 +167,7 @@ def _report(config: Config, simulated: dict, console: Console) -> dict[str, resu
 
 def _figure(config: Config, simulated: dict, target: Path) -> None:
     """Gap against the number of comparisons, mean over seeds and its 95 % band."""
-    figure, axes = plotting.grid(1, 1, width=5.0, height=3.6)
+    figure, axes = plotting.grid(1, 1, width=4.4, height=3.1)
     seen = config.batch * np.arange(1, config.rounds + 1)
     for method, (final, record, _, _) in simulated.items():
         # The record holds the gap before each round; the first is that of pi0.

@@ -483,7 +483,6 @@ def _figure(
             middles,
             np.abs(ends.T - middles),
             marker=".",
-            capsize=2,
             label=f"B = {bound:g}",
         )
     axes[1, 2].axhline(1 - config.delta, linestyle=":", color="0.4", label="asked")
@@ -495,7 +494,7 @@ def _figure(
         log="x",
     )
     for ax in axes.ravel():
-        ax.legend(fontsize=7)
+        ax.legend()
     plotting.save(figure, target)
 
 

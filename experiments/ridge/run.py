@@ -144,14 +144,14 @@ def main(config: Config, *, console: Console | None = None) -> Path:
 
 
 def _figure(config: Config, found: dict[str, np.ndarray], target: Path) -> None:
-    figure, axes = plotting.grid(1, 1, width=6.0, height=4.4)
+    figure, axes = plotting.grid(1, 1, width=4.8, height=3.6)
     ax = axes[0, 0]
     for number, (name, gaps) in enumerate(found.items()):
         line = "--" if name.endswith("ball") else "-"
         plotting.band(ax, config.ridges, gaps, label=name, color=f"C{number}", linestyle=line)
     ax.axvline(config.dim / config.bound**2, color="0.5", linestyle=":", label="prior's precision")
     plotting.label(ax, x="ridge", y="gap", log="xy")
-    ax.legend(fontsize=7)
+    plotting.legend(figure)
     plotting.save(figure, target)
 
 

@@ -90,7 +90,7 @@ def kto(
     ``shift`` is z, the KL to pi0 in nats, which the paper estimates from mismatched pairs of the
     batch and floors at 0: a number to this loss, as its gradient is stopped there. At 0 and equal
     weights it is :func:`apo_zero`. Law: none; linear in sigma(x), so that at the population every x
-    goes to an edge. Source: arXiv 2402.01306, eq. 8.
+    goes to an edge. Source: arXiv 2402.01306, compared with TRL's code, which calls it eq. 7.
     """
     chosen, rejected = _implicit(scores, kl_coef)
     at = kl_coef * shift

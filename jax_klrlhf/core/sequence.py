@@ -105,7 +105,8 @@ def length_desensitized(
     .. math:: \log \pi(a_{\le m}) + \alpha \log \pi(a_{> m}), \qquad m = \min(|a^w|, |a^l|)
 
     alpha = ``tail`` in [0, 1]; at 1 the sum over all tokens, at 0 a truncation. Law: none; with
-    alpha < 1 it is no probability of a response. Source: arXiv 2409.06411, eq. 9.
+    alpha < 1 it is no probability of a response. Source: arXiv 2409.06411; the paper's text was not
+    at hand, so no equation is named.
 
     >>> token = jnp.array([[-1.0, -2.0, -4.0], [-1.0, -1.0, 9.0]])
     >>> length_desensitized(token, jnp.array([3, 2]), tail=0.5).tolist()

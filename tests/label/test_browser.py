@@ -4,34 +4,10 @@ Skipped where there is no browser: it needs playwright (``pip install playwright
 its own or the system's.
 """
 
-import shutil
-
-import pytest
-
 from jax_klrlhf import label, labelling
 from jax_klrlhf.labelling import pair_of
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.fixture
-def page():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as run:
-        try:
-            browser = run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        except playwright.Error as error:
-            pytest.skip(f"no browser: {str(error).splitlines()[0]}")
-        page = browser.new_page()
-        page.problems = []
-        page.on("pageerror", lambda error: page.problems.append(str(error)))
-        page.on(
-            "console",
-            lambda said: page.problems.append(said.text) if said.type == "error" else None,
-        )
-        yield page
-        browser.close()
 
 
 def test_a_person_labels_with_keys_and_nothing_of_a_model_runs(page, tmp_path):
@@ -62,7 +38,6 @@ def test_a_person_labels_with_keys_and_nothing_of_a_model_runs(page, tmp_path):
         page.set_viewport_size({"width": 390, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.title() == "Which answer is better?"
-    assert page.problems == []
     kept = labelling.read_labels(tmp_path)
     texts = [getattr(x.pair, x.answer, x.answer) for x in kept]
     assert texts == [shown[0]["left"], shown[1]["right"], "tie", "skip"]
@@ -80,9 +55,62 @@ def test_the_page_says_when_nothing_was_kept(page, tmp_path):
     served.close()
     page.keyboard.press("ArrowLeft")
     page.get_by_text("the server does not answer").wait_for()
+    page.problems.clear()  # the console says that nobody answered
     # Started again at the same place, the same pair is answered.
     with label.serve(session, port=served.port):
         page.keyboard.press("ArrowLeft")
         page.locator("#asking").wait_for(state="hidden")
     assert len(labelling.read_labels(tmp_path)) == 1
+    session.close()
+
+
+def begin(page, served, name):
+    page.goto(served.url)
+    page.fill("#name", name)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#asking:not([hidden])")
+
+
+def test_two_people_label_at_once_and_no_label_is_lost_or_there_twice(pages, tmp_path):
+    asked = [pair_of(f"p {n}", f"first {n}", f"second {n}")[0] for n in range(12)]
+    labelling.write_pairs(tmp_path, asked)
+    session = label.Session(tmp_path, repeats=0.0)
+    people = {"Ana": pages(), "Ben": pages()}
+    with label.serve(session) as served:
+        for name, page in people.items():
+            begin(page, served, name)
+        while any(page.is_visible("#asking") for page in people.values()):
+            shown = [p.inner_text("#asked") for p in people.values() if p.is_visible("#asking")]
+            assert len(set(shown)) == len(shown)  # nobody looks at the pair of another
+            for page in people.values():
+                # In a hurry: the second key may come while the first is on its way.
+                page.keyboard.press("ArrowLeft")
+                page.keyboard.press("ArrowLeft")
+            for page in people.values():
+                page.wait_for_function("!document.querySelector('#buttons button').disabled")
+    labels = labelling.read_labels(tmp_path)
+    assert sorted(x.pair.name for x in labels) == sorted(pair.name for pair in asked)
+    assert {x.annotator for x in labels} == set(people)
+    session.close()
+
+
+def test_one_name_in_two_browsers_gives_each_pair_one_label_and_the_later_is_told(pages, tmp_path):
+    asked = [pair_of(f"p {n}", f"first {n}", f"second {n}")[0] for n in range(3)]
+    labelling.write_pairs(tmp_path, asked)
+    session = label.Session(tmp_path, repeats=0.0)
+    one, two = pages(), pages()
+    with label.serve(session) as served:
+        begin(one, served, "Ana")
+        begin(two, served, "Ana")
+        assert one.inner_text("#asked") == two.inner_text("#asked")
+        one.keyboard.press("ArrowLeft")
+        one.get_by_text("1 answers of Ana").wait_for()
+        two.keyboard.press("ArrowRight")
+        # What was said first stays, and the other page goes on to a pair that waits.
+        two.get_by_text("a label is not changed").wait_for()
+        two.get_by_text("1 answers of Ana").wait_for()
+        assert two.inner_text("#asked") == one.inner_text("#asked")
+        two.problems.clear()  # the console has the status 409
+    (kept,) = labelling.read_labels(tmp_path)
+    assert kept.answer == kept.left
     session.close()

@@ -43,6 +43,7 @@ from jax_klrlhf.training.rounds.parts import (
     Scored,
     Situation,
     join,
+    pick,
     recorded,
 )
 from jax_klrlhf.training.rounds.rejection import rejection_sampling, rso
@@ -105,6 +106,7 @@ __all__ = [
     "pessimistic_dpo",
     "pi0",
     "pi0_draws",
+    "pick",
     "pool",
     "preference",
     "previous",
