@@ -20,11 +20,11 @@ from urllib.parse import unquote, urldefrag, urlsplit
 NARROW = 390
 """Pixels of a telephone's screen."""
 SHOWN = (
-    "index.html", "start/install.html", "start/five_minutes.html", "concepts/objective.html",
-    "concepts/objectives.html", "howto/label.html", "howto/rewards.html", "howto/faults.html",
-    "gallery/index.html", "gallery/frontier.html", "atlas.html", "compared.html",
-    "tutorials/01_theory.html", "tutorials/05_human_feedback.html", "api/jax_klrlhf.core.html",
-    "api/jax_klrlhf.core.gibbs.html",
+    "index.html", "start/install.html", "start/five_minutes.html", "start/own_result.html",
+    "concepts/objective.html", "concepts/objectives.html", "howto/label.html",
+    "howto/rewards.html", "howto/faults.html", "gallery/index.html", "gallery/frontier.html",
+    "atlas.html", "compared.html", "tutorials/01_theory.html", "tutorials/05_human_feedback.html",
+    "api/jax_klrlhf.core.html", "api/jax_klrlhf.core.gibbs.html",
 )  # fmt: skip
 """Pages that are opened in the browser."""
 TYPESET = ("concepts/objective.html", "tutorials/01_theory.html", "api/jax_klrlhf.core.gibbs.html")

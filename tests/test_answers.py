@@ -1,6 +1,7 @@
 """``klrlhf generate`` and ``klrlhf eval``: answers, and numbers against independent ones."""
 
 import io
+import itertools
 import json
 
 import jax
@@ -15,7 +16,7 @@ from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models import sampling, scoring, streaming
-from jax_klrlhf.programs import evaluate, generate, policies
+from jax_klrlhf.programs import evaluate, evaluate_proxy, generate, policies
 from jax_klrlhf.programs import run as runs
 from jax_klrlhf.training.rounds import known_text, oracle
 from jax_klrlhf.training.rounds.parts import Policies, ragged
@@ -67,6 +68,8 @@ def place(tmp_path_factory):
         "def shortest(prompts, texts):\n"
         "    assert len(prompts) == len(texts)\n"
         "    return [-len(text) - 100 * ('bird' in p) for p, text in zip(prompts, texts)]\n"
+        "def longest(prompts, texts):\n"
+        "    return [0.5 * len(text) for text in texts]\n"
         "def one(prompts, texts):\n"
         "    return [0.0]\n"
     )
@@ -253,6 +256,52 @@ def test_eval_against_numbers_from_its_own_answers(place, tmp_path, monkeypatch,
     out = capsys.readouterr().out
     assert "win rate at equal length" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80 or str(place) in out
+
+
+def test_a_proxy_says_how_far_it_was_over_optimized_and_whether_it_ranks_as_the_judge(
+    place, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(place)
+    assert evaluated(place, tmp_path, proxy="my_reward:longest") == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+    rows = records(tmp_path / "out" / "answers.jsonl")
+    excess, alike, errors = [], [], []
+    for row in rows:
+        assert row["policy/proxy"] == [0.5 * len(text) for text in row["policy"]]
+        gain = {
+            name: np.mean(row[f"policy/{name}"]) - np.mean(row[f"reference/{name}"])
+            for name in ("reward", "proxy")
+        }
+        excess.append(gain["proxy"] - gain["reward"])
+        hits = []
+        for a, b in itertools.combinations(range(3), 2):
+            d, true = (row[f"policy/{n}"][a] - row[f"policy/{n}"][b] for n in ("proxy", "reward"))
+            hits.append(0.5 if d == 0 else 0.0)  # the judge likes short ones, the proxy long ones
+            # P(the proxy's favourite is the judge's) against the proxy's confidence.
+            confidence = 1 / (1 + np.exp(-abs(d)))
+            right = 1 / (1 + np.exp(-true * np.sign(d))) if d else 0.5
+            errors.append((min(int((confidence - 0.5) * 20), 9), right - confidence))
+        alike.append(np.mean(hits))
+    over = found["eval/difference/over_optimization"]
+    assert over["value"] == pytest.approx(np.mean(excess))
+    assert over["stderr"] == pytest.approx(np.std(excess, ddof=1) / np.sqrt(3))
+    assert found["eval/policy/proxy_agreement"]["value"] == pytest.approx(np.mean(alike))
+    by_bin = [sum(gap for at, gap in errors if at == number) for number in range(10)]
+    ece = found["eval/policy/proxy_calibration"]
+    assert ece["value"] == pytest.approx(sum(map(abs, by_bin)) / len(errors), rel=1e-5)
+    assert 0 <= ece["stderr"] < 0.5
+    assert "over-optimization" in capsys.readouterr().out
+    # A judge that is its own proxy is perfect, but for float32.
+    same = {
+        role: np.array([row[f"{role}/reward"] for row in rows]) for role in ("policy", "reference")
+    }
+    metrics = evaluate_proxy.by_proxy(same, same)
+    assert metrics["difference/over_optimization"].value == 0
+    assert metrics["policy/proxy_calibration"].value < 1e-6
+    one = {role: values[:, :1] for role, values in same.items()}
+    assert set(evaluate_proxy.by_proxy(one, one)) == {
+        "policy/proxy", "reference/proxy", "difference/proxy", "difference/over_optimization",
+    }  # fmt: skip
 
 
 def test_a_policy_against_itself_is_at_no_distance(place, tmp_path, capsys):

@@ -40,6 +40,7 @@ from jax_klrlhf.programs import policies
 from jax_klrlhf.programs import run as runs
 from jax_klrlhf.programs.config import check_seed, positive
 from jax_klrlhf.programs.evaluate_config import EvalConfig
+from jax_klrlhf.programs.evaluate_proxy import by_proxy
 from jax_klrlhf.programs.gold import CLASSES, fit_sentiment
 from jax_klrlhf.programs.losses import load_function
 from jax_klrlhf.programs.policies import Asked, Policy
@@ -78,6 +79,7 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> dict[str,
     config = policies.within_context(config, contexts, console)
     mesh = runs.mesh_of(config.mesh)
     judge = make_judge(config.reward, config, mesh)
+    proxy = None if config.proxy is None else make_judge(config.proxy, config, mesh, "--proxy")
     found: dict[str, Said] = {}
     loaded: dict[str, Policy] = {}
     prompts: dict[str, Ragged] = {}
@@ -95,10 +97,15 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> dict[str,
     if kl is None:
         console.print("The two read other tokens, so that there is no KL between them.")
     metrics = compare(found["policy"], found["reference"], None if kl is None else kl.sum(-1))
+    believed = None
+    if proxy is not None:
+        believed = {role: proxy(asked, said.texts) for role, said in found.items()}
+        metrics |= by_proxy({role: said.reward for role, said in found.items()}, believed)
     _table(metrics, names, console)
     if output is not None:
         decode = loaded["policy"].encoder.decode
-        _write(config, output, asked, found, kl, decode, metrics, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        _write(config, output, asked, found, believed, kl, decode, metrics, seconds)
         said = f"results.json and answers.jsonl in {output}"
         console.print(said, markup=False, highlight=False, soft_wrap=True)
     return metrics
@@ -175,22 +182,22 @@ def _bigrams(text: str) -> list[tuple[str, str]]:
     return list(itertools.pairwise(words))
 
 
-def make_judge(spec: str, config: EvalConfig, mesh: Any) -> Judge:
-    """The judge that ``--reward`` names.
+def make_judge(spec: str, config: EvalConfig, mesh: Any, option: str = "--reward") -> Judge:
+    """The judge that ``--reward``, or another option, names.
 
     Raises:
         InputError: where it names none.
     """
     folder = Path(spec).expanduser()
     if ":" in spec and not folder.exists():
-        own = load_function(spec, option="--reward")
+        own = load_function(spec, option=option)
 
         def by_function(asked: Sequence[Asked], texts: Sequence[Sequence[str]]) -> np.ndarray:
             flat = [(a.text, text) for a, said in zip(asked, texts, strict=True) for text in said]
             found = np.asarray(own([a for a, _ in flat], [t for _, t in flat]), np.float32)
             if found.shape != (len(flat),) or not np.isfinite(found).all():
                 raise InputError(
-                    f"--reward {spec}: returned shape {found.shape} for {len(flat)} texts, or a "
+                    f"{option} {spec}: returned shape {found.shape} for {len(flat)} texts, or a "
                     "number that is not finite; it must return one finite number to each."
                 )
             return found.reshape(len(asked), -1)
@@ -294,6 +301,9 @@ def _table(metrics: dict[str, Metric], names: dict[str, str], console: Console) 
             "tokens": metrics[f"{role}/length"],
             "distinct-2": metrics[f"{role}/distinct_2"],
         }
+        for name in ("proxy", "proxy_agreement", "proxy_calibration"):
+            if (metric := metrics.get(f"{role}/{name}")) is not None:
+                rows[role][name.replace("_", " ")] = metric
     n = metrics["policy/reward"].n
     results.print_table(
         f"policy {names['policy']}, reference {names['reference']}",
@@ -306,6 +316,8 @@ def _table(metrics: dict[str, Metric], names: dict[str, str], console: Console) 
         "win rate against the reference": "wins",
         "win rate at equal length": "wins_at_equal_length",
         "KL(policy || reference), nats": "kl",
+        "proxy of the policy above the reference's": "proxy",
+        "over-optimization, the proxy's gain less the reward's": "over_optimization",
     }
     for text, name in said.items():
         if (metric := metrics.get(f"difference/{name}")) is not None:
@@ -317,6 +329,7 @@ def _write(
     output: Path,
     asked: Sequence[Asked],
     found: dict[str, Said],
+    believed: dict[str, np.ndarray] | None,
     kl: np.ndarray | None,
     decode: Callable[[list[int]], str],
     metrics: dict[str, Metric],
@@ -329,6 +342,8 @@ def _write(
             for role, said in found.items():
                 record[role] = said.texts[number]
                 record[f"{role}/reward"] = said.reward[number].tolist()
+                if believed is not None:
+                    record[f"{role}/proxy"] = believed[role][number].tolist()
             if kl is not None:
                 record["kl"] = kl[number].sum(-1).tolist()
                 rows = [

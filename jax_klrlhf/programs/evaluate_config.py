@@ -25,6 +25,10 @@ class EvalConfig:
     """The judge: folder or hub id of a reward model, or a folder with positive.txt and negative.txt
     on which one is fitted, or module:function of your own: reward(prompts, texts) with a number for
     each text."""
+    proxy: str | None = None
+    """A second reward, in the forms of --reward: the one that the policy was chosen or trained by.
+    Says how far it was over-optimized, how often it ranks answers as the judge does, and how well
+    it is calibrated."""
     output: Path | None = None
     """Folder for results.json and answers.jsonl: every prompt's answers, rewards, and KL, of each
     token too; `klrlhf report` shows them side by side."""

@@ -79,7 +79,11 @@ def _of_eval(record: Any) -> Iterator[dict[str, Any]]:
     for role in ("policy", "reference"):
         for number, text in enumerate(record[role]):
             found = {"prompt": record["prompt"], "policy": role, "text": text}
-            found["reward"] = record[f"{role}/reward"][number]
+            # Beside a proxy the judge's reward is gold, which the page can order and colour by.
+            judged = "gold" if f"{role}/proxy" in record else "reward"
+            found[judged] = record[f"{role}/reward"][number]
+            if judged == "gold":
+                found["proxy"] = record[f"{role}/proxy"][number]
             if role == "policy" and "kl" in record:
                 found["kl"] = record["kl"][number]
             if role == "policy" and "kl/tokens" in record:

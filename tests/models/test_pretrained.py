@@ -11,8 +11,9 @@ import safetensors.numpy
 
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.models import pretrained
+from jax_klrlhf.models import pretrained, sampling
 from jax_klrlhf.models.config import ModelConfig
+from jax_klrlhf.models.stopping import stop_tokens
 from jax_klrlhf.models.transformer import language_model
 from tests.models import tiny
 
@@ -222,6 +223,32 @@ def test_a_real_model(stories_model):
     hidden = model.extend(params, prefix, row[:, None, 1:])
     np.testing.assert_allclose(model.unembed(params, hidden)[0, 0], expected[1:], atol=1e-4)
     np.testing.assert_allclose(model.unembed(params, prefix.hidden)[0], expected[0], atol=1e-4)
+
+
+@pytest.mark.parity
+def test_a_saved_folder_opens_in_a_pipeline_and_says_what_ours_says(stories_model, tmp_path):
+    pytest.importorskip("torch", reason="parity needs torch (the `parity` extra)")
+    transformers = pytest.importorskip("transformers")
+    loaded = pretrained.load(stories_model)
+    # Other weights than the file's, so that it is this folder's that are read.
+    params = jax.tree.map(lambda x: 1.02 * x, loaded.params)
+    folder = pretrained.save(
+        tmp_path / "ours", loaded.config, params, loaded.tokenizer, generation=loaded.generation
+    )
+    text = "Once upon a time there was a dog. "
+    pipe = transformers.pipeline("text-generation", model=str(folder), device="cpu")
+    given = {"max_new_tokens": 24, "do_sample": False, "return_full_text": False}
+    (theirs,) = pipe(text, **given)
+    ids = loaded.tokenizer(text)["input_ids"]
+    drawn = sampling.generate(
+        jax.random.key(0), loaded.model, params, Ragged(jnp.array([ids]), jnp.array([len(ids)])),
+        samples=1, max_new_tokens=24, temperature=0.0,
+        stop=stop_tokens(loaded.tokenizer, loaded.generation),
+    ).responses  # fmt: skip
+    said = np.asarray(drawn.ids)[0, 0, : int(drawn.lengths[0, 0])]
+    assert loaded.tokenizer.decode(said, skip_special_tokens=True).strip() == (
+        theirs["generated_text"].strip()
+    )
 
 
 def test_a_real_model_round_trips_with_its_tokenizer(stories_model, tmp_path):
