@@ -85,12 +85,17 @@ def _notebooks() -> None:
 
 
 def _readmes() -> None:
-    """The README of every experiment as a page of the gallery; links into the tree stay text."""
+    """The README of every experiment as a page of the gallery, with the figures that it shows.
+
+    Links into the tree stay text.
+    """
     target = HERE / "gallery"
     target.mkdir(exist_ok=True)
     names = []
     for path in sorted((ROOT / "experiments").glob("*/README.md")):
-        text = re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", path.read_text())
+        text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", path.read_text())
+        for figure in re.findall(r"!\[[^\]]+\]\((?!https?:)([^)]+)\)", text):
+            shutil.copy(path.parent / figure, target / figure)
         (target / f"{path.parent.name}.md").write_text(text)
         names.append(path.parent.name)
     head = (
