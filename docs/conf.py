@@ -134,8 +134,17 @@ def _skip(app, what, name, found, skip, options):
 
 
 def _tutorials_run(app):
-    """Execute every tutorial at a small size; one that does not run ends the build."""
-    small = os.environ | {"KLRLHF_SMALL": "1", "MPLBACKEND": "Agg"}
+    """Execute every tutorial at a small size; one that does not run ends the build.
+
+    ``-D run_tutorials=0`` leaves that out: it takes most of the build.
+    """
+    if not app.config.run_tutorials or app.builder.name != "html":
+        return
+    # Compiling is what it costs, and unpolished programs compile faster.
+    small = os.environ | {
+        "KLRLHF_SMALL": "1", "MPLBACKEND": "Agg",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }  # fmt: skip
     for source in sorted((ROOT / "colab" / "src").glob("*.py")):
         LOG.info("executing %s at a small size", source.name)
         done = subprocess.run(
@@ -168,6 +177,7 @@ sys.path.insert(0, str(HERE))
 
 def setup(app):
     """Sphinx calls this."""
+    app.add_config_value("run_tutorials", True, "")
     app.connect("autodoc-skip-member", _skip)
     app.connect("builder-inited", _tutorials_run)
     app.connect("build-finished", _look)

@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from jax_klrlhf import bandit, figures, toy
 from jax_klrlhf.core import pairs
@@ -40,30 +41,27 @@ SHARED = (
 )
 
 
-def exact(name: str, eta: float) -> tuple[float, float]:
-    """KL to pi0 and reward above pi0's, means over problems; sums over actions, nothing drawn."""
-    make = RULES[name]
-    learner = bandit.offline_greedy() if make is None else bandit.from_rule(make(eta), samples=4)
+def exact(name: str | None, coefficients) -> list[np.ndarray]:
+    """KL to pi0 and reward above pi0's at each coefficient, means over problems.
 
-    def one(key):
+    Sums over actions, nothing drawn; None: of the optimum.
+    """
+
+    def one(key, eta):
         key_problem, key_run = jax.random.split(key)
         problem = _problem(key_problem, eta)
+        if name is None:
+            return _place(problem, bandit.optimum(problem))
+        make = RULES[name]
+        rule = None if make is None else make(eta)
+        learner = bandit.offline_greedy() if rule is None else bandit.from_rule(rule, samples=4)
         run = bandit.simulate(key_run, problem, learner, rounds=4, batch=32)
         return _place(problem, run.log_prob)
 
-    kl, gain = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), SEEDS))
-    return float(kl.mean()), float(gain.mean())
-
-
-def best(eta: float) -> tuple[float, float]:
-    """The same of the optimum."""
-
-    def one(key):
-        problem = _problem(jax.random.split(key)[0], eta)
-        return _place(problem, bandit.optimum(problem))
-
-    kl, gain = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), SEEDS))
-    return float(kl.mean()), float(gain.mean())
+    program = jax.jit(jax.vmap(one, in_axes=(0, None)))
+    keys = jax.random.split(jax.random.key(0), SEEDS)
+    found = np.array([[x.mean() for x in program(keys, eta)] for eta in coefficients])
+    return list(found.T)
 
 
 def _problem(key, eta):
@@ -87,6 +85,7 @@ def drawn(world: toy.World, name: str, eta: float, shared: dict) -> dict:
         "oracle": oracle.bradley_terry(world.gold),
         "pair_rule": RANKED if make is None else make(eta),
         "improve": rounds.dpo(world.model, kl_coef=eta, fitting=shared["fitting"], rows=256),
+        "console": Console(quiet=True),
     }
     key = jax.random.key(4)
     if make is None:
@@ -106,11 +105,10 @@ def main() -> None:
     figure = Figure(figsize=(11, 4.1), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 0.72, 1))
 
-    frontier = [best(eta) for eta in np.geomspace(0.06, 6.0, 24)]
-    left.plot(*zip(*frontier, strict=True), color="0.55", label="the best at its KL", zorder=1)
+    frontier = exact(None, jnp.geomspace(0.06, 6.0, 24))
+    left.plot(*frontier, color="0.55", label="the best at its KL", zorder=1)
     for name in RULES:
-        points = [exact(name, eta) for eta in COEFFICIENTS]
-        left.plot(*zip(*points, strict=True), "o-", label=name)
+        left.plot(*exact(name, jnp.array(COEFFICIENTS)), "o-", label=name)
     left.set(xlabel="KL to pi0, nats", ylabel="reward above pi0's")
     left.set_title("bandit: contexts × actions, exact sums", fontweight="bold")
 

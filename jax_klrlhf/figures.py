@@ -106,9 +106,9 @@ def tidy(figure: Any) -> None:
 def ticks(low: float, high: float) -> list[float]:
     """At most eight round numbers in ``[low, high]``, evenly spread on a logarithmic axis.
 
-    >>> ticks(10, 50)
-    [10.0, 15.0, 20.0, 30.0, 40.0, 50.0]
-    >>> ticks(0.05, 20)
+    >>> ticks(10.0, 50.0)
+    [10.0, 20.0, 30.0, 50.0]
+    >>> ticks(0.05, 20.0)
     [0.1, 0.3, 1.0, 3.0, 10.0]
     >>> ticks(3.0, 3.5)  # next to nothing: as on a linear axis
     [3.0, 3.2, 3.4]
@@ -119,16 +119,16 @@ def ticks(low: float, high: float) -> list[float]:
         step = unit * max(s for s in (1, 2, 5) if s * unit <= (high - low) / 2)
         count = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
         return [float(f"{k * step:.12g}") for k in count]
-    for leading in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,)):
+    for leading in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         found = [
             value
             for power in range(first, last + 1)
             for digit in leading
             if low * (1 - 1e-9) <= (value := float(f"{digit}e{power}")) <= high * (1 + 1e-9)
         ]
-        # Neighbours lie at least an eighth of the axis apart.
+        # Neighbours lie at least a sixth of the axis apart.
         apart = min((math.log(b / a) for a, b in itertools.pairwise(found)), default=math.inf)
-        if apart >= math.log(high / low) / 8:
+        if apart >= math.log(high / low) / 6:
             return found
     step = math.ceil(len(found) / 6)
     return found[:: max(step, 1)]

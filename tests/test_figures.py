@@ -6,6 +6,7 @@ import itertools
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import plotting
@@ -14,8 +15,9 @@ from jax_klrlhf import figures
 
 def boxes(ax, axis):
     """Extents of the labels of an axis, as drawn, in pixels along it."""
-    ax.figure.canvas.draw()
-    renderer = ax.figure.canvas.get_renderer()
+    canvas = FigureCanvasAgg(ax.figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
     low, high = sorted(axis.get_view_interval())
     found = [
         label.get_window_extent(renderer)
@@ -35,7 +37,7 @@ def overlaps(spans):
 
 @pytest.mark.parametrize("high", [13.0, 30.0, 48.0, 384.0, 1e4, 1e9])
 def test_labels_of_a_logarithmic_axis_do_not_overlap_and_are_at_least_two(high):
-    figure, axes = plotting.grid(1, 1)
+    figure, axes = plotting.grid(1, 1, width=2.6)
     ax = axes[0, 0]
     ax.plot([11.0, high], [11.0, high])
     plotting.label(ax, x="x", y="y", log="xy")
@@ -47,7 +49,7 @@ def test_labels_of_a_logarithmic_axis_do_not_overlap_and_are_at_least_two(high):
 
 
 def test_without_it_matplotlib_writes_one_over_the_other():
-    _, axes = plotting.grid(1, 1)
+    _, axes = plotting.grid(1, 1, width=2.0)  # a panel of three in a column
     axes[0, 0].plot([11.0, 48.0], [11.0, 48.0])
     plotting.label(axes[0, 0], x="x", y="y", log="x")
     assert overlaps(boxes(axes[0, 0], axes[0, 0].xaxis))
@@ -89,5 +91,7 @@ def test_the_style_holds_of_every_figure_and_its_text_is_not_too_small():
     assert isinstance(plotting.grid(1, 1)[0], Figure)
     for name, value in matplotlib.RcParams(figures.STYLE).items():
         assert matplotlib.rcParams[name] == value, name
-    sizes = [value for name, value in figures.STYLE.items() if name.endswith(("size", "fontsize"))]
-    assert min(size for size in sizes if size > 5) >= 7.5
+    texts = ("font.size", "titlesize", "labelsize", "fontsize")
+    sizes = [value for name, value in figures.STYLE.items() if name.endswith(texts)]
+    assert len(sizes) == 6
+    assert min(sizes) >= 7.5

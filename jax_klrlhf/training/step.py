@@ -44,6 +44,15 @@ class Moments(NamedTuple):
     weight: Float[Array, ""]
     weight_square: Float[Array, ""]
 
+    def __repr__(self) -> str:
+        """What they say: mean and standard error; the sums where they are no numbers (yet)."""
+        from jax_klrlhf.training import metrics  # which names them, and so knows of them
+
+        try:
+            return f"Moments({metrics.mean(self)})"
+        except TypeError:  # traced, stacked, or shapes
+            return f"Moments{tuple(self)!r}"
+
 
 class Info(NamedTuple):
     """What a step reports; names for the log are given by :mod:`.metrics`."""

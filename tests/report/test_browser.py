@@ -10,6 +10,7 @@ import pytest
 
 from jax_klrlhf import report
 from jax_klrlhf.report import run as runs
+from jax_klrlhf.report import serving
 from tests.report.test_run import dpo, iterated
 from tests.report.test_side_by_side import EVIL
 
@@ -137,7 +138,10 @@ def test_what_a_model_says_is_text_in_both_pages(page, tmp_path):
 
 
 def test_a_finished_and_a_stopped_run_are_shown_with_charts_that_open(page, tmp_path):
-    page.goto(runs.write(dpo(tmp_path / "run")).as_uri())
+    folder = dpo(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:  # a name of no chart of its own
+        file.write('ss": 0}\n{"step": 10, "mine": 1.0}\n{"step": 20, "mine": 2.0}\n')
+    page.goto(runs.write(folder).as_uri())
     assert page.inner_text("#state") == "stopped"
     titles = page.locator("figcaption").all_inner_texts()
     assert "The plane of KL and reward" in titles
@@ -145,7 +149,7 @@ def test_a_finished_and_a_stopped_run_are_shown_with_charts_that_open(page, tmp_
     plane = page.locator("figure", has_text="The plane of KL and reward").locator("svg")
     assert plane.locator("circle").count() == 3
     before = page.locator("figure svg:visible").count()
-    page.get_by_text("more charts").click()
+    page.get_by_text("1 more charts").click()
     assert page.locator("figure svg:visible").count() > before
     page.goto(runs.write(iterated(tmp_path / "rounds")).as_uri())
     page.get_by_text("What round 1 compared").click()
@@ -155,8 +159,6 @@ def test_a_finished_and_a_stopped_run_are_shown_with_charts_that_open(page, tmp_
 
 
 def test_a_live_page_follows_its_run_and_keeps_open_what_was_opened(page, tmp_path):
-    from jax_klrlhf.report import serving
-
     folder = dpo(tmp_path / "run", lines=1)
     read = lambda given: json.loads(json.dumps(runs.read(folder)))  # noqa: E731
     text = runs.text(read(None), live=0.1)
@@ -169,3 +171,4 @@ def test_a_live_page_follows_its_run_and_keeps_open_what_was_opened(page, tmp_pa
         dpo(folder, lines=4)
         plane.nth(3).wait_for()
         assert page.locator("details[open]").count() == 1
+        page.goto("about:blank")  # else it asks on, of nobody

@@ -38,6 +38,17 @@ def test_rows_of_weight_zero_are_not_there():
     assert math.isnan(metrics.mean(moments(x, np.zeros(5))).value)
 
 
+def test_printed_they_are_a_mean_and_its_error_and_not_four_sums():
+    # 7 / 3, and the deviation of 1, 2, 4 over the root of 3.
+    assert repr(moments([1.0, 2.0, 4.0], [1, 1, 1])) == "Moments(2.333 ± 0.882)"
+    assert "loss=Moments(2.333 ± 0.882)" in repr(info([1.0, 2.0, 4.0], 6, 8))
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), moments([1.0], [1]))
+    assert repr(stacked).startswith("Moments((Array([1., 1.]")
+    seen = []
+    jax.eval_shape(lambda x: seen.append(repr(moments(x, x))), jnp.ones(2))
+    assert seen[0].startswith("Moments((")
+
+
 def info(values, tokens, slots):
     loss = moments(values, np.ones(len(values)))
     return step.Info(
