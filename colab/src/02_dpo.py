@@ -1,9 +1,20 @@
 # %% [markdown]
 # # DPO on a small model
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jax-klrlhf/jax_klrlhf/blob/main/colab/02_dpo.ipynb)
+#
 # A language model learns from comparisons of its own responses, by the bandit's likelihood: the
 # implicit reward $\eta \log \pi / \pi_0$ takes the place of $\langle\theta, \phi\rangle$. The model
 # is trained here; nothing is downloaded, and a CPU will do.
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+SOURCE = "jax-klrlhf @ git+https://github.com/jax-klrlhf/jax_klrlhf"
+if importlib.util.find_spec("jax_klrlhf") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", SOURCE], check=True)
 
 # %%
 import os
@@ -14,12 +25,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from jax_klrlhf import figures, toy, training
+from jax_klrlhf import toy, training
 from jax_klrlhf.core import bradley_terry, choices, objectives, pairs
 from jax_klrlhf.models import scoring
-from jax_klrlhf.training import rounds
+from jax_klrlhf.training.rounds.parts import pick
 
-plt.rcParams.update(figures.STYLE)
 SMALL = os.environ.get("KLRLHF_SMALL") == "1"  # continuous integration
 
 # %% [markdown]
@@ -66,11 +76,11 @@ answers = draw(jax.random.key(3), pi0, questions)
 reward = jnp.asarray(gold(questions, answers))
 
 pair = pairs.sampled(jax.random.key(4), choices.drawn(jnp.asarray(answers.ids), reward=reward))
-at = jnp.arange(len(reward))
-wins = bradley_terry.sample(jax.random.key(5), reward[at, pair.first] - reward[at, pair.second])
+rows = jnp.arange(len(reward))
+wins = bradley_terry.sample(jax.random.key(5), reward[rows, pair.first] - reward[rows, pair.second])
 chosen = jnp.where(wins, pair.first, pair.second)
 rejected = jnp.where(wins, pair.second, pair.first)
-compared = rounds.pick(answers, np.stack([chosen, rejected], 1))
+compared = pick(answers, np.stack([chosen, rejected], 1))
 batch = training.Batch(
     questions,
     compared,
@@ -101,7 +111,7 @@ rng = np.random.default_rng(0)
 STEPS = 6 if SMALL else 120
 way = [(0, *judge(state.policy))]
 for number in range(1, STEPS + 1):
-    at = rng.choice(len(reward), 64, replace=False)
+    at = rng.choice(len(rows), 64, replace=False)
     state, info = step(state, jax.tree.map(lambda x, at=at: x[at], batch))
     if number % (STEPS // 6) == 0:
         way.append((number, *judge(state.policy)))
@@ -113,13 +123,11 @@ for number in range(1, STEPS + 1):
 
 # %%
 number, reward_way, kl_way = (np.array(x) for x in zip(*way, strict=True))
-figure, axes = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
 axes[0].errorbar(number, reward_way[:, 0], 2 * reward_way[:, 1])
 axes[0].set(xlabel="step", ylabel="gold reward", title="Held-out prompts, two standard errors")
 axes[1].errorbar(kl_way[:, 0], reward_way[:, 0], 2 * reward_way[:, 1], 2 * kl_way[:, 1])
-_ = axes[1].set(
-    xlabel=r"$\mathrm{KL}(\pi\,\|\,\pi_0)$, nats", ylabel="gold reward", title="What it costs"
-)
+_ = axes[1].set(xlabel="KL(pi || pi0), nats", ylabel="gold reward", title="What it costs")
 
 # %% [markdown]
 # ## The implicit reward is a reward

@@ -1,6 +1,8 @@
 # %% [markdown]
 # # Write your own algorithm
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jax-klrlhf/jax_klrlhf/blob/main/colab/04_your_own.ipynb)
+#
 # An algorithm is a composition of values: a **loss** (a function of `Scores`), a **pair rule** (of
 # a key and a choice set), a **divergence**, a **preference model**, a **target** of improvement.
 # Each is written once, here in the notebook, and then used twice, *the same object*: on a bandit,
@@ -16,6 +18,15 @@
 # | learner, by whom it compares | 6 | `bandit.linear(propose, policy)` | as a rule |
 
 # %%
+import importlib.util
+import subprocess
+import sys
+
+SOURCE = "jax-klrlhf @ git+https://github.com/jax-klrlhf/jax_klrlhf"
+if importlib.util.find_spec("jax_klrlhf") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", SOURCE], check=True)
+
+# %%
 import os
 from functools import partial
 
@@ -24,15 +35,16 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from rich.console import Console
 
-from jax_klrlhf import bandit, figures, toy
-from jax_klrlhf.core import divergence, fdivergence, objectives, pairs, regularized, targets
+from jax_klrlhf import bandit, models, training
+from jax_klrlhf.core import fdivergence, objectives, pairs, regularized, targets
 from jax_klrlhf.core.preferences import PreferenceModel
+from jax_klrlhf.models import scoring
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds import oracle
+from jax_klrlhf.training.rounds.compute import mapped
+from jax_klrlhf.training.rounds.parts import ragged
 
-plt.rcParams.update(figures.STYLE)
 SMALL = os.environ.get("KLRLHF_SMALL") == "1"  # continuous integration
 ETA = 0.3
 
@@ -127,10 +139,7 @@ def propose(key, setting, state, context):
 # %% [markdown]
 # ## On the bandit: exact gaps
 #
-# Every learner has the same problems, in which pi0 rarely plays what is worth learning about. They
-# are not those of notebook 1: 8 contexts of 6 actions and rewards up to 2, where it has 16 of 8 and
-# rewards up to 3; 256 comparisons, where it makes 384; and an enhancer of radius 1, where it takes
-# the theory's. So the same learner ends at another gap here, and only gaps of one notebook compare.
+# Every learner has the same problems, in which pi0 rarely plays what is worth learning about.
 
 # %%
 SEEDS, ROUNDS, BATCH = (4, 4, 8) if SMALL else (48, 16, 16)
@@ -166,20 +175,16 @@ def simulate(make, problem_of=problem_of):
     return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), SEEDS)))
 
 
-figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
+figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
 seen = BATCH * np.arange(1, ROUNDS + 1)
 for number, (name, make) in enumerate(LEARNERS.items()):
     gap = simulate(make)
     mean, error = gap.mean(0), gap.std(0, ddof=1) / SEEDS**0.5
     style = "-" if name.startswith("ours") else "--"
-    axes.errorbar(
-        seen, mean[1:], 2 * error[1:], errorevery=(number, 10), fmt=style, color=f"C{number}",
-        label=name,
-    )  # fmt: skip
+    axes.plot(seen, mean[1:], style, color=f"C{number}", label=name)
     print(f"{name:<30} gap {mean[-1]:.4f} ± {error[-1]:.4f}")
-axes.set(xscale="log", yscale="log", xlabel="comparisons", ylabel=r"$J(\pi^*) - J(\hat\pi)$")
-axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="bars: two standard errors")
-figures.tidy(figure)
+axes.set(xscale="log", yscale="log", xlabel="comparisons", ylabel="J(pi*) - J(pi)")
+_ = axes.legend(fontsize=7)
 
 # %% [markdown]
 # The divergence has an exact optimum too, and the preference model labels a problem and is the
@@ -196,35 +201,6 @@ print(
 )
 
 
-@jax.jit
-def optima(eta):
-    """Mean reward above pi0's and KL to it, of both optima at every coefficient."""
-
-    def at(eta, chosen):
-        law = regularized.log_prob(reward, ref, kl_coef=eta, divergence=chosen)
-        gain = jnp.sum((jnp.exp(law) - jnp.exp(ref)) * reward, -1).mean()
-        return divergence.categorical(law, ref).mean(), gain
-
-    both = (fdivergence.reverse_kl, two_sided)
-    return [jax.vmap(partial(at, chosen=chosen))(eta) for chosen in both]
-
-
-def plane(kl_coef):
-    """At equal KL nothing is above the KL's own optimum: another divergence buys another form."""
-    _, axes = plt.subplots(figsize=(4.6, 3), layout="constrained")
-    curves, points = optima(jnp.geomspace(0.05, 5, 40)), optima(jnp.array([kl_coef]))
-    for number, name in enumerate(("KL", "two-sided")):
-        axes.plot(*curves[number], color=f"C{number}", label=f"optimum under {name}")
-        axes.plot(*points[number], "o", color=f"C{number}")
-    axes.set(xlabel=r"$\mathrm{KL}(\pi\,\|\,\pi_0)$, nats", ylabel=r"reward above $\pi_0$'s")
-    axes.set_title(f"points: kl_coef {kl_coef:.2g}")
-    axes.legend()
-    plt.show()
-
-
-figures.explore(plane, kl_coef=(ETA, 0.05, 5.0))
-
-
 def lapsed(key, *, known):
     problem = problem_of(key)._replace(preference=lapsing)
     setting = problem.setting._replace(preference=lapsing) if known else problem.setting
@@ -238,23 +214,92 @@ for known in (True, False):
 # %% [markdown]
 # ## A toy world
 #
-# It comes with the library (`jax_klrlhf.toy`). A vocabulary of 13 words; a prompt is a name and
-# what it did first, a response goes on. pi0 is a small transformer trained here on sentences in
-# which sad things happen more often than happy ones. The gold reward counts happy words less sad
-# words; only the annotator knows it.
+# A vocabulary of 13 words; a prompt is a name and what it did first, a response goes on. pi0 is a
+# small transformer trained here on sentences in which sad things happen more often than happy ones.
+# The gold reward counts happy words less sad words; only the annotator knows it.
 
 # %%
-world = toy.world(steps=20 if SMALL else 200)
-model, pi0, gold, draw = world.model, world.pi0, world.gold, world.draw(4)
-HELD_OUT = 64 if SMALL else 256
+NAMES = ["Ana", "Ben", "Cleo"]
+HAPPY, PLAIN = ["laughed", "danced", "sang"], ["walked", "waited", "slept"]
+SAD = ["cried", "fell", "left"]
+WORDS = ["<end>", *NAMES, *HAPPY, *PLAIN, *SAD]
+WORTH = np.array([0, 0, 0, 0, 1, 1, 1, 0, 0, 0, -1, -1, -1], np.float32)
+PROB = np.array([2, 2, 2, 4, 4, 4, 5, 5, 5]) / 33  # of the nine verbs
+END, LONGEST = 0, 6
+
+model = models.language_model(
+    models.ModelConfig(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, layers=1, heads=2,
+        kv_heads=2, head_dim=16, max_length=16,
+    )
+)  # fmt: skip
+
+
+def stories(count, *, seed):
+    """Prompts ``[count, 2]`` and responses ``[count, 1, LONGEST]``, on the host."""
+    rng = np.random.default_rng(seed)
+    prompts = np.stack([rng.integers(1, 4, count), rng.choice(9, count, p=PROB) + 4], 1)
+    length = rng.integers(2, LONGEST, count)
+    words = rng.choice(9, (count, LONGEST), p=PROB) + 4
+    words = np.where(np.arange(LONGEST) < length[:, None], words, END)
+    return (
+        ragged(prompts, np.full(count, 2)),
+        ragged(words[:, None], (length + 1)[:, None]),
+    )
+
+
+def gold(prompts, responses):
+    """Reward ``[B, K]`` in nats."""
+    del prompts
+    ids, lengths = np.asarray(responses.ids), np.asarray(responses.lengths)
+    kept = np.arange(ids.shape[-1]) < lengths[..., None]
+    return np.where(kept, WORTH[ids], 0.0).sum(-1).astype(np.float32)
+
+
+def text(ids, length):
+    return " ".join(WORDS[i] for i in np.asarray(ids)[: int(length)])
+
+
+def train_pi0(*, steps):
+    questions, answers = stories(1024, seed=0)
+    optimizer = optax.adam(1e-2)
+    step = training.make_step(training.tasks.likelihood(model), optimizer)
+    carried = training.state.init(jax.random.key(0), model.init(jax.random.key(1)), optimizer)
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        at = rng.choice(1024, 128, replace=False)
+        picked = jax.tree.map(lambda x, at=at: x[at], (questions, answers))
+        carried, _ = step(carried, training.Batch(*picked, weight=np.ones(128, np.float32)))
+    return carried.policy
+
+
+pi0 = train_pi0(steps=20 if SMALL else 200)
+draw = rounds.Draw(model=model, samples=4, max_new_tokens=LONGEST, stop=(END,))
+held_out, _ = stories(64 if SMALL else 256, seed=1)
+
+
+def divergence(both, prompts, responses):
+    """Sum over tokens of the exact divergence at each: unbiased for KL(pi || pi0)."""
+    scores = scoring.score(model, both[0], prompts, responses, reference=(model, both[1]))
+    return scores.kl.sum(-1)
+
+
+kl_of = mapped(divergence, rows=256)
 
 
 def judge(params):
     """Gold reward and KL(pi || pi0) in nats, on held-out prompts, with standard errors."""
-    found = world.evaluate(params, count=HELD_OUT)
-    return [(found[name].value, found[name].stderr) for name in ("reward", "kl")]
+    answers = draw(jax.random.key(7), params, held_out)
+    found = (
+        gold(held_out, answers).mean(1),
+        np.asarray(kl_of((params, pi0), held_out, answers)).mean(1),
+    )
+    return [(x.mean(), x.std(ddof=1) / len(x) ** 0.5) for x in found]
 
 
+answers = draw(jax.random.key(2), pi0, held_out)
+for row in range(4):
+    print(f"{text(held_out.ids[row], 2)} |", text(answers.ids[row, 0], answers.lengths[row, 0]))
 print("gold reward of pi0: {:.3f} ± {:.3f}".format(*judge(pi0)[0]))
 
 # %% [markdown]
@@ -264,7 +309,7 @@ print("gold reward of pi0: {:.3f} ± {:.3f}".format(*judge(pi0)[0]))
 # target choose among four responses of the policy to each prompt.
 
 # %%
-questions = world.prompts(64 if SMALL else 512, seed=2)
+questions, _ = stories(64 if SMALL else 512, seed=2)
 collect = partial(
     rounds.collect, jax.random.key(3), pi0, prompts=questions, sampler=rounds.main_agent(draw),
     reward=rounds.known(gold), oracle=oracle.bradley_terry(gold, noise=0.1),
@@ -277,7 +322,7 @@ def fitted(improve, data=compared, rounds_played=0, rule=pairs.sampled):
     return rounds.iterate(
         jax.random.key(4), pi0, prompts=questions, rounds=rounds_played, offline=data,
         sampler=rounds.main_agent(draw), reward=rounds.known(gold), pair_rule=rule,
-        oracle=oracle.bradley_terry(gold, noise=0.1), improve=improve, console=Console(quiet=True),
+        oracle=oracle.bradley_terry(gold, noise=0.1), improve=improve,
     ).policy  # fmt: skip
 
 
@@ -300,13 +345,12 @@ found = {
     "ours: capped target": judge(fitted(weighted(target=capped))),
 }
 
-figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
 for name, ((reward, error), (kl, kl_error)) in found.items():
-    axes.errorbar(kl, reward, 2 * error, 2 * kl_error, fmt="o", label=name)
+    axes.errorbar(kl, reward, 2 * error, 2 * kl_error, marker="o", capsize=2, label=name)
     print(f"{name:<30} gold {reward:.3f} ± {error:.3f}  KL {kl:.3f} ± {kl_error:.3f}")
-axes.set(xlabel=r"$\mathrm{KL}(\pi\,\|\,\pi_0)$, nats", ylabel="gold reward, held-out prompts")
-axes.set_title("bars: two standard errors over prompts, one training seed each")
-_ = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+axes.set(xlabel="KL(pi || pi0), nats", ylabel="gold reward", title="Two standard errors")
+_ = axes.legend(fontsize=7)
 
 # %% [markdown]
 # Error bars are over held-out prompts, for one training seed each: small differences between
