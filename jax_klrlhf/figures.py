@@ -8,6 +8,7 @@
     figures.tidy(figure)
 """
 
+import importlib
 import itertools
 import math
 from collections.abc import Callable
@@ -63,7 +64,7 @@ def explore(draw: Callable[..., Any], **ranges: tuple[float, float, float]) -> N
         if not 0 < low <= start <= high:
             raise ValueError(f"explore: {name} is not 0 < {low} <= {start} <= {high}.")
     try:
-        import ipywidgets
+        ipywidgets: Any = importlib.import_module("ipywidgets")
     except ImportError:
         draw(**{name: start for name, (start, _, _) in ranges.items()})
         return
