@@ -6,6 +6,7 @@ sets it. Axes: ``seeds`` (independent repetitions), ``points`` (of the horizonta
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,8 @@ from numpy.typing import ArrayLike
 from jax_klrlhf import figures
 from jax_klrlhf.results import Metric
 
-matplotlib.rcParams.update(figures.STYLE)
+_settings: Any = matplotlib.rcParams  # whose stubs know its keys one by one
+_settings.update(figures.STYLE)
 MARKERS = "os^vDP"
 """Of methods beyond the ten colours."""
 
