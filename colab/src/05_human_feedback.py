@@ -1,20 +1,9 @@
 # %% [markdown]
 # # Human feedback in ten minutes
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jax-klrlhf/jax_klrlhf/blob/main/colab/05_human_feedback.ipynb)
-#
 # You compare answers on a page; a reward is fitted to what you say, with its confidence; and a
 # policy learns from you, in rounds. Set `PERSON = True` to be the one who labels. Otherwise a
 # script stands in, and asks the page in the way a browser does.
-
-# %%
-import importlib.util
-import subprocess
-import sys
-
-SOURCE = "jax-klrlhf @ git+https://github.com/jax-klrlhf/jax_klrlhf"
-if importlib.util.find_spec("jax_klrlhf") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", SOURCE], check=True)
 
 # %%
 import json
@@ -29,13 +18,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from jax_klrlhf import label, toy
+from jax_klrlhf import figures, label, toy
 from jax_klrlhf.core import pairs
 from jax_klrlhf.label import session as sessions
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds import oracle
-from jax_klrlhf.training.rounds.parts import ragged
 
+plt.rcParams.update(figures.STYLE)
 PERSON = False
 SMALL = os.environ.get("KLRLHF_SMALL") == "1"  # continuous integration
 LABELS = 12 if SMALL else 40  # of the first page
@@ -140,25 +129,19 @@ truth = [
 truth = np.concatenate([np.array(row) - np.mean(row) for row in truth])
 
 
-def picture(ridge=0.1):
+def picture(ridge):
     found = label.taught(pool, session.labels.all, ridge=ridge)
-    _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    _, (left, right) = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
     left.plot(found.labelled, found.information)
-    left.set(xlabel="labelled pairs", ylabel="log det Sigma - log det ridge I, nats")
+    left.set(xlabel="labelled pairs", ylabel=r"$\log\det\Sigma - \log\det\lambda I$, nats")
     right.errorbar(truth, found.reward, 2 * found.stderr, fmt="o", ms=3, lw=0.6)
     right.set(xlabel="gold reward, centred", ylabel="fitted reward, centred")
     right.set_title(f"ridge {ridge:g}")
     plt.show()
-    return float(np.corrcoef(truth, found.reward)[0, 1])
+    print(f"correlation with gold: {np.corrcoef(truth, found.reward)[0, 1]:.2f}")
 
 
-print(f"correlation with gold: {picture():.2f}")
-try:
-    from ipywidgets import FloatLogSlider, interact
-except ImportError:
-    print("pip install ipywidgets for a slider of the ridge")
-else:
-    interact(lambda ridge: picture(ridge) and None, ridge=FloatLogSlider(0.1, min=-3, max=1))
+figures.explore(picture, ridge=(0.1, 0.001, 10.0))
 agreement = sessions.agreement(session.labels.all)["itself"]
 if agreement:
     print(
@@ -201,7 +184,9 @@ if not PERSON:
 outcome = rounds.iterate(
     jax.random.key(4),
     world.pi0,
-    prompts=lambda number: ragged(*(x[(number - 1) * COUNT : number * COUNT] for x in questions)),
+    prompts=lambda number: jax.tree.map(
+        lambda x: x[(number - 1) * COUNT : number * COUNT], questions
+    ),
     sampler=rounds.main_agent(world.draw(4)),
     reward=rounds.implicit(world.model, kl_coef=0.3, rows=256),
     pair_rule=pairs.otherwise(pairs.best_worst, pairs.sampled),
@@ -219,7 +204,7 @@ found = [world.evaluate(params) for params in outcome.policies]
 for name, metrics in zip(names, found, strict=True):
     print(f"{name:<8} gold reward {metrics['reward']}   KL(pi || pi0) {metrics['kl']} nats")
 reward, kl = ([m[key] for m in found] for key in ("reward", "kl"))
-figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
+figure, axes = plt.subplots(figsize=(4.6, 3), layout="constrained")
 axes.errorbar(
     [m.value for m in kl],
     [m.value for m in reward],
@@ -231,7 +216,7 @@ axes.errorbar(
 for name, x, y in zip(names, kl, reward, strict=True):
     axes.annotate(name, (x.value, y.value), xytext=(5, 5), textcoords="offset points")
 _ = axes.set(
-    xlabel="KL(pi || pi0), nats",
+    xlabel=r"$\mathrm{KL}(\pi\,\|\,\pi_0)$, nats",
     ylabel="gold reward",
     title="Held-out prompts, two standard errors",
 )
