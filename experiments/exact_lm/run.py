@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from experiments import plotting, study
@@ -156,6 +157,8 @@ def _figure(
     right.set(
         xlabel="rejection steps", ylabel=r"total variation to $\pi^*$", title="The same proposals"
     )
+    for ax in (left, right):  # evaluations and steps are counted
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     plotting.save(figure, target)
 
 
