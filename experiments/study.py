@@ -11,6 +11,7 @@ A configuration may have ``resized()`` (itself, or the small size that was asked
 ``check()``, which refuses what cannot run before any compute is spent.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,27 +34,47 @@ class Study(NamedTuple):
     console: Console
     began: float
 
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.perf_counter() - self.began
+
+    def write(
+        self,
+        metrics: Mapping[str, results.Metric],
+        *,
+        seeds: Sequence[int] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write ``results.json`` and return its path; again with more, and it is replaced.
+
+        ``seeds`` are the configuration's own ``seed`` by default. ``facts`` stand beside the
+        configuration: the machine, say, or versions of what was compared with.
+        """
+        config = self.config
+        if facts is not None:
+            config = {**dataclasses.asdict(config), **facts}
+        return results.write_results(
+            self.output,
+            name=self.name,
+            config=config,
+            seeds=[self.config.seed] if seeds is None else seeds,
+            seconds=self.seconds,
+            metrics=metrics,
+        )
+
     def end(
         self,
         metrics: Mapping[str, results.Metric],
         *,
         seeds: Sequence[int] | None = None,
-        beside: str = "the figures",
+        facts: Mapping[str, Any] | None = None,
+        beside: str | None = "the figures",
     ) -> Path:
-        """Write ``results.json``, say where it is, and return its path.
-
-        ``seeds`` are the configuration's own ``seed`` by default.
-        """
-        seconds = time.perf_counter() - self.began
-        path = results.write_results(
-            self.output,
-            name=self.name,
-            config=self.config,
-            seeds=[self.config.seed] if seeds is None else seeds,
-            seconds=seconds,
-            metrics=metrics,
-        )
-        self.console.print(f"{path} and {beside} beside it, in {seconds:.0f} s", highlight=False)
+        """:meth:`write`, and say where it is and what is ``beside`` it."""
+        path = self.write(metrics, seeds=seeds, facts=facts)
+        more = "" if beside is None else f" and {beside} beside it"
+        self.console.print(f"{path}{more}, in {self.seconds:.0f} s", highlight=False)
         return path
 
 
@@ -71,11 +92,26 @@ def begin(name: str, config: Any, *, console: Console | None = None) -> Study:
     return Study(name, config, results.output_folder(config.output), console or Console(), began)
 
 
-def entry(main: Callable[[Any], Path], config: type, description: str | None) -> Callable[[], None]:
-    """The command line of an experiment: trouble with input is one line and exit code 2."""
+def entry(
+    main: Callable[[Any], Path],
+    config: type,
+    description: str | None,
+    *,
+    default: Callable[[], Any] | None = None,
+    first: Callable[[Any], None] | None = None,
+) -> Callable[[], None]:
+    """The command line of an experiment: trouble with input is one line and exit code 2.
+
+    ``default`` makes the configuration that flags change, where it is not that of no arguments;
+    ``first`` is called with what was asked for, before anything looks for JAX's devices.
+    """
 
     def cli() -> None:
         with reported():
-            main(tyro.cli(config, description=description))
+            given = {} if default is None else {"default": default()}
+            asked = tyro.cli(config, description=description, **given)
+            if first is not None:
+                first(asked)
+            main(asked)
 
     return cli

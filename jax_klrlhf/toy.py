@@ -22,10 +22,10 @@ from jaxtyping import Float
 
 from jax_klrlhf import models, training
 from jax_klrlhf.core.sequence import Ragged
-from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.results import Metric, mean
 from jax_klrlhf.training import rounds
+from jax_klrlhf.training.evaluate import kl_along
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.parts import ragged
 
@@ -130,8 +130,6 @@ def _draw(model: LanguageModel, samples: int) -> rounds.Draw:
 @cache
 def _divergence(model: LanguageModel) -> Any:
     def divergence(both: Any, prompts: Ragged, responses: Ragged) -> Any:
-        scores = scoring.score(model, both[0], prompts, responses, reference=(model, both[1]))
-        assert scores.kl is not None  # a reference was given
-        return scores.kl.sum(-1)
+        return kl_along(model, both[0], prompts, responses, reference=(model, both[1])).kl.sum(-1)
 
     return mapped(divergence, rows=256)

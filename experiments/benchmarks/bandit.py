@@ -27,7 +27,6 @@ set it.
 
 import dataclasses
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -36,15 +35,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
-import tyro
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 from rich.console import Console
 
+from experiments import study
 from experiments.benchmarks import paired
 from jax_klrlhf import bandit, results
 from jax_klrlhf.bandit import history, refit
-from jax_klrlhf.errors import InputError, reported
+from jax_klrlhf.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -310,11 +309,8 @@ def _widen(leaf: Array) -> Array:
 
 def main(config: Config, *, console: Console | None = None) -> Path:
     """Check that the contenders agree, time them, print the table and write ``results.json``."""
-    console = console or Console()
-    begin = time.perf_counter()
-    config = config.resized()
-    config.check()
-    output = results.output_folder(config.output)
+    here = study.begin("benchmarks/bandit", config, console=console)
+    config = here.config
     worst = disagreement(config)
     problem = make_problem(config)
     world = world_of(problem)
@@ -358,17 +354,10 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     steps, hessians = (np.asarray(count) for count in refits(counts))
     metrics["refits/steps/per refit"] = results.mean(steps.mean(1))
     metrics["refits/Hessians/per refit"] = results.mean(hessians.mean(1))
-    _print(config, metrics, console)
-    path = results.write_results(
-        output,
-        name="benchmarks/bandit",
-        config={**dataclasses.asdict(config), **paired.machine(), "threads": _threads()},
-        seeds=[config.seed],
-        seconds=time.perf_counter() - begin,
-        metrics=metrics,
-    )
-    console.print(f"{path}; machine: {paired.machine()}")
-    return path
+    _print(config, metrics, here.console)
+    machine = paired.machine()
+    here.console.print(f"machine: {machine}")
+    return here.end(metrics, facts={**machine, "threads": _threads()}, beside=None)
 
 
 LIBRARY, REFITS = "jax_klrlhf", "jax_klrlhf, refits alone"
@@ -478,14 +467,12 @@ def _threads() -> dict[str, str | None]:
     return {name: os.environ.get(name) for name in names}
 
 
-def cli() -> None:
-    """Entry of ``python -m experiments.benchmarks.bandit``."""
-    with reported():
-        config = tyro.cli(Config, description=__doc__)
-        # Read once, when JAX first looks for devices: nothing before this line may do so.
-        jax.config.update("jax_num_cpu_devices", config.devices or _cores())
-        main(config)
+def _devices(config: Config) -> None:
+    """Read once, when JAX first looks for devices: nothing before this may do so."""
+    jax.config.update("jax_num_cpu_devices", config.devices or _cores())
 
+
+cli = study.entry(main, Config, __doc__, first=_devices)
 
 if __name__ == "__main__":
     cli()

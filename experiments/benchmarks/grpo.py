@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 from experiments import prompts as stories
+from experiments import study
 from experiments.benchmarks import aloud, paired
-from jax_klrlhf import models, results
+from jax_klrlhf import models
 from jax_klrlhf.core import group_losses, sequence
 from jax_klrlhf.data import tokenize
-from jax_klrlhf.errors import InputError, reported
+from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import partition
 from jax_klrlhf.results import Metric
 from jax_klrlhf.training import mesh as meshes
@@ -197,9 +196,8 @@ def ours(config: Config, loaded: models.Loaded, texts: list[str], *, pieces: int
 
 def main(config: Config, *, console: Console | None = None) -> Path:
     """Warm, measure, print the table and write ``results.json``."""
-    config.check()
-    console = console or Console()
-    output, begin = results.output_folder(config.output), time.perf_counter()
+    here = study.begin("benchmarks/grpo", config, console=console)
+    config, console, output = here.config, here.console, here.output
     before = paired.machine()
     loaded = models.load(config.model, param_dtype=jnp.float32, dtype=jnp.float32)
     assert loaded.tokenizer is not None
@@ -237,19 +235,9 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         table,
         console,
     )
-    path = results.write_results(
-        output,
-        name="benchmarks/grpo",
-        config={
-            **dataclasses.asdict(config), "machine": before, "peers": versions,
-            "load_after": paired.machine()["load_average"],
-        },
-        seeds=[0],
-        seconds=time.perf_counter() - begin,
-        metrics=metrics,
-    )  # fmt: skip
-    console.print(f"{path}, in {time.perf_counter() - begin:.0f} s", highlight=False)
-    return path
+    after = paired.machine()["load_average"]
+    facts = {"machine": before, "peers": versions, "load_after": after}
+    return here.end(metrics, seeds=[0], facts=facts, beside=None)
 
 
 def _summary(
@@ -276,9 +264,7 @@ def _summary(
     return metrics, table
 
 
+cli = study.entry(main, Config, __doc__, first=paired.device_per_core)
+
 if __name__ == "__main__":
-    with reported():
-        # One CPU device per core, unless the environment has said how many. Before JAX starts.
-        if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-            jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-        main(tyro.cli(Config, description=__doc__))
+    cli()

@@ -52,6 +52,13 @@ def compile_seconds(times: Times) -> Metric:
     return Metric(float(max(0.0, times.first - np.median(times.turns))))
 
 
+def device_per_core(config: object = None) -> None:
+    """One CPU device per core, unless the environment has said how many. Before JAX starts."""
+    del config
+    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+
+
 def machine() -> dict[str, object]:
     """What a timing is worth nothing without: the processor, its cores and how busy it was."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -6,20 +6,20 @@
 A source of ``--rows`` rows is written first: prompt and two answers of consecutive sentences of
 ``--text``, about 500 bytes a row. A process of its own then prepares and describes it, as ``klrlhf
 data`` does, and says its CPU seconds (all threads) and the peak of its resident memory, beside that
-of the same process on 1,000 rows: the imports'. With ``--output`` both go to its results.json.
+of the same process on 1,000 rows: the imports'. Both go to results.json.
 """
 
 import json
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import tyro
+from rich.console import Console
 
-from jax_klrlhf.errors import reported
+from experiments import study
+from jax_klrlhf.results import Metric
 
 FEW = 1_000
 CHILD = """
@@ -34,7 +34,7 @@ print(json.dumps({"status": status, "cpu": time.process_time() - began, "peak": 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Config:
     """Measure the preparation of a made-up source."""
 
     tokenizer: str
@@ -42,8 +42,8 @@ class Options:
     text: Path
     """Its sentences make the rows."""
     rows: int = 100_000
-    output: Path | None = None
-    """Folder for results.json."""
+    output: Path = Path("results/benchmarks/preparing")
+    """Where results.json goes."""
 
 
 def write(path: Path, text: Path, rows: int) -> int:
@@ -74,40 +74,31 @@ def measure(path: Path, tokenizer: str) -> tuple[float, float]:
     return found["cpu"], found["peak"] / unit
 
 
-def main(options: Options) -> dict[str, float]:
-    """Print and return the measurements."""
-    began = time.perf_counter()
+def main(config: Config, *, console: Console | None = None) -> Path:
+    """Measure, print and write ``results.json``."""
+    here = study.begin("benchmarks/preparing", config, console=console)
     with TemporaryDirectory() as folder:
         source = Path(folder) / "rows.jsonl"
-        write(source, options.text, FEW)
-        first, floor = measure(source, options.tokenizer)
-        size = write(source, options.text, options.rows)
-        cpu, peak = measure(source, options.tokenizer)
-    each = 1e5 * (cpu - first) / (options.rows - FEW)
+        write(source, config.text, FEW)
+        first, floor = measure(source, config.tokenizer)
+        size = write(source, config.text, config.rows)
+        cpu, peak = measure(source, config.tokenizer)
+    each = 1e5 * (cpu - first) / (config.rows - FEW)
     found = {
-        "rows": float(options.rows),
+        "rows": float(config.rows),
         "source_mib": size / 2**20,
         "cpu_seconds_of_100000_rows": each,
         "peak_mib": peak,
         "peak_mib_of_1000_rows": floor,
-        "bytes_of_a_row": 2**20 * (peak - floor) / (options.rows - FEW),
+        "bytes_of_a_row": 2**20 * (peak - floor) / (config.rows - FEW),
     }
     for name, value in found.items():
-        print(f"{name.replace('_', ' '):28} {value:12,.1f}")
-    if options.output is not None:
-        from jax_klrlhf.results import Metric, write_results
+        here.console.print(f"{name.replace('_', ' '):28} {value:12,.1f}", highlight=False)
+    metrics = {f"preparing/klrlhf data/{name}": Metric(value) for name, value in found.items()}
+    return here.end(metrics, seeds=[], beside=None)
 
-        write_results(
-            options.output,
-            name="preparing",
-            config=options,
-            seeds=[],
-            seconds=time.perf_counter() - began,
-            metrics={name: Metric(value) for name, value in found.items()},
-        )
-    return found
 
+cli = study.entry(main, Config, __doc__)
 
 if __name__ == "__main__":
-    with reported():
-        main(tyro.cli(Options))
+    cli()

@@ -27,7 +27,6 @@ would pay on real stories is in the documentation of :func:`jax_klrlhf.models.sa
 import dataclasses
 import importlib.util
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,14 +35,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 from experiments import prompts as texts
+from experiments import study
 from experiments.benchmarks import aloud, paired
 from jax_klrlhf import models, results
 from jax_klrlhf.core.sequence import Ragged
-from jax_klrlhf.errors import InputError, reported
+from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import sampling
 from jax_klrlhf.results import Metric
 from jax_klrlhf.training import mesh as meshes
@@ -99,27 +98,15 @@ class Config:
 
 def main(config: Config, *, console: Console | None = None) -> Path:
     """Run the panels, print their tables and write ``results.json``."""
-    config.check()
-    console = console or Console()
-    output = results.output_folder(config.output)
-    begin = time.perf_counter()
+    here = study.begin("benchmarks/sampling", config, console=console)
+    config, console = here.config, here.console
     metrics: dict[str, Metric] = {}
     before = paired.machine()
 
     def write() -> Path:
         """What there is so far: a run that is cut short leaves its finished panels."""
-        return results.write_results(
-            output,
-            name="benchmarks/sampling",
-            config={
-                **dataclasses.asdict(config),
-                "machine": before,
-                "load_after": paired.machine()["load_average"],
-            },
-            seeds=[0],
-            seconds=time.perf_counter() - begin,
-            metrics=metrics,
-        )
+        after = paired.machine()["load_average"]
+        return here.write(metrics, seeds=[0], facts={"machine": before, "load_after": after})
 
     if config.model is not None and config.prompts is not None:
         metrics |= against_transformers(config, config.model, config.prompts, console)
@@ -386,9 +373,7 @@ def _show(title: str, rows: Any, turns: int, console: Console) -> None:
     aloud.markdown(f"**{title}** ({note})", rows, console)
 
 
+cli = study.entry(main, Config, __doc__, first=paired.device_per_core)
+
 if __name__ == "__main__":
-    with reported():
-        # One CPU device per core, unless the environment has said how many. Before JAX starts.
-        if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-            jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-        main(tyro.cli(Config, description=__doc__))
+    cli()

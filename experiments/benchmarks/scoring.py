@@ -11,19 +11,18 @@ after each vocabulary.
 """
 
 import dataclasses
-import time
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import tyro
 from rich.console import Console
 
+from experiments import study
 from experiments.benchmarks import aloud, paired
-from jax_klrlhf import models, results
+from jax_klrlhf import models
 from jax_klrlhf.core.sequence import Ragged
-from jax_klrlhf.errors import InputError, reported
+from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import scoring
 from jax_klrlhf.results import Metric
 
@@ -54,21 +53,13 @@ class Config:
 
 def main(config: Config, *, console: Console | None = None) -> Path:
     """Compile, measure, print the table and write ``results.json``."""
-    console = console or Console()
-    output = results.output_folder(config.output)
-    begin = time.perf_counter()
+    here = study.begin("benchmarks/scoring", config, console=console)
+    console = here.console
     metrics: dict[str, Metric] = {}
     rows: dict[str, dict[str, Metric | str]] = {}
 
     def write() -> Path:
-        return results.write_results(
-            output,
-            name="benchmarks/scoring",
-            config={**dataclasses.asdict(config), "machine": paired.machine()},
-            seeds=[0],
-            seconds=time.perf_counter() - begin,
-            metrics=metrics,
-        )
+        return here.write(metrics, seeds=[0], facts={"machine": paired.machine()})
 
     for vocabulary in config.vocabularies:
         found, mine = of_vocabulary(config, vocabulary, console)
@@ -148,6 +139,7 @@ def gradient(config: Config, vocabulary: int, chunk: int):
     return program.lower(*arguments).compile(), arguments
 
 
+cli = study.entry(main, Config, __doc__)
+
 if __name__ == "__main__":
-    with reported():
-        main(tyro.cli(Config, description=__doc__))
+    cli()

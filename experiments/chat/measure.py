@@ -17,8 +17,8 @@ from jaxtyping import Float
 
 from experiments.frontier.evaluate import distinct
 from jax_klrlhf.core.sequence import Ragged
-from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.training.evaluate import kl_along
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.parts import Judge, token_rows
 
@@ -63,9 +63,7 @@ def measure(model: LanguageModel, *, rows: int) -> Measure:
 
     def one(params: Any, prompts: Ragged, responses: Ragged) -> jax.Array:
         policy, base = params
-        found = scoring.score(model, policy, prompts, responses, reference=(model, base))
-        assert found.kl is not None  # a reference was given
-        return found.kl
+        return kl_along(model, policy, prompts, responses, reference=(model, base)).kl
 
     return mapped(one, rows=rows)
 

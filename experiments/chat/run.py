@@ -6,20 +6,16 @@ and is judged by gold, by the proxy, and by the exact KL to pi0, on prompts nobo
 on prompts of another source. Source: arXiv 2312.11456, Algorithms 1 and 2 and section 6.
 """
 
-import concurrent.futures
 import dataclasses
-import multiprocessing
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 from rich.console import Console
 
-from experiments import study
+from experiments import divided, study
 from experiments.chat import cells, report
 from experiments.chat.methods import METHODS
-from jax_klrlhf.errors import InputError, reported
+from jax_klrlhf.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,13 +124,16 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     """Run what is left to run; returns the path of ``results.json``."""
     here = study.begin("chat", config, console=console)
     config = here.config
+    seeds = range(config.seed, config.seed + config.seeds)
     if config.workers > 1:
-        _divided(config)
+        # Rates first, which all seeds share.
+        cells.Lab(config, console=Console(quiet=True)).prepare()
+        parts = [dataclasses.replace(config, seed=seed, seeds=1) for seed in seeds]
+        divided.over_processes(_cells, parts, workers=config.workers)
     lab = cells.Lab(config, console=here.console)
     for name in names(config):
         lab.run(name)
     metrics = report.write(lab, names(config), here.output, here.console)
-    seeds = range(config.seed, config.seed + config.seeds)
     return here.end(metrics, seeds=seeds, beside="frontier.png and answers.html")
 
 
@@ -150,39 +149,11 @@ def names(config: Config) -> Iterator[cells.Name]:
                     yield cells.Name(method, 0.0, seed)
 
 
-def _divided(config: Config) -> None:
-    """Rates first, which all seeds share; then each seed in a process, which leaves its cells."""
-    if jax.default_backend() != "cpu":
-        raise InputError(f"--workers {config.workers}: leave it out on {jax.default_backend()}.")
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    workers = min(config.workers, config.seeds)
-    context = multiprocessing.get_context("spawn")  # A fork would inherit JAX's threads.
-    places = context.Queue()
-    for worker in range(workers):
-        places.put(cores[worker::workers])
-    cells.Lab(config, console=Console(quiet=True)).prepare()
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=_pin, initargs=(places,)
-    ) as pool:
-        work = [
-            pool.submit(_cells, dataclasses.replace(config, seed=seed, seeds=1))
-            for seed in range(config.seed, config.seed + config.seeds)
-        ]
-        for done in concurrent.futures.as_completed(work):
-            done.result()
-
-
-def _pin(places: "multiprocessing.Queue[list[int]]") -> None:
-    """Keep this process to its share of the cores; before JAX counts them."""
-    if cores := places.get():
-        os.sched_setaffinity(0, cores)
-
-
 def _cells(config: Config) -> None:
+    """Make a seed's cells and leave them in the folder."""
     lab = cells.Lab(config, console=Console(quiet=True))
-    with reported():
-        for name in names(config):
-            lab.run(name)
+    for name in names(config):
+        lab.run(name)
 
 
 cli = study.entry(main, Config, __doc__)

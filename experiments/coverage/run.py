@@ -5,6 +5,11 @@ actions has pi0's probability scaled by the coverage knob, and only rare actions
 features (see :func:`jax_klrlhf.bandit.sphere`). Two panels: ``hidden`` features, where what pi0
 seldom shows must be learned to play well; and none, where it need not be.
 
+The estimate's ridge is an axis. It is a prior: lambda = d / B^2 is the precision of theta* itself,
+and there "greedy" is nearly the Bayes policy. So every method is run at ridges from far below to
+above it, and with the paper's own constraint, ||theta|| <= B, in the place of a ridge that matters.
+Beside them stands the posterior mean (:mod:`experiments.ideal`), the best that can be made of data.
+
 Offline: both actions from pi0, then the Gibbs policy of the estimate (greedy), or Options I and II
 of 2312.11456, with a practical radius and with the theory's. Online: GSHF with the Option I
 enhancer, with pi0 as the enhancer, and the on-policy pair without any exploration (greedy;
@@ -14,9 +19,9 @@ design of an experimenter who may ask anything.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +30,7 @@ from jaxtyping import Array, Float, Key
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import plotting, study
+from experiments import ideal, plotting, sphere, study
 from jax_klrlhf import bandit, results
 from jax_klrlhf.bandit import pessimism
 from jax_klrlhf.core import bounds
@@ -43,7 +48,7 @@ class Config:
     """Independent problems; every method meets the same ones, at every coverage."""
     seed: int = 0
     """Root of all randomness."""
-    coverages: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+    coverages: tuple[float, ...] = (1.0, 0.1, 0.01, 0.001)
     """The knob: pi0 gives each rare action coverage / actions."""
     hidden: tuple[int, ...] = (3, 0)
     """Features that only rare actions have, one panel for each number."""
@@ -62,7 +67,8 @@ class Config:
     """Radius of pessimism and of the enhancer, in practice."""
     delta: float = 0.1
     """Probability of failure of the theory's radius, with which Options I and II run as well."""
-    ridge: float = 1.0
+    ridges: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
+    """lambda, on the scale of a sum over comparisons. The first is that of the ball, too."""
     smoke: bool = False
     """A few seeds and points, to see that it runs."""
 
@@ -76,6 +82,7 @@ class Config:
             coverages=(1.0, 0.01),
             hidden=(2,),
             kl_coefs=(0.2,),
+            ridges=(0.1, 1.0),
             rounds=4,
             batch=32,
             contexts=2,
@@ -91,6 +98,8 @@ class Config:
             raise InputError(f"--rounds {self.rounds}: an even number, half of it is offline.")
         if not all(0 < c <= 1 for c in self.coverages):
             raise InputError("--coverages: numbers in (0, 1].")
+        if not self.ridges or not all(0 < r < np.inf for r in self.ridges):
+            raise InputError("--ridges: positive numbers.")
         if not all(0 <= h < self.dim for h in self.hidden):
             raise InputError(f"--hidden: numbers from 0 to dim - 1 = {self.dim - 1}.")
 
@@ -110,27 +119,29 @@ METHODS = (
     "hybrid GSHF, pi0",
     "uniform",
 )
+IDEALS = ("pi0", "posterior mean", "uniform, posterior mean")
+"""What no ridge enters: pi0, and the posterior means of the offline and of the uniform pairs."""
+BALL = "ball"
 
 
 def play(
-    key: Key[Array, ""], coverage: Scalar, kl_coef: Scalar, *, hidden: int, config: Config
-) -> dict[str, Any]:
-    """Gap of every method on the problem of this key, and how well pi0 covers its optimum."""
+    key: Key[Array, ""],
+    coverage: Scalar,
+    kl_coef: Scalar,
+    ridge: Scalar,
+    *,
+    hidden: int,
+    ball: bool,
+    config: Config,
+) -> dict[str, Array]:
+    """Gap of every method on the problem of this key; in a ``ball``, ||theta|| <= B besides."""
     key_problem, key_offline, key_hybrid, key_online = jax.random.split(key, 4)
-    problem = bandit.sphere(
-        key_problem,
-        contexts=config.contexts,
-        actions=config.actions,
-        dim=config.dim,
-        kl_coef=kl_coef,
-        bound=config.bound,
-        coverage=coverage,
-        hidden=hidden,
-    )
+    problem = sphere.problem(key_problem, config, coverage=coverage, hidden=hidden, kl_coef=kl_coef)
     setting = problem.setting
     ref = setting.ref_log_prob
     total = config.rounds * config.batch
-    ridge, radius = config.ridge, config.radius
+    radius = config.radius
+    estimate = {"ridge": ridge, "bound": config.bound if ball else None}
     theory = bounds.radius(
         dim=config.dim,
         delta=config.delta,
@@ -148,7 +159,7 @@ def play(
 
     # One estimate serves all that learn from the same offline data.
     plain = bandit.simulate(
-        key_offline, problem, bandit.offline_greedy(ridge=ridge), rounds=1, batch=total
+        key_offline, problem, bandit.offline_greedy(**estimate), rounds=1, batch=total
     )
 
     def pointwise(radius: Scalar) -> Array:
@@ -158,8 +169,8 @@ def play(
         jnp.stack([jnp.asarray(radius), theory])
     )
     half = bandit.compare(key_hybrid, problem, ref, ref, batch=total // 2)
-    gshf = bandit.gshf(radius=radius, ridge=ridge)
-    against_reference = bandit.greedy_against_reference(ridge=ridge)
+    gshf = bandit.gshf(radius=radius, **estimate)
+    against_reference = bandit.greedy_against_reference(**estimate)
     gaps = (
         plain.gap,
         bandit.gap(problem, saddles[0]),
@@ -168,47 +179,105 @@ def play(
         pointwise(theory),
         online(gshf),
         online(against_reference),
-        online(bandit.greedy(ridge=ridge)),
+        online(bandit.greedy(**estimate)),
         online(gshf, half),
         online(against_reference, half),
-        online(bandit.uniform(ridge=ridge)),
+        online(bandit.uniform(**estimate)),
     )
-    return {
-        "gap": dict(zip(METHODS, gaps, strict=True)),
-        "pi0": bandit.gap(problem, ref),
-        "coefficient": bandit.coverage(setting, bandit.optimum(problem), ref, ridge=ridge / total),
-    }
+    return dict(zip(METHODS, gaps, strict=True))
+
+
+def ideals(
+    key: Key[Array, ""], coverage: Scalar, kl_coef: Scalar, *, hidden: int, config: Config
+) -> dict[str, Array]:
+    """What no ridge enters, on the same problem and data; and how well pi0 covers its optimum."""
+    key_problem, key_offline, _, key_online = jax.random.split(key, 4)
+    problem = sphere.problem(key_problem, config, coverage=coverage, hidden=hidden, kl_coef=kl_coef)
+    ref, total = problem.setting.ref_log_prob, config.rounds * config.batch
+
+    def of(key: Key[Array, ""], learner: bandit.Learner, rounds: int) -> Array:
+        run = bandit.simulate(key, problem, learner, rounds=rounds, batch=total // rounds)
+        best = ideal.policy(
+            jax.random.fold_in(key, 1), problem, run.state.history, bound=config.bound
+        )
+        return bandit.gap(problem, best)
+
+    gaps = (
+        bandit.gap(problem, ref),
+        of(key_offline, bandit.offline_greedy(), 1),
+        of(key_online, bandit.uniform(), config.rounds),
+    )
+    coefficient = bandit.coverage(problem.setting, bandit.optimum(problem), ref, ridge=1 / total)
+    return {**dict(zip(IDEALS, gaps, strict=True)), "coefficient": coefficient}
+
+
+class Outcome(NamedTuple):
+    """Of one panel and coverage; leaves ``[seeds]``."""
+
+    at: dict[str, dict[str, np.ndarray]]
+    """Gap of every method, by :func:`estimates`' names."""
+    ideal: dict[str, np.ndarray]
+
+
+def estimates(config: Config) -> dict[str, tuple[float, bool]]:
+    """The axis: name -> ridge, and whether ||theta|| <= B besides."""
+    axis = {f"ridge={ridge:g}": (ridge, False) for ridge in config.ridges}
+    return axis | {BALL: (config.ridges[0], True)}
 
 
 def main(config: Config, *, console: Console | None = None) -> Path:
     """Run the sweep, draw the figure, print the tables; returns the path of ``results.json``."""
     here = study.begin("coverage", config, console=console)
-    config, output, console = here.config, here.output, here.console
-    keys = jax.random.split(jax.random.key(config.seed), config.seeds)
-    played: dict[Panel, dict[float, Any]] = {}
+    config = here.config
+    played: dict[Panel, dict[float, Outcome]] = {}
     panels = [(hidden, kl_coef) for hidden in config.hidden for kl_coef in config.kl_coefs]
-    programs = {
-        hidden: jax.jit(
-            jax.vmap(functools.partial(play, hidden=hidden, config=config), in_axes=(0, None, None))
-        )
-        for hidden in config.hidden
-    }
-    with Progress(console=console) as progress:
-        task = progress.add_task("coverage", total=len(panels) * len(config.coverages))
-        for hidden, kl_coef in panels:
-            played[hidden, kl_coef] = {}
-            for coverage in config.coverages:
-                outcome = programs[hidden](keys, jnp.asarray(coverage), jnp.asarray(kl_coef))
-                played[hidden, kl_coef][coverage] = jax.tree.map(np.asarray, outcome)
-                progress.advance(task)
     metrics: dict[str, results.Metric] = {}
+    with Progress(console=here.console) as progress:
+        total = len(panels) * len(config.coverages) * (len(estimates(config)) + 1)
+        task = progress.add_task("coverage", total=total)
+        for hidden in config.hidden:
+            swept = _programs(config, hidden, lambda: progress.advance(task))
+            for kl_coef in config.kl_coefs:
+                panel = played.setdefault((hidden, kl_coef), {})
+                for coverage in config.coverages:
+                    panel[coverage] = outcome = swept(coverage, kl_coef)
+                    name = f"hidden={hidden}, kl_coef={kl_coef:g}, coverage={coverage:g}"
+                    metrics |= _numbers(name, outcome)
+                # So that a run that is broken off leaves its panels.
+                here.write(metrics)
     for (hidden, kl_coef), panel in played.items():
         for coverage, outcome in panel.items():
-            name = f"hidden={hidden}, kl_coef={kl_coef:g}, coverage={coverage:g}"
-            metrics |= _numbers(name, outcome)
-        _print(hidden, kl_coef, panel, config, console)
-    _figure(played, output / "coverage.png")
+            _print(f"{hidden} hidden, kl_coef {kl_coef:g}, coverage {coverage:g}", outcome, here)
+    _figure(config, played, here.output / "coverage.png")
     return here.end(metrics, beside="coverage.png")
+
+
+def _programs(
+    config: Config, hidden: int, advance: Callable[[], None]
+) -> Callable[[float, float], Outcome]:
+    """``swept(coverage, kl_coef) -> Outcome``, compiled once for all of them."""
+    keys = jax.random.split(jax.random.key(config.seed), config.seeds)
+
+    def over_seeds(one: Callable[..., Any], numbers: int) -> Callable[..., Any]:
+        return jax.jit(jax.vmap(one, in_axes=(0, *[None] * numbers)))
+
+    programs = {
+        ball: over_seeds(functools.partial(play, hidden=hidden, ball=ball, config=config), 3)
+        for ball in (False, True)
+    }
+    best = over_seeds(functools.partial(ideals, hidden=hidden, config=config), 2)
+
+    def swept(coverage: float, kl_coef: float) -> Outcome:
+        at = {}
+        here = (jnp.asarray(coverage), jnp.asarray(kl_coef))
+        for name, (ridge, ball) in estimates(config).items():
+            at[name] = jax.tree.map(np.asarray, programs[ball](keys, *here, jnp.asarray(ridge)))
+            advance()
+        found = Outcome(at, jax.tree.map(np.asarray, best(keys, *here)))
+        advance()
+        return found
+
+    return swept
 
 
 Panel = tuple[int, float]
@@ -222,51 +291,50 @@ def against(
     return results.mean(np.asarray(gaps[other], np.float64) - gaps[method])
 
 
-def _numbers(panel: str, outcome: Any) -> dict[str, results.Metric]:
-    gaps = outcome["gap"]
+def _numbers(panel: str, outcome: Outcome) -> dict[str, results.Metric]:
     metrics = {
-        f"{panel}/pi0/gap": results.mean(outcome["pi0"]),
-        f"{panel}/pi0/coverage coefficient": results.mean(outcome["coefficient"]),
+        f"{panel}/pi0/coverage coefficient": results.mean(outcome.ideal["coefficient"]),
+        **{f"{panel}/{name}/gap": results.mean(outcome.ideal[name]) for name in IDEALS},
     }
-    for method in METHODS:
-        metrics[f"{panel}/{method}/gap"] = results.mean(gaps[method])
-        if method != GREEDY:
-            # A few problems with a large gap can carry a mean: how many does it hold for?
-            better, _ = results.proportion(gaps[method] < gaps[GREEDY])
-            metrics[f"{panel}/{method}/share of problems better than {GREEDY}"] = better
-        for other in (GREEDY, ON_POLICY):
-            if method != other:
-                metrics[f"{panel}/{method}/gain over {other}"] = against(gaps, method, other)
+    for estimate, gaps in outcome.at.items():
+        for method in METHODS:
+            name = f"{panel}, {estimate}/{method}"
+            metrics[f"{name}/gap"] = results.mean(gaps[method])
+            if method != GREEDY:
+                # A few problems with a large gap can carry a mean: how many does it hold for?
+                better, _ = results.proportion(gaps[method] < gaps[GREEDY])
+                metrics[f"{name}/share of problems better than {GREEDY}"] = better
+            for other in (GREEDY, ON_POLICY):
+                if method != other:
+                    metrics[f"{name}/gain over {other}"] = against(gaps, method, other)
     return metrics
 
 
-def _print(
-    hidden: int, kl_coef: float, panel: Mapping[float, Any], config: Config, console: Console
-) -> None:
-    rows: dict[str, dict[str, str]] = {"coefficient": {}, "pi0": {}}
-    for coverage, outcome in panel.items():
-        column = f"{coverage:g}"
-        gaps = outcome["gap"]
-        rows["coefficient"][column] = f"{outcome['coefficient'].mean():.1f}"
-        rows["pi0"][column] = f"{outcome['pi0'].mean():.3f}"
+def _print(title: str, outcome: Outcome, here: study.Study) -> None:
+    rows: dict[str, dict[str, str]] = {}
+    for estimate, gaps in outcome.at.items():
         for method in METHODS:
-            text = f"{gaps[method].mean():.4f}"
+            text = str(results.mean(gaps[method]))
             if method != GREEDY:
                 gain = against(gaps, method, GREEDY)
                 z = gain.value / gain.stderr if gain.stderr else 0.0
                 text += " +" if z > 3 else " -" if z < -3 else "  "
-            rows.setdefault(method, {})[column] = text
+            rows.setdefault(method, {})[estimate] = text
+    for name in IDEALS:
+        rows[name] = {"any": str(results.mean(outcome.ideal[name]))}
+    config = here.config
     results.print_table(
-        f"Gap after {config.rounds * config.batch} comparisons, {hidden} hidden of {config.dim} "
-        f"features, kl_coef {kl_coef:g}, by the coverage knob ({config.seeds} problems)",
+        f"{title}: gap after {config.rounds * config.batch} comparisons ({config.seeds} problems)",
         rows,
-        console=console,
-        caption=f"+ better, - worse than {GREEDY} on the same problems by 3 standard errors; "
-        "coefficient: coverage coefficient of pi* by pairs from pi0",
+        console=here.console,
+        caption=f"+ better, - worse than {GREEDY} in the column, on the same problems, by 3 "
+        f"standard errors; ball: ||theta|| <= {config.bound:g}; coverage coefficient of pi* by "
+        f"pairs from pi0 {outcome.ideal['coefficient'].mean():.1f}",
     )
 
 
-def _figure(played: Mapping[Panel, Mapping[float, Any]], target: Path) -> None:
+def _figure(config: Config, played: Mapping[Panel, Mapping[float, Outcome]], target: Path) -> None:
+    """Gap against the ridge, a row for each panel, a column for each coverage."""
     shown = {
         GREEDY: ("C0", "-"),
         "offline I": ("C4", "-"),
@@ -277,30 +345,22 @@ def _figure(played: Mapping[Panel, Mapping[float, Any]], target: Path) -> None:
         "hybrid GSHF": ("C2", "--"),
         "uniform": ("0.5", ":"),
     }
-    figure, axes = plotting.grid(2, len(played))
-    for column, ((hidden, kl_coef), panel) in enumerate(played.items()):
-        knob = list(panel)
-        for method, (color, line) in shown.items():
-            gaps = np.stack([outcome["gap"][method] for outcome in panel.values()], 1)
-            plotting.band(axes[0, column], knob, gaps, label=method, color=color, linestyle=line)
-            if method == GREEDY:
-                continue
-            gains = np.stack(
-                [o["gap"][GREEDY].astype(np.float64) - o["gap"][method] for o in panel.values()], 1
-            )
-            plotting.band(
-                axes[1, column],
-                knob,
-                gains,
-                label=method,
-                color=color,
-                linestyle=line,
-                positive=False,
-            )
-        title = f"{hidden} hidden features, kl_coef {kl_coef:g}"
-        plotting.label(axes[0, column], x="coverage knob", y="gap", title=title, log="xy")
-        plotting.label(axes[1, column], x="coverage knob", y=f"gain over {GREEDY}", log="x")
-        axes[1, column].axhline(0, color="0.4", linewidth=0.8)
+    figure, axes = plotting.grid(len(played), len(config.coverages))
+    ridges = {f"ridge={ridge:g}": ridge for ridge in config.ridges}
+    for row, ((hidden, kl_coef), panel) in enumerate(played.items()):
+        for column, (coverage, outcome) in enumerate(panel.items()):
+            ax = axes[row, column]
+            for method, (color, line) in shown.items():
+                gaps = np.stack([outcome.at[name][method] for name in ridges], 1)
+                style = {"color": color, "linestyle": line}
+                plotting.band(ax, list(ridges.values()), gaps, label=method, **style)
+                # The ball stands left of all ridges.
+                inside = outcome.at[BALL][method].mean()
+                ax.plot(config.ridges[0] / 4, inside, "o", color=color, markersize=4)
+            best = outcome.ideal["posterior mean"].mean()
+            ax.axhline(best, color="k", linewidth=0.8, label="offline, posterior mean")
+            title = f"{hidden} hidden, kl_coef {kl_coef:g}, coverage {coverage:g}"
+            plotting.label(ax, x="ridge (dots: ball)", y="gap", title=title, log="xy")
     plotting.legend(figure, columns=4)
     plotting.save(figure, target)
 

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Key
 
 from experiments.frontier.world import Place
 from jax_klrlhf.core.sequence import Ragged
-from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.training.evaluate import kl_along
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.parts import Scored, pick, ragged, token_rows
 from jax_klrlhf.training.rounds.samplers import Draw
@@ -61,9 +61,8 @@ def measure(model: LanguageModel, *, rows: int) -> Measure:
 
     def both(params: Any, prompts: Ragged, responses: Ragged) -> tuple[Array, Array]:
         policy, base = params
-        scores = scoring.score(model, policy, prompts, responses, reference=(model, base))
-        assert scores.kl is not None  # a reference was given
-        return scores.kl.sum(-1), scores.entropy.sum(-1)
+        found = kl_along(model, policy, prompts, responses, reference=(model, base))
+        return found.kl.sum(-1), found.entropy.sum(-1)
 
     return mapped(both, rows=rows)
 

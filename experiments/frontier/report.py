@@ -1,101 +1,25 @@
-"""From cells to results: the table, the paper's statements, the figures, one HTML file."""
+"""From cells to results: the paper's statements, the tables, the figures, one HTML file."""
 
 import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from experiments import plotting
-from experiments.frontier import statements
-from experiments.frontier.cells import BEST_OF, PI0, Found, Name
-from experiments.frontier.evaluate import Judged
+from experiments.frontier import figures, statements
+from experiments.frontier.cells import PI0, Found
+from experiments.frontier.rows import COLUMNS, Cells, Row, table
 from experiments.frontier.statements import Curve, Finding
-from jax_klrlhf import figures as style
+from experiments.study import Study
+from jax_klrlhf import results
 from jax_klrlhf.results import Metric, mean
 
-Cells = Mapping[Name, Found]
-COLUMNS = {
-    "gold": "gold reward",
-    "gold_gain": "gain over pi0",
-    "kl": "KL(pi||pi0)",
-    "wins": "win rate",
-    "length": "tokens",
-    "entropy": "entropy",
-    "distinct_1": "distinct-1",
-    "distinct_2": "distinct-2",
-    "proxy_gain": "proxy gain",
-}
 ONLINE, HYBRID = "online GSHF-DPO", "hybrid GSHF-DPO"
 BASELINES = ("offline DPO", "RSO")
-
-
-class Row(NamedTuple):
-    """A method at a coefficient, over seeds."""
-
-    method: str
-    coefficient: float
-    held_out: dict[str, Metric]
-    ood: dict[str, Metric]
-    difference: Metric
-    """Gold reward in distribution less out of it."""
-    loss: Metric
-    """Gain over pi0 in distribution less out of it: pi0's own difference taken away."""
-    over: Metric
-    """Proxy gain less gold gain: over-optimization."""
-    rounds: dict[str, Metric]
-    """What the last round reported, mean over seeds."""
-
-    @property
-    def name(self) -> str:
-        """As in the metrics."""
-        if self.method == PI0:
-            return PI0
-        sign = "n" if self.method == BEST_OF else "kl_coef"
-        return f"{self.method} {sign}={self.coefficient:g}"
-
-
-def table(cells: Cells) -> list[Row]:
-    """Every method and coefficient, pooled over seeds."""
-    groups: dict[tuple[str, float], list[Found]] = {}
-    for name, found in cells.items():
-        groups.setdefault((name.method, name.coefficient), []).append(found)
-    return [_row(method, coefficient, found) for (method, coefficient), found in groups.items()]
-
-
-def _row(method: str, coefficient: float, found: Sequence[Found]) -> Row:
-    def fields(at: Callable[[Found], Judged]) -> dict[str, Metric]:
-        values = {name: [getattr(at(f), name) for f in found] for name in COLUMNS}
-        return {name: statements.pooled(v) for name, v in values.items() if np.isfinite(v).all()}
-
-    inside, outside = fields(lambda f: f.held_out), fields(lambda f: f.ood)
-    last = [f.rounds[-1] for f in found if f.rounds]
-    shared = set.intersection(*(set(r) for r in last)) if last else set()
-    if method == PI0:
-        # By definition; two draws of it differ by chance.
-        inside["gold_gain"] = outside["gold_gain"] = Metric(0.0)
-    return Row(
-        method,
-        coefficient,
-        inside,
-        outside,
-        _minus(inside["gold"], outside["gold"]),
-        _minus(inside["gold_gain"], outside["gold_gain"]),
-        statements.pooled([f.held_out.proxy_gain - f.held_out.gold_gain for f in found]),
-        {name: mean([r[name].value for r in last]) for name in sorted(shared)},
-    )
-
-
-def _minus(one: Metric, two: Metric) -> Metric:
-    """Of independent prompts."""
-    return Metric(
-        one.value - two.value, float(np.hypot(one.stderr or 0.0, two.stderr or 0.0)), one.n
-    )
 
 
 def findings(cells: Cells) -> list[Finding]:
@@ -181,96 +105,68 @@ def metrics(rows: Sequence[Row], found: Sequence[Finding], cells: Cells) -> dict
     return flat
 
 
-def figures(rows: Sequence[Row]) -> dict[str, Figure]:
-    """By file name."""
-    return {
-        "frontier": _frontier(rows),
-        "proxy": _proxy(rows),
-        "manner": _manner(rows),
-        "acceptance": _acceptance(rows),
-    }
-
-
-def _groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Each method's rows in the order of their KL; colours follow the order of methods."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row.method, []).append(row)
-    return {m: sorted(g, key=lambda r: r.held_out["kl"].value) for m, g in found.items()}
-
-
-def _line(ax: Any, x: Sequence[Metric], y: Sequence[Metric], **style: Any) -> None:
-    ax.errorbar(
-        [m.value for m in x],
-        [m.value for m in y],
-        xerr=[m.stderr or 0.0 for m in x],
-        yerr=[m.stderr or 0.0 for m in y],
-        marker="o",
-        **style,
+def write(here: Study, world: str, found: Cells) -> tuple[list[Row], list[Finding]]:
+    """Results, figures and page of the cells there are."""
+    config, output = here.config, here.output
+    rows, said = table(found), findings(found)
+    drawn = figures.figures(rows)
+    for name, figure in drawn.items():
+        plotting.save(figure, output / f"{name}.png")
+    seconds = sum(cell.seconds for cell in found.values())
+    seeds = sorted({name.seed for name in found})
+    write_html(
+        output / "report.html",
+        title=f"Reward-KL frontiers: {world}",
+        facts={
+            "seeds": str(len(seeds)),
+            "cells": str(len(found)),
+            "labels of every method": str(config.sizes.labels),
+            "prompts": f"{config.sizes.train_prompts} to learn on, "
+            f"{config.sizes.held_out_prompts} held out, {config.sizes.held_out_prompts} others",
+            "kl_coef": ", ".join(f"{c:g}" for c in config.coefficients),
+            "kl_coef of RSO": ", ".join(f"{c:g}" for c in config.rejection_coefficients),
+            "labels of RSO's pairs": config.rejection_labels,
+            "minutes in cells": f"{seconds / 60:.1f}",
+        },
+        rows=rows,
+        found=said,
+        drawn=drawn,
     )
+    here.write(metrics(rows, said, found), seeds=seeds)
+    return rows, said
 
 
-def _frontier(rows: Sequence[Row]) -> Figure:
-    figure, axes = plotting.grid(1, 2)
-    sides = ((axes[0, 0], "held_out", "Held-out prompts"), (axes[0, 1], "ood", "Other source"))
-    for ax, at, title in sides:
-        for colour, (method, group) in enumerate(_groups(rows).items()):
-            kl, gold = ([getattr(r, at)[f] for r in group] for f in ("kl", "gold"))
-            _line(ax, kl, gold, label=method, color=f"C{colour % 10}")
-        plotting.label(ax, x=r"KL($\pi\,\|\,\pi_0$), nats", y="gold reward", title=title)
-    plotting.legend(figure)
-    return figure
-
-
-def _proxy(rows: Sequence[Row]) -> Figure:
-    figure, axes = plotting.grid(1, 2)
-    for colour, (method, group) in enumerate(_groups(rows).items()):
-        proxy, gold, kl = (
-            [r.held_out[f] for r in group] for f in ("proxy_gain", "gold_gain", "kl")
-        )
-        style = {"label": method, "color": f"C{colour % 10}"}
-        _line(axes[0, 0], proxy, gold, **style)
-        _line(axes[0, 1], kl, [r.over for r in group], **style)
-    low, high = axes[0, 0].get_xlim()
-    axes[0, 0].plot([low, high], [low, high], ":", color="0.5")
-    plotting.label(axes[0, 0], x="proxy gain", y="gold gain", title="What it believes, what is")
-    plotting.label(
-        axes[0, 1],
-        x=r"KL($\pi\,\|\,\pi_0$), nats",
-        y="proxy gain - gold gain",
-        title="Over-optimization",
+def show(here: Study, world: str, rows: Sequence[Row], said: Sequence[Finding]) -> None:
+    """Print both tables."""
+    config, console = here.config, here.console
+    results.print_table(
+        f"Frontier: {world}, {config.seeds} seeds, {config.sizes.labels} labels each",
+        {
+            row.name: {
+                "KL": row.held_out["kl"],
+                "gold": row.held_out["gold"],
+                "held-out - other": row.difference,
+                "win rate": row.held_out["wins"],
+                "proxy - gold": row.over,
+            }
+            for row in rows
+        },
+        console=console,
+        caption="± one standard error: over seeds, or over prompts where that is larger; the rest "
+        "is in report.html",
     )
-    plotting.legend(figure)
-    return figure
-
-
-def _manner(rows: Sequence[Row]) -> Figure:
-    figure, axes = plotting.grid(2, 2)
-    shown = ("wins", "length", "entropy", "distinct_2")
-    for ax, field in zip(axes.flat, shown, strict=True):
-        for colour, (method, group) in enumerate(_groups(rows).items()):
-            known = [r for r in group if field in r.held_out]
-            if known:
-                kl, values = ([r.held_out[f] for r in known] for f in ("kl", field))
-                _line(ax, kl, values, label=method, color=f"C{colour % 10}")
-        plotting.label(ax, x=r"KL($\pi\,\|\,\pi_0$), nats", y=COLUMNS[field])
-    plotting.legend(figure)
-    return figure
-
-
-def _acceptance(rows: Sequence[Row]) -> Figure:
-    figure, axes = plotting.grid(1, 1, width=5.6, height=3.2)
-    ax = axes[0, 0]
-    for colour, row in enumerate(r for r in rows if "rejection/acceptance/1" in r.rounds):
-        steps = [n for n in row.rounds if n.startswith("rejection/acceptance/")]
-        x = [Metric(float(name.rsplit("/", 1)[1])) for name in steps]
-        _line(ax, x, [row.rounds[n] for n in steps], label=row.name, color=f"C{colour % 10}")
-    plotting.label(ax, x="step", y="acceptance rate", title="Rejection sampling")
-    ax.set_ylim(0, 1)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend()
-    return figure
+    results.print_table(
+        "What the paper expects",
+        {
+            f.statement: {
+                "difference": f.difference,
+                "95 % interval": f"[{f.low:.3f}, {f.high:.3f}]",
+                "": f"{f.verdict}: {f.reason}" if f.reason else f.verdict,
+            }
+            for f in said
+        },
+        console=console,
+    )
 
 
 def write_html(
@@ -290,18 +186,12 @@ def write_html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    images = {name: base64.b64encode(png(figure)).decode() for name, figure in drawn.items()}
+    images = {
+        name: base64.b64encode(figures.png(figure)).decode() for name, figure in drawn.items()
+    }
     path.write_text(
         environment.get_template("report.html.j2").render(
             title=title, facts=facts, rows=rows, columns=COLUMNS, findings=found, images=images
         ),
         encoding="utf-8",
     )
-
-
-def png(figure: Figure) -> bytes:
-    """The figure's PNG file."""
-    found = io.BytesIO()
-    style.tidy(figure)
-    figure.savefig(found, format="png")
-    return found.getvalue()

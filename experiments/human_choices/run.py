@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.progress import Progress
 
+from experiments import choices as recorded
 from experiments import plotting, study
 from jax_klrlhf import bandit, results
 from jax_klrlhf.bandit import human, pessimism
@@ -33,7 +34,6 @@ from jax_klrlhf.core import ellipsoid, gibbs
 from jax_klrlhf.core.numerics import Scalar, expectation
 from jax_klrlhf.errors import InputError
 
-DATASETS = ("train_tickets", "cars")
 KINDS = ("mixed", "one group")
 METHODS = ("pi0", "greedy", "Option I", "Option II", "KL-PCB")
 BINS = 4
@@ -49,7 +49,7 @@ class Config:
     """Folder with train_tickets.npz and cars.npz."""
     output: Path = Path("results/human_choices")
     """Where results.json and human_choices.png go."""
-    datasets: tuple[str, ...] = DATASETS
+    datasets: tuple[str, ...] = recorded.DATASETS
     """Which of the two to run."""
     seeds: int = 16
     """Random choices of the people in the data."""
@@ -77,14 +77,7 @@ class Config:
         """Refuse what cannot run, before any compute is spent."""
         if self.seeds < 2:
             raise InputError(f"--seeds {self.seeds}: a standard error needs at least two splits.")
-        unknown = sorted(set(self.datasets) - set(DATASETS))
-        if unknown or not self.datasets:
-            raise InputError(f"--datasets {' '.join(unknown)}: choose from {', '.join(DATASETS)}.")
-        if not self.choices_dir.is_dir():
-            raise InputError(
-                f"{self.choices_dir}: no such folder; --choices-dir takes the folder with "
-                "train_tickets.npz and cars.npz."
-            )
+        recorded.check(self.choices_dir, self.datasets)
         if not self.radii or min(self.radii) <= 0:
             raise InputError("--radii: positive numbers.")
 
@@ -104,16 +97,14 @@ def open_world(name: str, config: Config) -> World:
 
     InputError where the file is missing or not what it should be.
     """
-    path = config.choices_dir / f"{name}.npz"
+    choices = recorded.read(config.choices_dir, name)
     if name == "cars":
-        choices = human.cars(path)
         second = choices.person_features[:, 0] == 0
         groups = ("college", "no college")
         choices = human.interact(choices)
     else:
-        choices = human.train_tickets(path)
         if "time" not in choices.names:
-            raise InputError(f"{path}: no feature 'time' among {list(choices.names)}.")
+            raise InputError(f"{name}.npz: no feature 'time' among {list(choices.names)}.")
         minutes = choices.features[..., choices.names.index("time")].mean(1)
         people, index = np.unique(choices.person, return_inverse=True)
         usual = np.array([np.median(minutes[index == k]) for k in range(len(people))])

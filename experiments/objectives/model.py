@@ -20,9 +20,9 @@ from experiments.objectives.methods import METHODS
 from jax_klrlhf import models
 from jax_klrlhf.core import sequence
 from jax_klrlhf.data import tokenize
-from jax_klrlhf.models import scoring
 from jax_klrlhf.results import Metric
 from jax_klrlhf.training import health, optimizers, rounds
+from jax_klrlhf.training.evaluate import kl_along
 from jax_klrlhf.training.rounds import oracle
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.parts import ragged
@@ -54,9 +54,9 @@ def panel(config: Any, progress: Progress) -> dict[str, dict[str, np.ndarray]]:
 
     def spent(both: Any, asked: Any, given: Any) -> Any:
         policy, base = both
-        scores = scoring.score(loaded.model, policy, asked, given, reference=(loaded.model, base))
-        assert scores.kl is not None  # a reference was given
-        return scores.kl.sum(-1)
+        return kl_along(loaded.model, policy, asked, given, reference=(loaded.model, base)).kl.sum(
+            -1
+        )
 
     kl = mapped(spent, rows=HELD_OUT)
     chosen = {name: METHODS[name] for name in config.model_methods if config.only in name}

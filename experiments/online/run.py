@@ -10,6 +10,11 @@ Regret curves: every learner of the library on problems whose hidden features on
 have. What is counted is the gap of the policy that the learner would deploy, summed over
 comparisons; the price of the exploring opponent is not in it. Offline learners draw from pi0 in
 every round.
+
+The estimate's ridge is an axis of the second part (see :mod:`experiments.coverage`): every learner
+at every ridge, and with ||theta|| <= B in the place of a ridge that matters; beside them the
+posterior mean of pi0's pairs and of uniform ones, the best that can be made of so many comparisons
+of either kind. The first part runs at two of the ridges.
 """
 
 import dataclasses
@@ -24,30 +29,41 @@ from jaxtyping import Array, Float, Key
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import plotting, study
+from experiments import ideal, plotting, sphere, study
 from jax_klrlhf import bandit, results
+from jax_klrlhf.core.numerics import Scalar
 from jax_klrlhf.errors import InputError
 
-LEARNERS: dict[str, Callable[["Config"], bandit.Learner]] = {
-    "GSHF": lambda c: bandit.gshf(radius=c.radius),
-    "GSHF, pi0 enhancer": lambda c: bandit.greedy_against_reference(),
-    "greedy": lambda c: bandit.greedy(),
-    "KL-UCB": lambda c: bandit.kl_ucb(radius=c.radius),
-    "Thompson": lambda c: bandit.thompson(),
-    "most uncertain": lambda c: bandit.most_uncertain(),
-    "uniform": lambda c: bandit.uniform(),
-    "two-stage": lambda c: bandit.two_stage(first_stage=c.rounds * c.batch // 4),
-    "XPO": lambda c: bandit.xpo(optimism=c.optimism),
-    "iterative DPO": lambda c: bandit.dpo(),
-    "moving reference": lambda c: bandit.moving_reference(),
-    "offline greedy": lambda c: bandit.offline_greedy(),
-    "offline Option I": lambda c: bandit.offline_gshf_one(radius=c.radius),
-    "offline Option II": lambda c: bandit.offline_gshf_two(radius=c.radius),
-    "KL-PCB": lambda c: bandit.kl_pcb(radius=c.radius),
-    "pessimistic MLE": lambda c: bandit.pessimistic_mle(radius=c.radius),
-    "chi-PO": lambda c: bandit.chi_po(reward_bound=c.bound),
+Learners = dict[str, Callable[..., bandit.Learner]]
+LINEAR: Learners = {
+    "GSHF": lambda c, **e: bandit.gshf(radius=c.radius, **e),
+    "GSHF, pi0 enhancer": lambda c, **e: bandit.greedy_against_reference(**e),
+    "greedy": lambda c, **e: bandit.greedy(**e),
+    "KL-UCB": lambda c, **e: bandit.kl_ucb(radius=c.radius, **e),
+    "Thompson": lambda c, **e: bandit.thompson(**e),
+    "most uncertain": lambda c, **e: bandit.most_uncertain(**e),
+    "uniform": lambda c, **e: bandit.uniform(**e),
+    "two-stage": lambda c, **e: bandit.two_stage(first_stage=c.rounds * c.batch // 4, **e),
+    "moving reference": lambda c, **e: bandit.moving_reference(**e),
+    "offline greedy": lambda c, **e: bandit.offline_greedy(**e),
+    "offline Option I": lambda c, **e: bandit.offline_gshf_one(radius=c.radius, **e),
+    "offline Option II": lambda c, **e: bandit.offline_gshf_two(radius=c.radius, **e),
+    "KL-PCB": lambda c, **e: bandit.kl_pcb(radius=c.radius, **e),
+    "pessimistic MLE": lambda c, **e: bandit.pessimistic_mle(radius=c.radius, **e),
 }
-"""Every learner of the library, by the name in the figure."""
+"""Learners with a linear reward: ``(config, ridge=, bound=) -> learner``."""
+LEARNERS: Learners = LINEAR | {
+    "XPO": lambda c, **e: bandit.xpo(optimism=c.optimism, **e),
+    "iterative DPO": lambda c, **e: bandit.dpo(**e),
+    "chi-PO": lambda c, **e: bandit.chi_po(reward_bound=c.bound, **e),
+}
+"""Every learner of the library, by the name in the figure; the last fit a policy, and no ball."""
+BALL = "ball"
+IDEALS = {
+    "posterior mean, pi0's pairs": "offline greedy",
+    "posterior mean, uniform pairs": "uniform",
+}
+"""Whose pairs the posterior mean is of."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +105,10 @@ class Config:
     """Radius of optimism, of pessimism and of the enhancer."""
     optimism: float = 0.01
     """alpha of XPO."""
+    ridges: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
+    """lambda, in the regret curves. The first is that of the ball, too."""
+    race_ridges: tuple[float, ...] = (0.1, 1.0)
+    """lambda, in the grid over batch size and dimension."""
     smoke: bool = False
     """A few seeds and points, to see that it runs."""
 
@@ -103,6 +123,8 @@ class Config:
             dims=(2,),
             comparisons=256,
             targets=(0.2,),
+            ridges=(0.1, 1.0),
+            race_ridges=(1.0,),
             learners=("GSHF", "greedy", "offline greedy"),
             rounds=6,
             dim=4,
@@ -124,12 +146,16 @@ class Config:
             raise InputError(f"--batches: divisors of --comparisons {self.comparisons}.")
         if not all(eps > 0 for eps in self.targets):
             raise InputError("--targets: gaps above 0.")
+        if not self.ridges or not all(0 < r < np.inf for r in (*self.ridges, *self.race_ridges)):
+            raise InputError("--ridges, --race-ridges: positive numbers.")
 
 
 def gaps(
     key: Key[Array, ""],
-    learner: bandit.Learner,
+    ridge: Scalar,
     *,
+    name: str,
+    ball: bool,
     config: Config,
     dim: int,
     hidden: int,
@@ -138,20 +164,27 @@ def gaps(
 ) -> Float[Array, " rounds_and_last"]:
     """Gap of the policy deployed in every round, and of the last, on the problem of this key."""
     key_problem, key_run = jax.random.split(key)
-    problem = bandit.sphere(
-        key_problem,
-        contexts=config.contexts,
-        actions=config.actions,
-        dim=dim,
-        kl_coef=config.kl_coef,
-        bound=config.bound,
-        coverage=config.coverage,
-        hidden=hidden,
-    )
+    problem = sphere.problem(key_problem, config, dim=dim, hidden=hidden)
+    within = {"bound": config.bound} if ball else {}
+    learner = LEARNERS[name](config, ridge=ridge, **within)
     run = bandit.simulate(
         key_run, problem, learner, rounds=rounds, batch=batch, record=bandit.record_gap
     )
     return jnp.append(run.record, run.gap)
+
+
+def ideal_gap(key: Key[Array, ""], *, name: str, config: Config) -> Float[Array, ""]:
+    """Gap of the posterior mean of the pairs that a learner asked for, whatever its ridge."""
+    key_problem, key_run = jax.random.split(key)
+    problem = sphere.problem(key_problem, config, hidden=config.dim // 2)
+    run = bandit.simulate(
+        key_run, problem, LEARNERS[name](config, ridge=1.0), rounds=config.rounds,
+        batch=config.batch,
+    )  # fmt: skip
+    best = ideal.policy(
+        jax.random.fold_in(key_run, 1), problem, run.state.history, bound=config.bound
+    )
+    return bandit.gap(problem, best)
 
 
 def first_below(
@@ -171,49 +204,68 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     here = study.begin("online", config, console=console)
     config, output, console = here.config, here.output, here.console
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
-    cells = [(name, m, d) for name in config.racers for m in config.batches for d in config.dims]
-    race: dict[tuple[str, int, int], np.ndarray] = {}
-    curves: dict[str, np.ndarray] = {}
+    regret_size = {
+        "dim": config.dim,
+        "hidden": config.dim // 2,
+        "rounds": config.rounds,
+        "batch": config.batch,
+    }
+    curves: Curves = {}
+    bests: dict[str, np.ndarray] = {}
+    races: dict[float, Race] = {ridge: {} for ridge in config.race_ridges}
+    metrics: dict[str, results.Metric] = {}
     with Progress(console=console) as progress:
-        task = progress.add_task("batch size and dimension", total=len(cells))
-        for name, m, d in cells:
-            race[name, m, d] = _play(
-                keys,
-                name,
-                config,
-                dim=d,
-                hidden=0,
-                rounds=config.comparisons // m,
-                batch=m,
-            )
-            progress.advance(task)
         task = progress.add_task("regret of all learners", total=len(config.learners))
         for name in config.learners:
-            curves[name] = _play(
-                keys,
-                name,
-                config,
-                dim=config.dim,
-                hidden=config.dim // 2,
-                rounds=config.rounds,
-                batch=config.batch,
-            )
+            curves[name] = _over_axis(keys, name, config, **regret_size)
             progress.advance(task)
-    metrics = _race_numbers(config, race, console)
-    metrics |= _regret_numbers(config, curves, console)
-    _race_figure(config, race, output / "target.png")
+        for name, whose in IDEALS.items():
+            one = functools.partial(ideal_gap, name=whose, config=config)
+            bests[name] = np.asarray(jax.jit(jax.vmap(one))(keys), np.float64)
+        metrics |= _regret_numbers(config, curves, bests, console)
+        here.write(metrics)
+        cells = [
+            (name, m, d) for name in config.racers for m in config.batches for d in config.dims
+        ]
+        total = len(cells) if races else 0
+        task = progress.add_task("batch size and dimension", total=total)
+        for name, m, d in cells[:total]:
+            size = {"dim": d, "hidden": 0, "rounds": config.comparisons // m, "batch": m}
+            play = _program(name, config, ball=False, **size)
+            for ridge, race in races.items():
+                race[name, m, d] = np.asarray(play(keys, jnp.asarray(ridge)), np.float64)
+            progress.advance(task)
+    for ridge, race in races.items():
+        metrics |= _race_numbers(config, ridge, race, console)
+        _race_figure(config, race, output / f"target_ridge_{ridge:g}.png")
     _regret_figure(config, curves, output / "regret.png")
-    return here.end(metrics, beside="target.png and regret.png")
+    return here.end(metrics)
 
 
-def _play(keys: Array, name: str, config: Config, **sizes: int) -> np.ndarray:
-    learner = LEARNERS[name](config)
-    one = functools.partial(gaps, learner=learner, config=config, **sizes)
-    return np.asarray(jax.jit(jax.vmap(lambda key: one(key)))(keys), np.float64)
+Race = dict[tuple[str, int, int], np.ndarray]
+"""``[seeds, rounds + 1]`` by learner, m and d."""
+Curves = dict[str, dict[str, np.ndarray]]
+"""``[seeds, rounds + 1]`` by learner and estimate."""
+
+
+def _program(name: str, config: Config, *, ball: bool, **sizes: int) -> Callable[..., Array]:
+    """``(keys, ridge) -> gaps``, compiled once for all ridges."""
+    one = functools.partial(gaps, name=name, ball=ball, config=config, **sizes)
+    return jax.jit(jax.vmap(lambda key, ridge: one(key, ridge), (0, None)))
+
+
+def _over_axis(keys: Array, name: str, config: Config, **sizes: int) -> dict[str, np.ndarray]:
+    """At every ridge, and in the ball where the learner has one."""
+    play = _program(name, config, ball=False, **sizes)
+    found = {f"ridge={r:g}": play(keys, jnp.asarray(r)) for r in config.ridges}
+    if name in LINEAR:
+        inside = _program(name, config, ball=True, **sizes)
+        found[BALL] = inside(keys, jnp.asarray(config.ridges[0]))
+    return {estimate: np.asarray(gap, np.float64) for estimate, gap in found.items()}
 
 
 def _race_numbers(
-    config: Config, race: Mapping[tuple[str, int, int], np.ndarray], console: Console
+    config: Config, ridge: float, race: Race, console: Console
 ) -> dict[str, results.Metric]:
     """Comparisons and rounds to every target; slopes in m at every d, and in d at every m."""
     metrics: dict[str, results.Metric] = {}
@@ -225,7 +277,7 @@ def _race_numbers(
             for m in config.batches:
                 for d in config.dims:
                     rounds, reached = first_below(race[name, m, d], target)
-                    panel = f"eps={target:g}, m={m}, d={d}/{name}"
+                    panel = f"ridge={ridge:g}, eps={target:g}, m={m}, d={d}/{name}"
                     spent[m, d] = rounds * m
                     everywhere[m, d] = bool(reached.all())
                     metrics[f"{panel}/comparisons"] = results.mean(rounds * m)
@@ -256,9 +308,8 @@ def _race_numbers(
                         np.stack([spent[cell] for _, cell in usable], 1),
                     )
                     other = "d" if axis == "m" else "m"
-                    metrics[
-                        f"eps={target:g}, {other}={fixed}/{name}/slope of comparisons in {axis}"
-                    ] = slope
+                    panel = f"ridge={ridge:g}, eps={target:g}, {other}={fixed}/{name}"
+                    metrics[f"{panel}/slope of comparisons in {axis}"] = slope
                     slopes[axis][fixed] = (
                         f"{slope.value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
                     )
@@ -266,7 +317,7 @@ def _race_numbers(
             for m, text in slopes["d"].items():
                 rows[f"m = {m}"]["slope in d"] = text
             results.print_table(
-                f"{name}: comparisons (rounds) to gap {target:g}",
+                f"{name}: comparisons (rounds) to gap {target:g}, ridge {ridge:g}",
                 rows,
                 console=console,
                 caption="mean ± one standard error over problems; > some seed was given up; "
@@ -285,34 +336,35 @@ def regret(values: Float[np.ndarray, "seeds rounds"], batch: int) -> np.ndarray:
 
 
 def _regret_numbers(
-    config: Config, curves: Mapping[str, np.ndarray], console: Console
+    config: Config, curves: Curves, bests: Mapping[str, np.ndarray], console: Console
 ) -> dict[str, results.Metric]:
-    metrics: dict[str, results.Metric] = {}
-    rows: dict[str, dict[str, results.Metric | str]] = {}
-    base = curves.get("greedy")
-    ordered = sorted(curves, key=lambda name: curves[name][:, -1].mean())
+    metrics = {f"regret/{name}/final gap": results.mean(gap) for name, gap in bests.items()}
+    rows: dict[str, dict[str, results.Metric | str]] = {
+        name: {"any": results.mean(gap)} for name, gap in bests.items()
+    }
+    ordered = sorted(curves, key=lambda name: min(v[:, -1].mean() for v in curves[name].values()))
     for name in ordered:
-        values = curves[name]
-        found: dict[str, results.Metric] = {
-            "final gap": results.mean(values[:, -1]),
-            "regret": results.mean(regret(values, config.batch)[:, -1]),
-        }
-        if base is not None and name != "greedy":
-            found["final gap less greedy's"] = results.mean(values[:, -1] - base[:, -1])
-        rows[name] = dict(found)
-        metrics |= {f"regret/{name}/{metric}": number for metric, number in found.items()}
+        for estimate, values in curves[name].items():
+            panel = f"regret, {estimate}/{name}"
+            last = values[:, -1]
+            metrics[f"{panel}/final gap"] = results.mean(last)
+            metrics[f"{panel}/median final gap"] = results.Metric(float(np.median(last)))
+            metrics[f"{panel}/regret"] = results.mean(regret(values, config.batch)[:, -1])
+            rows.setdefault(name, {})[estimate] = results.mean(last)
+            base = curves.get("greedy", {}).get(estimate)
+            if base is not None and name != "greedy":
+                metrics[f"{panel}/final gap less greedy's"] = results.mean(last - base[:, -1])
     results.print_table(
-        f"{config.rounds} rounds of {config.batch}, {config.seeds} problems",
+        f"Final gap after {config.rounds} rounds of {config.batch}, {config.seeds} problems",
         rows,
         console=console,
-        caption="± one standard error over problems; the difference is paired",
+        caption=f"± one standard error over problems; ball: ||theta|| <= {config.bound:g}; paired "
+        "differences and regrets are in results.json",
     )
     return metrics
 
 
-def _race_figure(
-    config: Config, race: Mapping[tuple[str, int, int], np.ndarray], target: Path
-) -> None:
+def _race_figure(config: Config, race: Race, target: Path) -> None:
     figure, axes = plotting.grid(len(config.targets), 3)
     for row, eps in enumerate(config.targets):
         for k, name in enumerate(config.racers):
@@ -363,16 +415,21 @@ def _spent(points: Sequence[int], pick, eps: float) -> np.ndarray:
     return np.stack(columns, 1)
 
 
-def _regret_figure(config: Config, curves: Mapping[str, np.ndarray], target: Path) -> None:
-    figure, axes = plotting.grid(1, 2)
+def _regret_figure(config: Config, curves: Curves, target: Path) -> None:
+    """A column for each estimate."""
+    names = list(dict.fromkeys(e for found in curves.values() for e in found))
+    figure, axes = plotting.grid(2, len(names))
     x = config.batch * np.arange(config.rounds + 1)
-    for k, (name, values) in enumerate(curves.items()):
-        color, line = f"C{k % 10}", ("-", "--", ":")[k // 10]
-        summed = regret(values, config.batch)
-        plotting.band(axes[0, 0], x, values, label=name, color=color, linestyle=line)
-        plotting.band(axes[0, 1], x[1:], summed, label=name, color=color, linestyle=line)
-    plotting.label(axes[0, 0], x="comparisons", y="gap of the deployed policy", log="y")
-    plotting.label(axes[0, 1], x="comparisons", y="cumulated gap", log="xy")
+    for column, estimate in enumerate(names):
+        for k, (name, found) in enumerate(curves.items()):
+            if estimate not in found:
+                continue
+            style = {"color": f"C{k % 10}", "linestyle": ("-", "--", ":")[k // 10], "label": name}
+            plotting.band(axes[0, column], x, found[estimate], **style)
+            plotting.band(axes[1, column], x[1:], regret(found[estimate], config.batch), **style)
+        title = {"x": "comparisons", "title": estimate}
+        plotting.label(axes[0, column], y="gap of the deployed policy", log="y", **title)
+        plotting.label(axes[1, column], y="cumulated gap", log="xy", **title)
     plotting.legend(figure, columns=4)
     plotting.save(figure, target)
 

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from rich.console import Console
 
+from experiments import choices as recorded
 from experiments import plotting, study
 from jax_klrlhf import results
 from jax_klrlhf.bandit import human
@@ -35,7 +36,6 @@ METHODS = (
     "own estimate (plug-in)",
     "MaxMin reward",
 )
-DATASETS = ("train_tickets", "cars")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Config:
     """Folder with train_tickets.npz and cars.npz."""
     output: Path = Path("results/pluralism")
     """Where results.json and pluralism.png go."""
-    datasets: tuple[str, ...] = DATASETS
+    datasets: tuple[str, ...] = recorded.DATASETS
     """Which of the two to run."""
     splits: int = 8
     """Random halves of the people."""
@@ -76,14 +76,7 @@ class Config:
         """Refuse what cannot run, before any compute is spent."""
         if self.splits < 2:
             raise InputError(f"--splits {self.splits}: a standard error needs at least two.")
-        unknown = sorted(set(self.datasets) - set(DATASETS))
-        if unknown or not self.datasets:
-            raise InputError(f"--datasets {' '.join(unknown)}: choose from {', '.join(DATASETS)}.")
-        if not self.choices_dir.is_dir():
-            raise InputError(
-                f"{self.choices_dir}: no such folder; --choices-dir takes the folder with "
-                "train_tickets.npz and cars.npz."
-            )
+        recorded.check(self.choices_dir, self.datasets)
 
 
 class People(NamedTuple):
@@ -96,8 +89,7 @@ class People(NamedTuple):
 
 def open_people(name: str, config: Config) -> People:
     """Read a data set; InputError where the file is missing or not what it should be."""
-    path = config.choices_dir / f"{name}.npz"
-    choices = human.train_tickets(path) if name == "train_tickets" else human.cars(path)
+    choices = recorded.read(config.choices_dir, name)
     data = human.comparisons(choices)
     x = choices.features
     context, first, second = (np.asarray(v) for v in (data.context, data.first, data.second))

@@ -31,9 +31,8 @@ from jax_klrlhf import results
 from jax_klrlhf.core import pairs, sequence
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.models import scoring
-from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.training import rounds
+from jax_klrlhf.training.evaluate import kl_along
 from jax_klrlhf.training.rounds import oracle
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.parts import Improve, join, ragged
@@ -272,7 +271,13 @@ class _Lab:
         sizes = (config.pair_samples, config.samples, config.eval_samples)
         programs = {samples: self._draw(samples) for samples in sizes}
         self.draws = Draws(*(programs[samples] for samples in sizes))
-        self.kl = mapped(partial(_kl_of_responses, world.model), rows=ROWS)
+        model = world.model
+        self.kl = mapped(
+            lambda both, asked, given: kl_along(
+                model, both[0], asked, given, reference=(model, both[1])
+            ).kl.sum(-1),
+            rows=ROWS,
+        )
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, config.learning_rate, max(1, config.steps // 10), config.steps
         )
@@ -378,16 +383,6 @@ def _judge(
         length=np.asarray(drawn.lengths).mean(1),
     )
     return judged, drawn
-
-
-def _kl_of_responses(
-    model: LanguageModel, params: Any, questions: Ragged, answers: Ragged
-) -> jax.Array:
-    """KL(pi || pi0) of each response ``[B, K]``: exact at each token, on the policy's own draws."""
-    policy, base = params
-    scores = scoring.score(model, policy, questions, answers, reference=(model, base))
-    assert scores.kl is not None  # a reference was given
-    return scores.kl.sum(-1)
 
 
 def _stopped(path: Mapping[str, list[Judged]]) -> Judged:

@@ -7,18 +7,17 @@ to a gold reward, offline and then online. Source: Xiong et al., arXiv 2312.1145
 
 import dataclasses
 import sys
-import time
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
+from experiments import study
 from experiments.progress import Told
 from experiments.quickstart import practice, theory, world
 from experiments.quickstart.practice import Config as PracticeConfig
 from experiments.quickstart.theory import Config as TheoryConfig
 from jax_klrlhf import results
-from jax_klrlhf.errors import InputError, reported
+from jax_klrlhf.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,10 +59,8 @@ class Config:
 
 def main(config: Config, *, console: Console | None = None) -> Path:
     """Run the panels and return the path of ``results.json``."""
-    console = console or Console()
-    began = time.perf_counter()
-    config.check()
-    output = results.output_folder(config.output)
+    here = study.begin("quickstart", config, console=console)
+    config, console = here.config, here.console
     # Whatever reads a file runs before anything that computes.
     choices = theory.load_choices(config.choices) if config.choices else None
     place = None
@@ -72,7 +69,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         practice.check(config.practice, place)
     metrics: dict[str, results.Metric] = {}
     with Told(console) as progress:
-        shared = {"output": output, "console": console, "progress": progress}
+        shared = {"output": here.output, "console": console, "progress": progress}
         if "theory" in config.panels:
             metrics |= theory.run(config.theory, choices, **shared)
         if "practice" in config.panels:
@@ -84,17 +81,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
                 )
                 practice.check(config.practice, place)
             metrics |= practice.run(config.practice, place, seeds=range(config.seeds), **shared)
-    seconds = time.perf_counter() - began
-    path = results.write_results(
-        output,
-        name="quickstart",
-        config=config,
-        seeds=range(config.seeds),
-        seconds=seconds,
-        metrics=metrics,
-    )
-    console.print(f"{path} and the figures beside it, in {seconds:.0f} s")
-    return path
+    return here.end(metrics, seeds=range(config.seeds))
 
 
 EMBEDDED = Config(
@@ -117,9 +104,10 @@ EMBEDDED = Config(
 """Sizes of the embedded default, for two minutes on two cores."""
 
 
-def cli() -> None:
-    """Entry of ``python -m experiments.quickstart``. Sizes that are not given are those of a real
-    model where one is named, else the embedded default's."""
+def _default() -> Config:
+    """Sizes that are not given are those of a real model where one is named, else EMBEDDED's."""
     real = any(argument.split("=")[0] == "--model" for argument in sys.argv[1:])
-    with reported():
-        main(tyro.cli(Config, description=__doc__, default=Config() if real else EMBEDDED))
+    return Config() if real else EMBEDDED
+
+
+cli = study.entry(main, Config, __doc__, default=_default)

@@ -3,8 +3,9 @@ r"""The ridge as an axis: what holds of pessimism and exploration at one ridge, 
 The theory panel's problem (`experiments.quickstart`): unit features, ||theta*|| = B, a pi0 that
 covers the optimum poorly, 512 comparisons. The estimate's ridge is a prior: lambda = d / B^2 is the
 precision of theta* itself, so there "greedy" is nearly the posterior mean, which is optimal since J
-is linear in the reward. So every method is run at ridges from far below to above it, and with the
-paper's own constraint, ||theta|| <= B, in the place of a ridge that matters.
+is linear in the reward (:mod:`experiments.ideal` has it exactly). So every method is run at ridges
+from far below to above it, and with the paper's own constraint, ||theta|| <= B, in the place of a
+ridge that matters.
 
 Every gap is exact for its problem; intervals are over problems, the same for all.
 """
@@ -20,12 +21,13 @@ from jaxtyping import Array, Key
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import plotting, study
+from experiments import ideal, plotting, sphere, study
+from experiments.quickstart import theory
 from jax_klrlhf import bandit, results
-from jax_klrlhf.core import bounds
 from jax_klrlhf.errors import InputError
 
 GREEDY = "offline greedy"
+IDEAL = "offline, posterior mean"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class Config:
     """A toy size: nothing is learned."""
     seeds: int = 128
     seed: int = 0
-    ridges: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    ridges: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     contexts: int = 16
     actions: int = 8
     dim: int = 8
@@ -52,7 +54,7 @@ class Config:
     rounds: int = 32
     batch: int = 16
     delta: float = 0.1
-    constant: float = 0.8
+    radius_constant: float = 0.8
     """C of the confidence radius."""
 
     def resized(self) -> "Config":
@@ -75,10 +77,7 @@ class Config:
 
 def methods(config: Config, ridge: Array) -> dict[str, bandit.Learner]:
     """The learners at a ridge; the last two have the ball besides."""
-    radius = bounds.radius(
-        dim=config.dim, delta=config.delta, ridge=ridge, bound=config.bound, curvature=0.25,
-        constant=config.constant,
-    )  # fmt: skip
+    radius = theory.radius(config, dim=config.dim, bound=config.bound, ridge=ridge)
     ball = config.bound
     return {
         GREEDY: bandit.offline_greedy(ridge=ridge),
@@ -96,15 +95,24 @@ def methods(config: Config, ridge: Array) -> dict[str, bandit.Learner]:
 def gap(key: Key[Array, ""], ridge: Array, *, name: str, config: Config) -> Array:
     """Exact gap of one method at one ridge on one problem."""
     key_problem, key_run = jax.random.split(key)
-    problem = bandit.sphere(
-        key_problem, contexts=config.contexts, actions=config.actions, dim=config.dim,
-        hidden=config.hidden, coverage=config.coverage, bound=config.bound,
-        kl_coef=config.kl_coef,
-    )  # fmt: skip
+    problem = sphere.problem(key_problem, config)
     learner = methods(config, ridge)[name]
     online = name.startswith("online")
     rounds, batch = (config.rounds, config.batch) if online else (1, config.rounds * config.batch)
     return bandit.simulate(key_run, problem, learner, rounds=rounds, batch=batch).gap
+
+
+def ideal_gap(key: Key[Array, ""], *, config: Config) -> Array:
+    """Exact gap of the posterior mean of the offline methods' pairs, which has no ridge."""
+    key_problem, key_run = jax.random.split(key)
+    problem = sphere.problem(key_problem, config)
+    run = bandit.simulate(
+        key_run, problem, bandit.offline_greedy(), rounds=1, batch=config.rounds * config.batch
+    )
+    best = ideal.policy(
+        jax.random.fold_in(key_run, 1), problem, run.state.history, bound=config.bound
+    )
+    return bandit.gap(problem, best)
 
 
 def main(config: Config, *, console: Console | None = None) -> Path:
@@ -122,7 +130,8 @@ def main(config: Config, *, console: Console | None = None) -> Path:
             every = jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))
             found[name] = np.asarray(every(keys, ridges), np.float64)
             progress.advance(task)
-    metrics: dict[str, results.Metric] = {}
+        best = jax.jit(jax.vmap(functools.partial(ideal_gap, config=config)))(keys)
+    metrics: dict[str, results.Metric] = {f"any ridge/{IDEAL}/gap": results.mean(best)}
     rows: dict[str, dict[str, results.Metric | str]] = {}
     for name, gaps in found.items():
         for at, ridge in enumerate(config.ridges):
@@ -132,6 +141,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
                 gain = results.mean(found[GREEDY][:, at] - gaps[:, at])
                 metrics[f"{panel}/gain over {GREEDY}"] = gain
             rows.setdefault(name, {})[f"{ridge:g}"] = results.mean(gaps[:, at])
+    rows[IDEAL] = {f"{config.ridges[0]:g}": results.mean(best)}
     results.print_table(
         f"Gap after {config.rounds * config.batch} comparisons, by the ridge "
         f"({config.seeds} problems; the prior's precision is {config.dim / config.bound**2:.2g})",
@@ -139,16 +149,17 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         console=here.console,
         caption="± one standard error over problems; the gains in results.json are paired",
     )
-    _figure(config, found, here.output / "ridge.png")
+    _figure(config, found, float(best.mean()), here.output / "ridge.png")
     return here.end(metrics, beside="ridge.png")
 
 
-def _figure(config: Config, found: dict[str, np.ndarray], target: Path) -> None:
+def _figure(config: Config, found: dict[str, np.ndarray], best: float, target: Path) -> None:
     figure, axes = plotting.grid(1, 1, width=4.8, height=3.6)
     ax = axes[0, 0]
     for number, (name, gaps) in enumerate(found.items()):
         line = "--" if name.endswith("ball") else "-"
         plotting.band(ax, config.ridges, gaps, label=name, color=f"C{number}", linestyle=line)
+    ax.axhline(best, color="k", linewidth=0.8, label=IDEAL)
     ax.axvline(config.dim / config.bound**2, color="0.5", linestyle=":", label="prior's precision")
     plotting.label(ax, x="ridge", y="gap", log="xy")
     plotting.legend(figure)

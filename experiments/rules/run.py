@@ -19,7 +19,7 @@ from jaxtyping import Array, Key
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import study
+from experiments import sphere, study
 from jax_klrlhf import bandit, results
 from jax_klrlhf.core import bradley_terry, enhancer, pairs
 from jax_klrlhf.errors import InputError
@@ -98,16 +98,7 @@ def learners(config: Config) -> dict[str, Callable[[], bandit.Learner]]:
 def gap(key: Key[Array, ""], learner: bandit.Learner, config: Config) -> Array:
     """Of the last policy, on the problem of this key."""
     key_problem, key_run = jax.random.split(key)
-    problem = bandit.sphere(
-        key_problem,
-        contexts=config.contexts,
-        actions=config.actions,
-        dim=config.dim,
-        hidden=config.hidden,
-        coverage=config.coverage,
-        bound=config.bound,
-        kl_coef=config.kl_coef,
-    )
+    problem = sphere.problem(key_problem, config)
     run = bandit.simulate(key_run, problem, learner, rounds=config.rounds, batch=config.batch)
     return run.gap
 

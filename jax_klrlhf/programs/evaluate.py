@@ -34,7 +34,7 @@ from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.data.rows import Row, encode
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.models import pretrained, scoring
+from jax_klrlhf.models import pretrained
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.programs import policies
 from jax_klrlhf.programs import run as runs
@@ -46,6 +46,7 @@ from jax_klrlhf.programs.losses import load_function
 from jax_klrlhf.programs.policies import Asked, Policy
 from jax_klrlhf.report.answers import pieces
 from jax_klrlhf.results import Metric, mean
+from jax_klrlhf.training.evaluate import kl_along
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.parts import ragged
 
@@ -284,9 +285,7 @@ def _kl(
     def divergence(params: Any, prompts: Ragged, responses: Ragged) -> Array:
         policy, base = params
         reference = (theirs.loaded.model, base)
-        scores = scoring.score(ours.loaded.model, policy, prompts, responses, reference=reference)
-        assert scores.kl is not None  # a reference was given
-        return scores.kl
+        return kl_along(ours.loaded.model, policy, prompts, responses, reference=reference).kl
 
     program = mapped(divergence, rows=config.rows, mesh=mesh)
     found = program((ours.loaded.params, theirs.loaded.params), prompts, responses)

@@ -23,7 +23,7 @@ from jax_klrlhf.data import check as suits
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.models import pretrained, scoring
+from jax_klrlhf.models import pretrained
 from jax_klrlhf.programs import adapters
 from jax_klrlhf.programs import iterate_parts as parts
 from jax_klrlhf.programs import rows as sources
@@ -35,6 +35,7 @@ from jax_klrlhf.results import mean, output_folder, print_table, write_results
 from jax_klrlhf.training import metrics as sinks
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training import state as states
+from jax_klrlhf.training.evaluate import kl_along
 from jax_klrlhf.training.metrics import Metrics
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.journal import ANY, Journal, digest
@@ -207,9 +208,8 @@ class _Evaluation:
 
         def divergence(params: Any, prompts: Ragged, responses: Ragged) -> tuple[Array, Array]:
             policy, base = cast_floating(params, place.compute_dtype)
-            scores = scoring.score(model, policy, prompts, responses, reference=(model, base))
-            assert scores.kl is not None  # a reference was given
-            return scores.kl.sum(-1), scores.log_prob.sum(-1)
+            found = kl_along(model, policy, prompts, responses, reference=(model, base))
+            return found.kl.sum(-1), found.log_prob.sum(-1)
 
         self._kl = mapped(divergence, rows=config.rows, mesh=place.mesh)
         template: Any = (ANY, ANY)

@@ -1,8 +1,8 @@
 r"""Evaluation: a task on held-out rows, and the divergence from the reference on the policy's own.
 
 **KL(pi || pi0) needs samples from pi.** The log-ratio of offline pairs is an average over whoever
-wrote them: it is not a KL, and may be negative. :func:`divergence` draws responses from the policy
-and reports
+wrote them: it is not a KL, and may be negative. :func:`kl_along` measures given responses; what
+:func:`make_divergence` compiles draws them from the policy and reports
 
 - ``kl/ref``: the sum over a response's tokens of the exact conditional divergence
   :math:`\sum_v \pi(v) \log(\pi(v) / \pi_0(v))`, averaged over drawn responses. Unbiased, since the
@@ -22,13 +22,13 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from jax_klrlhf import placement
 from jax_klrlhf.core import measure
@@ -92,6 +92,49 @@ def calibration_error(margin: np.ndarray, *, bins: int = 10) -> float:
     return float(measure.calibration(margins, jnp.ones_like(margins), bins=bins))
 
 
+class Along(NamedTuple):
+    """A policy along responses, at each token of them; nats, 0 after a response's end."""
+
+    kl: Float[Array, "B K C"]
+    """Exact conditional divergence from the reference."""
+    entropy: Float[Array, "B K C"]
+    """Exact conditional entropy."""
+    log_prob: Float[Array, "B K C"]
+    ref_log_prob: Float[Array, "B K C"]
+
+
+def kl_along(
+    model: LanguageModel,
+    params: Any,
+    prompts: Ragged,
+    responses: Ragged,
+    *,
+    reference: tuple[LanguageModel, Any],
+    chunk: int = scoring.CHUNK,
+) -> Along:
+    r"""The exact divergence at each token of responses, and what is scored in the same pass.
+
+    .. math:: \mathrm{KL}(\pi \| \pi_0) = E_{y \sim \pi} \sum_i \sum_v \pi(v \mid x, y_{<i})
+              \log \frac{\pi(v \mid x, y_{<i})}{\pi_0(v \mid x, y_{<i})}
+
+    So ``kl.sum(-1)``, averaged over *the policy's own* responses, is unbiased for KL(pi || pi0) in
+    nats, and ``entropy.sum(-1)`` for the entropy; ``(log_prob - ref_log_prob).sum(-1)`` is unbiased
+    too, of more variance. On responses of anybody else none of them estimates the KL.
+
+    Args:
+        model: the policy; ``reference`` is pi0, of the same vocabulary.
+        params: of the policy.
+        prompts: ``[B, P]``.
+        responses: ``[B, K, C]``.
+        reference: model and parameters.
+        chunk: tokens projected on the vocabulary at one time.
+    """
+    scores = scoring.score(model, params, prompts, responses, reference=reference, chunk=chunk)
+    # Never None beside a reference.
+    kl, ref_log_prob = cast(Array, scores.kl), cast(Array, scores.ref_log_prob)
+    return Along(kl, scores.entropy, scores.log_prob, ref_log_prob)
+
+
 def make_divergence(
     model: LanguageModel,
     *,
@@ -125,18 +168,17 @@ def make_divergence(
             keys, model, params, prompts, Warp(), samples=samples,
             max_new_tokens=max_new_tokens, stop=stop,
         )  # fmt: skip
-        scores = scoring.score(
+        found = kl_along(
             model, params, prompts, drawn.responses, reference=(model, ref_params), chunk=chunk
         )
-        # Never None beside a reference.
-        kl, reference = cast(Array, scores.kl), cast(Array, scores.ref_log_prob)
+        dtype = found.ref_log_prob.dtype
         return {
-            "kl/ref": kl.sum(-1).mean(-1),
-            "kl/k1": (scores.log_prob - reference).sum(-1).mean(-1),
-            "entropy": scores.entropy.sum(-1).mean(-1),
-            "length/sampled": drawn.responses.lengths.astype(reference.dtype).mean(-1),
-            "sampler_scorer_mismatch": sampling.mismatch(drawn, scores.log_prob).mean(-1),
-            "finished": drawn.finished.astype(reference.dtype).mean(-1),
+            "kl/ref": found.kl.sum(-1).mean(-1),
+            "kl/k1": (found.log_prob - found.ref_log_prob).sum(-1).mean(-1),
+            "entropy": found.entropy.sum(-1).mean(-1),
+            "length/sampled": drawn.responses.lengths.astype(dtype).mean(-1),
+            "sampler_scorer_mismatch": sampling.mismatch(drawn, found.log_prob).mean(-1),
+            "finished": drawn.finished.astype(dtype).mean(-1),
         }
 
     def divergence(

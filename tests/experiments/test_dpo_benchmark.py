@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from experiments.benchmarks import dpo, paired
+from experiments.benchmarks.dpo_parts import report, stage
 from experiments.benchmarks.dpo_peers import with_ours
 from jax_klrlhf import models
 from jax_klrlhf.core.sequence import Ragged
@@ -88,27 +89,27 @@ def test_ours_alone_says_how_to_add_the_peers_and_counts_useful_tokens(tmp_path)
 
 def test_another_loss_is_not_reported():
     ours = np.linspace(np.log(2), 0.6, 20)
-    found = dpo.agreement({"ours": ours.tolist(), "TRL": (ours + 9e-4).tolist()})
+    found = report.agreement({"ours": ours.tolist(), "TRL": (ours + 9e-4).tolist()})
     assert found["agreement/TRL/largest_difference"].value == pytest.approx(9e-4)
     far = ours.copy()
     far[13] += 1.1e-3
     with pytest.raises(InputError, match="TRL computes another loss"):
-        dpo.agreement({"ours": ours.tolist(), "TRL": far.tolist()})
+        report.agreement({"ours": ours.tolist(), "TRL": far.tolist()})
     with pytest.raises(InputError, match="TRL computes another loss"):
-        dpo.agreement({"ours": ours.tolist(), "TRL": [np.nan] * 20})
+        report.agreement({"ours": ours.tolist(), "TRL": [np.nan] * 20})
     with pytest.raises(InputError, match="TRL computes another loss"):
-        dpo.agreement({"ours": ours.tolist(), "TRL": ours[:-1].tolist()})
+        report.agreement({"ours": ours.tolist(), "TRL": ours[:-1].tolist()})
     with pytest.raises(InputError, match="not ln 2"):
-        dpo.agreement({"ours": (ours + 0.01).tolist()})
+        report.agreement({"ours": (ours + 0.01).tolist()})
     with pytest.raises(InputError, match="would say nothing"):
-        dpo.agreement({"ours": [np.log(2)] * 20})
+        report.agreement({"ours": [np.log(2)] * 20})
 
 
 def test_a_contender_that_fails_is_named_with_its_last_words(tmp_path):
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho loading >&2\necho no such wheel >&2\nexit 1\n")
     broken.chmod(0o755)
-    process = dpo._Process("TRL", broken, {"module": "with_trl"}, tmp_path, {})
+    process = stage.Process("TRL", broken, {"module": "with_trl"}, tmp_path, {})
     with pytest.raises(InputError, match=r"TRL failed: no such wheel \(log: .*log.txt\)"):
         process.ask()
     process.end()
@@ -139,7 +140,7 @@ def test_each_tool_is_set_against_ours_under_the_setting_that_suits_it_best():
             "retain": {"ours": turns(4.0, 4.0), "TRL": turns(5.0, 5.0)},
         }
     }
-    metrics = dpo._at_best(found, 100, QUIET)
+    metrics = report.at_best(found, 100, QUIET)
     assert metrics["best cached/ours/tokens_per_second"].value == 50
     assert metrics["best cached/TRL/tokens_per_second"].value == 20
     assert metrics["best cached/TRL/ours_is_faster"].value == pytest.approx(2.5)

@@ -17,7 +17,17 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments.frontier import cells, evaluate, methods, proxy, report, run, statements
+from experiments.frontier import (
+    cells,
+    evaluate,
+    laboratory,
+    methods,
+    options,
+    proxy,
+    report,
+    run,
+    statements,
+)
 from experiments.frontier import world as worlds
 from experiments.frontier.cells import Name
 from experiments.frontier.statements import Curve
@@ -29,7 +39,7 @@ from jax_klrlhf.errors import InputError
 from jax_klrlhf.training.rounds.parts import ragged
 from tests.models import toy
 
-SIZES = run.Sizes(
+SIZES = options.Sizes(
     labels=16,
     rounds=2,
     train_prompts=8,
@@ -42,7 +52,7 @@ SIZES = run.Sizes(
     batch=8,
     tokens=20,
 )
-CONFIG = run.Config(
+CONFIG = options.Config(
     seeds=2, coefficients=(0.5,), rejection_coefficients=(0.5,), best_of=(2,), sizes=SIZES
 )
 
@@ -77,7 +87,7 @@ def place(tmp_path_factory):
 def finished(place, tmp_path_factory):
     """A whole run of one seed, and its laboratory."""
     folder = tmp_path_factory.mktemp("frontier")
-    lab = run.laboratory(CONFIG, place, output=folder)
+    lab = laboratory.laboratory(CONFIG, place, output=folder)
     return folder, lab, _run(dataclasses.replace(CONFIG, seeds=1), lab)
 
 
@@ -168,8 +178,8 @@ def test_a_cell_made_of_something_else_or_damaged_is_refused_by_name(finished, p
 @pytest.mark.slow
 def test_the_program_writes_results_and_one_self_contained_page(finished, place, monkeypatch):
     folder, lab, _ = finished
-    monkeypatch.setattr(run, "_place", lambda config, progress: place)
-    monkeypatch.setattr(run, "laboratory", lambda config, place, output: lab)
+    monkeypatch.setattr(laboratory, "place", lambda config, progress: place)
+    monkeypatch.setattr(laboratory, "laboratory", lambda config, place, output: lab)
     console = Console(width=220, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.file:
         path = run.main(dataclasses.replace(CONFIG, seeds=1, output=folder), console=console)
@@ -321,7 +331,7 @@ def test_a_reward_model_can_be_the_proxy(place, tmp_path):
         rejection_labels="order",
     )  # fmt: skip
     config.check()
-    lab = run.laboratory(config, place, output=tmp_path)
+    lab = laboratory.laboratory(config, place, output=tmp_path)
     found = _run(config, lab)
     assert {name.seed for name in found} == {3}
     judged = found[Name("RSO", 0.5, 3)]
@@ -329,12 +339,14 @@ def test_a_reward_model_can_be_the_proxy(place, tmp_path):
     assert np.isfinite(judged.held_out.proxy_gain).all()
     assert -1 <= judged.agreement <= 1
     # A folder of cells knows whose proxy they were made with, and what labelled RSO's pairs.
-    linear = run.laboratory(dataclasses.replace(config, proxy="linear"), place, output=tmp_path)
+    linear = laboratory.laboratory(
+        dataclasses.replace(config, proxy="linear"), place, output=tmp_path
+    )
     with pytest.raises(InputError, match="made with another proxy"):
         linear.read(Name("RSO", 0.5, 3))
     soft = dataclasses.replace(config, rejection_labels="expected")
     with pytest.raises(InputError, match=r"labels of RSO's pairs \(order there, expected now\)"):
-        run.laboratory(soft, place, output=tmp_path).read(Name("RSO", 0.5, 3))
+        laboratory.laboratory(soft, place, output=tmp_path).read(Name("RSO", 0.5, 3))
 
 
 def test_distinct_n_counts_different_n_grams():

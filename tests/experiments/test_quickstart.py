@@ -43,10 +43,12 @@ def test_the_embedded_default_leaves_results_figures_and_tables(tmp_path):
     found, text = _run(tmp_path, theory=THEORY, practice=PRACTICE)
     metrics = found["metrics"]
     for method in theory.METHODS:
-        gap = metrics[f"theory/{method}/gap"]
-        assert gap["n"] == THEORY.seeds
-        assert gap["value"] >= 0  # kl_coef KL(pi || pi*) is never negative
-        assert 0 <= metrics[f"theory/{method}/in_set"]["value"] <= 1
+        gaps = [metrics[f"theory, ridge={r:g}/{method}/gap"] for r in THEORY.ridges]
+        assert all(gap["n"] == THEORY.seeds for gap in gaps)
+        assert all(gap["value"] >= 0 for gap in gaps)  # kl_coef KL(pi || pi*) is never negative
+        assert len({gap["value"] for gap in gaps}) == len(gaps)  # the ridge reaches the estimate
+        assert 0 <= metrics[f"theory, ridge=1/{method}/in_set"]["value"] <= 1
+    assert metrics[f"theory/{theory.IDEAL}/gap"]["value"] >= 0
     for method in practice.METHODS:
         assert metrics[f"practice/{method}/reward"]["n"] == PRACTICE.held_out_prompts
         assert metrics[f"practice/{method}/kl"]["value"] >= -1e-5

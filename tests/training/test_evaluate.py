@@ -41,7 +41,7 @@ def laws():
     np.testing.assert_allclose(np.exp(log_p).sum(1), 1, rtol=1e-5)  # every response is there
     kl = (np.exp(log_p) * (log_p - log_q)).sum(1)
     entropy = -(np.exp(log_p) * log_p).sum(1)
-    return policy, pi0, prompts, kl, entropy
+    return policy, pi0, prompts, kl, entropy, (responses, np.exp(log_p))
 
 
 def test_sampled_kl_is_the_exact_one(laws):
@@ -49,7 +49,7 @@ def test_sampled_kl_is_the_exact_one(laws):
 
     |z| > 5 for a right estimator in one of 1.7 million seeds, for each of three.
     """
-    policy, pi0, prompts, kl, entropy = laws
+    policy, pi0, prompts, kl, entropy, _ = laws
     many = Ragged(jnp.tile(prompts.ids, (100, 1)), jnp.tile(prompts.lengths, 100))
     measure = evaluate.make_divergence(MODEL, samples=40, max_new_tokens=2, stop=(END,))
     found = measure(jax.random.key(2), policy, pi0, [many, many])
@@ -77,8 +77,25 @@ def test_sampled_kl_is_the_exact_one(laws):
     assert abs(offline - kl.mean()) > 10 * found["eval/kl/ref"].stderr
 
 
+def test_the_kl_along_all_responses_is_the_kl(laws):
+    """The chain rule, exactly: each response weighted by its probability under the policy."""
+    policy, pi0, prompts, kl, entropy, (responses, prob) = laws
+    along = jax.jit(
+        lambda ours, theirs: evaluate.kl_along(
+            MODEL, ours, prompts, responses, reference=(MODEL, theirs)
+        )
+    )(policy, pi0)
+    found = {name: np.asarray(x, np.float64).sum(-1) for name, x in along._asdict().items()}
+    np.testing.assert_allclose((prob * found["kl"]).sum(1), kl, rtol=1e-4)
+    np.testing.assert_allclose((prob * found["entropy"]).sum(1), entropy, rtol=1e-4)
+    ratio = found["log_prob"] - found["ref_log_prob"]
+    np.testing.assert_allclose((prob * ratio).sum(1), kl, rtol=1e-4)
+    # END alone is followed by nothing: its second place spends nothing.
+    assert np.abs(np.asarray(along.kl)[:, 0, 1]).max() == 0
+
+
 def test_kl_of_a_policy_to_itself_is_zero(laws):
-    policy, _, prompts, _, _ = laws
+    policy, _, prompts, *_ = laws
     measure = evaluate.make_divergence(MODEL, samples=40, max_new_tokens=2, stop=(END,))
     many = Ragged(jnp.tile(prompts.ids, (100, 1)), jnp.tile(prompts.lengths, 100))
     found = measure(jax.random.key(2), policy, policy, [many])

@@ -1,0 +1,1 @@
+"""The DPO benchmark's parts: options, task, contenders, stages, report."""
