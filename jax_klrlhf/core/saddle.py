@@ -180,25 +180,12 @@ def _refined(
 
 def _scaled_newton(weight: Array, slack: Array, hessian: Array, *, normalized: bool) -> Array:
     """A step in u = dw / w, complementarity being its curvature: weights of no use shrink to 0."""
-    eps, tiny = jnp.finfo(weight.dtype).eps, jnp.finfo(weight.dtype).tiny
     if normalized:
         slack = slack - jnp.min(slack)
     gradient = weight * slack
     curvature = weight[:, None] * hessian * weight[None, :]
     curvature = curvature + jnp.diag(jnp.maximum(gradient, 0))
-    jitter = eps * jnp.trace(curvature) + tiny
-    white = linalg.inverse_factor(curvature + jitter * jnp.eye(weight.shape[0], dtype=weight.dtype))
-    solve = lambda v: white.T @ (white @ v)  # noqa: E731
-    along = solve(weight)
-
-    def newton(gradient: Array) -> Array:
-        move = -solve(gradient)
-        if not normalized:
-            return move
-        return move - along * (weight @ move) / jnp.maximum(weight @ along, tiny)
-
-    move = newton(gradient)
-    move = move + newton(gradient + curvature @ move)
+    move = simplices.newton_move(weight, gradient, curvature, normalized=normalized)
     return weight * move * (0.9 / jnp.maximum(jnp.max(-move), 0.9))
 
 

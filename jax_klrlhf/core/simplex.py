@@ -64,7 +64,7 @@ def minimize(
     """
     members = start.shape[0]
     dtype = start.dtype
-    eps, tiny = jnp.finfo(dtype).eps, jnp.finfo(dtype).tiny
+    eps = jnp.finfo(dtype).eps
     last = jnp.asarray(last_barrier, dtype)
     exact_below = jnp.maximum(jnp.asarray(exact_below, dtype), last)
     identity = jnp.eye(members, dtype=dtype)
@@ -74,20 +74,7 @@ def minimize(
         here = model(weight, mu)
         gradient = weight * here.gradient - mu
         curvature = weight[:, None] * here.hessian * weight[None, :] + mu * identity
-        jitter = eps * jnp.trace(curvature) + tiny
-        white = linalg.inverse_factor(curvature + jitter * identity)
-        solve = lambda v: white.T @ (white @ v)  # noqa: E731
-        along = solve(weight)
-
-        def newton(gradient: Array) -> Array:
-            move = -solve(gradient)
-            if not normalized:
-                return move
-            return move - along * (weight @ move) / jnp.maximum(weight @ along, tiny)
-
-        # One refinement: in float32 the solve alone loses the flat directions.
-        move = newton(gradient)
-        move = move + newton(gradient + curvature @ move)
+        move = newton_move(weight, gradient, curvature, normalized=normalized)
         decrement = jnp.sqrt(jnp.maximum(move @ (curvature @ move), 0) / mu)
         size = here.change(weight * move)
         own = jnp.where(size > eps, jnp.log1p(size) / jnp.where(size > eps, size, 1), 1)
@@ -130,6 +117,32 @@ def minimize(
     first = (start, mu, jnp.zeros((), bool), jnp.zeros((), jnp.int32), none, start)
     weight, _, _, iterations, best_gap, best_weight = lax.while_loop(unfinished, step, first)
     return Minimum(jnp.where(jnp.isfinite(best_gap), best_weight, weight), iterations)
+
+
+def newton_move(
+    weight: Float[Array, " members"],
+    gradient: Float[Array, " members"],
+    curvature: Float[Array, "members members"],
+    *,
+    normalized: bool,
+) -> Float[Array, " members"]:
+    """Newton's move in u = dw / w, along which sum w stays what it is where ``normalized``."""
+    dtype = weight.dtype
+    eps, tiny = jnp.finfo(dtype).eps, jnp.finfo(dtype).tiny
+    jitter = eps * jnp.trace(curvature) + tiny
+    white = linalg.inverse_factor(curvature + jitter * jnp.eye(weight.shape[0], dtype=dtype))
+    solve = lambda v: white.T @ (white @ v)  # noqa: E731
+    along = solve(weight)
+
+    def newton(gradient: Array) -> Array:
+        move = -solve(gradient)
+        if not normalized:
+            return move
+        return move - along * (weight @ move) / jnp.maximum(weight @ along, tiny)
+
+    # One refinement: in float32 the solve alone loses the flat directions.
+    move = newton(gradient)
+    return move + newton(gradient + curvature @ move)
 
 
 def least_square(gram: Float[Array, "members members"]) -> Float[Array, " members"]:
