@@ -30,6 +30,8 @@ from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds.parts import Comparisons, Policies, join
 
 PI0, BEST_OF = "pi0", "best-of-n"
+PILOT = 10**6
+"""The seed that learning rates are chosen on, and no policy is judged by."""
 
 
 class Name(NamedTuple):
@@ -55,6 +57,8 @@ class Found(NamedTuple):
     agreement: float
     """Of proxy and gold among pi0's responses to held-out prompts."""
     seconds: float
+    rate: float | None
+    """Learning rate; None where nothing was fitted."""
 
 
 class Seed:
@@ -121,15 +125,18 @@ class Lab:
     def __init__(
         self,
         place: worlds.Place,
-        parts: Parts,
+        parts: Mapping[float, Parts],
         measure: Measure,
         draw: rounds.Draw,
         seed: Callable[[int], Seed],
         *,
+        sweeps: Mapping[str, Sequence[float]],
         output: Path,
         identity: Any,
     ):
-        self._place, self._parts, self._measure, self._draw = place, parts, measure, draw
+        self._place, self._measure, self._draw = place, measure, draw
+        self._at_rate, self._sweeps = parts, sweeps
+        self._parts = next(iter(parts.values()))
         self._make_seed, self._seeds = seed, {}
         self._folder, self._identity = output / "cells", json.loads(json.dumps(identity))
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -140,12 +147,14 @@ class Lab:
         Raises:
             InputError: where it was made of something else, or is no cell.
         """
-        path = self._folder / f"{name.stem}.json"
+        return self._read(self._folder / f"{name.stem}.json", _restored)
+
+    def _read(self, path: Path, restore: Callable[[dict[str, Any]], Any]) -> Any:
         if not path.exists():
             return None
         try:
             there = json.loads(path.read_text())
-            made_of, found = there["made_of"], _restored(there)
+            made_of, found = there["made_of"], restore(there)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(f"{path}: damaged ({error!r}); delete it to run it again.") from None
         for part in sorted(self._identity.keys() | made_of.keys()):
@@ -157,25 +166,53 @@ class Lab:
                 )
         return found
 
+    def rate(self, method: str) -> float:
+        """The learning rate of the least training loss, from disk or by its pilot."""
+        offered = list(self._at_rate)
+        if len(offered) == 1:
+            return offered[0]
+        losses = {rate: self._pilot(method, rate) for rate in offered}
+        finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+        if not finite:
+            raise InputError(f"{method}: no finite loss at --rates {offered}; give smaller ones.")
+        return min(finite, key=lambda rate: finite[rate])
+
+    def _pilot(self, method: str, rate: float) -> float:
+        sweep = self._sweeps[method]
+        name = Name(method, sweep[len(sweep) // 2], PILOT)
+        path = self._folder / f"rate_{name.stem}_{rate:g}.json"
+        loss = self._read(path, lambda there: there["loss"])
+        if loss is None:
+            loss = float(self._outcome(name, rate, None).metrics[-1]["loss"].value)
+            write_json(path, {"made_of": self._identity, "loss": loss})
+        return loss
+
+    def _seed(self, number: int) -> Seed:
+        if number not in self._seeds:
+            self._seeds[number] = self._make_seed(number)
+        return self._seeds[number]
+
+    def _outcome(self, name: Name, rate: float, folder: Path | None) -> Any:
+        seed = self._seed(name.seed)
+        cell = Cell(
+            jax.random.fold_in(seed.key, 4),
+            name.coefficient,
+            seed.split.train,
+            seed.offline,
+            folder,
+            {**self._identity, "cell": list(name), "rate": rate},
+        )
+        return METHODS[name.method].run(self._at_rate[rate], cell)
+
     def run(self, name: Name) -> Found:
         """Compute a cell and write it."""
+        rate = self.rate(name.method) if name.method in METHODS else None
         began = time.perf_counter()
-        if name.seed not in self._seeds:
-            self._seeds[name.seed] = self._make_seed(name.seed)
-        seed, pi0 = self._seeds[name.seed], self._parts.pi0
+        seed, pi0 = self._seed(name.seed), self._parts.pi0
         reports, params, score = [], pi0, seed.offline_score
         folder = self._folder / f"{name.stem}.rounds"
-        if name.method in METHODS:
-            identity = {**self._identity, "cell": list(name)}
-            cell = Cell(
-                jax.random.fold_in(seed.key, 4),
-                name.coefficient,
-                seed.split.train,
-                seed.offline,
-                folder,
-                identity,
-            )
-            outcome = METHODS[name.method].run(self._parts, cell)
+        if rate is not None:
+            outcome = self._outcome(name, rate, folder)
             params, score = outcome.policy, outcome.score
             reports = [dict(metrics) for metrics in outcome.metrics]
         answer = evaluate.best_of(
@@ -202,6 +239,7 @@ class Lab:
             reports,
             evaluate.agreement(self._place.judge(asked, base), score(asked, base).reward),
             time.perf_counter() - began,
+            rate,
         )
         write_json(
             self._folder / f"{name.stem}.json",
@@ -256,6 +294,7 @@ def _written(found: Found) -> dict[str, Any]:
         "rounds": [{k: m._asdict() for k, m in report.items()} for report in found.rounds],
         "agreement": found.agreement,
         "seconds": found.seconds,
+        "rate": found.rate,
     }
 
 
@@ -266,4 +305,4 @@ def _restored(there: dict[str, Any]) -> Found:
         for at in ("held_out", "ood")
     )
     reports = [{k: Metric(**m) for k, m in report.items()} for report in there["rounds"]]
-    return Found(held_out, ood, reports, there["agreement"], there["seconds"])
+    return Found(held_out, ood, reports, there["agreement"], there["seconds"], there["rate"])

@@ -31,6 +31,8 @@ class Judged(NamedTuple):
     """Gold reward, nats."""
     gold_gain: Float[np.ndarray, " B"]
     """Less that of pi0's responses to the prompt."""
+    second_gain: Float[np.ndarray, " B"]
+    """The same by the second judge; NaN where there is none."""
     proxy_gain: Float[np.ndarray, " B"]
     """The same of the reward that the method believed in at the end."""
     kl: Float[np.ndarray, " B"]
@@ -95,6 +97,8 @@ def judge(
     return Judged(
         gold=gold.mean(1),
         gold_gain=gold.mean(1) - usual.mean(1),
+        second_gain=place.judge_again(prompts, drawn).mean(1)
+        - place.judge_again(prompts, base).mean(1),
         proxy_gain=np.asarray(believed),
         kl=np.asarray(kl).mean(1),
         wins=(0.5 + 0.5 * np.sign(gold[:, :, None] - usual[:, None, :])).mean((1, 2)),

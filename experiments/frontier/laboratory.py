@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from rich.progress import Progress
 
-from experiments.frontier import cells, evaluate, methods, proxy
+from experiments.frontier import cells, evaluate, judges, methods, proxy
 from experiments.frontier import world as worlds
 from experiments.frontier.options import Config, Sizes
 from experiments.quickstart import world as quickstart
@@ -23,13 +23,20 @@ def place(config: Config, progress: Progress) -> worlds.Place:
     sizes = config.sizes
     if config.model and config.prompts and config.gold and config.ood:
         other = worlds.other_prompts(config.ood, column=config.ood_column)
-        world = quickstart.real(config.model, config.prompts, config.gold)
+        both = judges.build(config.gold)
+        world = quickstart.real(config.model, config.prompts, config.gold, judge=both.gold)
+        second = both.second
     else:
+        second = None
         world, other = worlds.embedded(
             stories=sizes.stories, steps=sizes.sft_steps, progress=progress
         )
     return worlds.build(
-        world, other, gold_scale=sizes.gold_scale, max_prompt_tokens=sizes.max_prompt_tokens
+        world,
+        other,
+        gold_scale=sizes.gold_scale,
+        max_prompt_tokens=sizes.max_prompt_tokens,
+        second=second,
     )
 
 
@@ -54,7 +61,10 @@ def laboratory(config: Config, place: worlds.Place, *, output: Path) -> cells.La
     # Pieces that even the smallest set fills, or each size would be compiled for itself.
     rows = min(64, sizes.train_prompts, sizes.held_out_prompts, sizes.labels // (2 * sizes.rounds))
     sample = place.encode(world.prompts[: sizes.held_out_prompts])
-    fitting = fitting_of(sizes, sizes.steps)
+    fittings = {rate: fitting_of(sizes, sizes.steps, rate) for rate in config.rates}
+    chained = sizes.steps // sizes.rounds
+    short = {rate: fitting_of(sizes, chained, rate) for rate in config.rates}
+    middle = config.rates[len(config.rates) // 2]
     if config.proxy == "linear":
         features, dim = proxy.whitened_features(
             world.model,
@@ -67,14 +77,16 @@ def laboratory(config: Config, place: worlds.Place, *, output: Path) -> cells.La
         )
         reward = rounds.linear(features, dim=dim, ridge=sizes.ridge, radius=sizes.radius)
     else:
-        reward = proxy.reward_model(world.model, world.params, sample, fitting=fitting, rows=rows)
+        reward = proxy.reward_model(
+            world.model, world.params, sample, fitting=fittings[middle], rows=rows
+        )
     parts = methods.Parts(
         model=world.model,
         pi0=world.params,
         reward=reward,
         oracle=rounds.oracle.bradley_terry(place.judge),
-        fitting=fitting,
-        short_fitting=fitting_of(sizes, sizes.steps // sizes.rounds),
+        fitting=fittings[middle],
+        short_fitting=short[middle],
         rows=rows,
         explore=draw(sizes.explore),
         propose=draw(sizes.propose * sizes.rounds),
@@ -104,23 +116,29 @@ def laboratory(config: Config, place: worlds.Place, *, output: Path) -> cells.La
         "prompts": journal.digest(place.encode(world.prompts))[:16],
         "other prompts": journal.digest(place.encode(place.other))[:16],
         "gold reward": journal.digest(_weights(place))[:16],
+        "second judge": place.second is not None,
+        "rates": config.rates,
         "labels of RSO's pairs": config.rejection_labels,
     }
     if config.proxy != "linear":
         identity["proxy"] = config.proxy
+    at_rate = {
+        rate: parts._replace(fitting=fittings[rate], short_fitting=short[rate])
+        for rate in config.rates
+    }
     return cells.Lab(
-        place, parts, evaluate.measure(world.model, rows=rows), draw(sizes.eval_samples), seed,
-        output=output, identity=identity,
+        place, at_rate, evaluate.measure(world.model, rows=rows), draw(sizes.eval_samples), seed,
+        sweeps=config.sweeps(), output=output, identity=identity,
     )  # fmt: skip
 
 
-def fitting_of(sizes: Sizes, steps: int) -> rounds.Fitting:
+def fitting_of(sizes: Sizes, steps: int, rate: float) -> rounds.Fitting:
     """One fit of so many optimizer steps."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, sizes.learning_rate, max(1, steps // 10), steps
-    )
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, steps // 10), steps)
+    # The rate is a number in the optimizer's state: one program serves all.
+    scale = optax.inject_hyperparams(optax.scale)(step_size=rate)
     return rounds.Fitting(
-        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)),
+        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(shape), scale),
         steps=steps,
         batch_size=sizes.batch,
         # What a fit reports is of its last quarter, near the policy that it comes to.

@@ -171,6 +171,23 @@ def hybrid(parts: Parts, cell: Cell) -> Outcome:
     )  # fmt: skip
 
 
+def selected(parts: Parts, cell: Cell) -> Outcome:
+    """Offline with the online methods' selection: half of the budget on random pairs of pi0, which
+    teach the proxy, half on the best and the worst by it of n responses of pi0; one fit on all.
+
+    What online methods gain over this is owed to whom they sample from, not to which pairs they
+    show.
+    """
+    half = len(cell.offline.weight) // 2
+    return _iterate(
+        parts, cell, dpo(parts, cell),
+        prompts=portions(cell.train, len(cell.offline.weight) - half),
+        rounds=1,
+        sampler=rounds.mixture(rounds.Agent(policy=rounds.base, draw=parts.explore)),
+        offline=jax.tree.map(lambda x: x[:half], cell.offline),
+    )  # fmt: skip
+
+
 def portions(prompts: Ragged, count: int) -> Callable[[int], Ragged]:
     """``count`` prompts for each round, one round's after the other's, from the first again."""
 
@@ -183,6 +200,7 @@ def portions(prompts: Ragged, count: int) -> Callable[[int], Ragged]:
 
 METHODS = {
     "offline DPO": Method(offline(dpo), 1),
+    "offline DPO, best and worst": Method(selected, 3),
     "RSO": Method(offline(rso), 2),
     "multi-step RSO": Method(offline(multi_step_rso), 2),
     "offline GSHF": Method(offline(pessimistic), 1, uncertainty=True),

@@ -33,7 +33,6 @@ class Sizes:
     """Optimizer steps of a fit; a multi-step chain has them in total."""
     batch: int = 48
     """Pairs in a step."""
-    learning_rate: float = 1e-3
     gold_scale: float = 4.0
     """Nats of the annotator's logit to a nat of the fitted gold reward."""
     tokens: int = 512
@@ -78,7 +77,11 @@ class Config:
     """What the learners' reward is: linear on frozen features, or all of pi0 with a head."""
     methods: tuple[str, ...] = methods.DEFAULT
     """Methods with a coefficient; pi0 and best-of-n are always there."""
-    coefficients: tuple[float, ...] = (1.0, 0.4, 0.15)
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    """Learning rates: each method takes the one of the least training loss at the end of its last
+    fit, at its middle coefficient, on a seed that is judged by nothing. One rate needs no such
+    pilot."""
+    coefficients: tuple[float, ...] = (4.0, 1.5, 0.4, 0.1)
     """kl_coef of the sweep."""
     rejection_coefficients: tuple[float, ...] = (4.0, 1.5, 0.6)
     """kl_coef of RSO and multi-step RSO: at smaller ones hardly a proposal is accepted, and the few
@@ -99,6 +102,7 @@ class Config:
         return dataclasses.replace(
             self,
             seeds=min(self.seeds, 2),
+            rates=(3e-4, 1e-3),
             coefficients=(0.4, 0.1),
             rejection_coefficients=(1.5, 0.6),
             best_of=(4,),
@@ -108,6 +112,13 @@ class Config:
                 explore=sizes.eval_samples, propose=sizes.eval_samples, stories=1500, sft_steps=150,
             ),
         )  # fmt: skip
+
+    def sweeps(self) -> dict[str, tuple[float, ...]]:
+        """The coefficients of each method."""
+        return {
+            method: self.rejection_coefficients if "RSO" in method else self.coefficients
+            for method in self.methods
+        }
 
     def check(self) -> None:
         """Refuse what cannot run, before any compute is spent."""
@@ -147,6 +158,8 @@ class Config:
         sweep = [*self.coefficients, *self.rejection_coefficients]
         if self.seeds < 1 or not self.coefficients or min(sweep) <= 0:
             raise InputError("--seeds must be at least 1 and every --coefficients positive.")
+        if not self.rates or min(self.rates) <= 0:
+            raise InputError("--rates: positive numbers.")
         if self.first_seed < 0:
             raise InputError(f"--first-seed {self.first_seed}: must be at least 0.")
         if self.workers < 1:

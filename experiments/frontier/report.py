@@ -19,39 +19,38 @@ from jax_klrlhf import results
 from jax_klrlhf.results import Metric, mean
 
 ONLINE, HYBRID = "online GSHF-DPO", "hybrid GSHF-DPO"
-BASELINES = ("offline DPO", "RSO")
+SELECTED = "offline DPO, best and worst"
+BASELINES = ("offline DPO", SELECTED, "RSO")
 
 
 def findings(cells: Cells) -> list[Finding]:
     """The paper's statements, as far as their methods were run at a seed that both have whole."""
     present = {name.method for name in cells}
-    pairs = [
+    claims = [
         *((f"{b} above {w}", b, w) for b in (ONLINE, HYBRID) for w in BASELINES),
+        (f"{SELECTED} above offline DPO", SELECTED, "offline DPO"),
         ("multi-step RSO above RSO", "multi-step RSO", "RSO"),
         ("offline GSHF above offline DPO", "offline GSHF", "offline DPO"),
         ("best and worst of n above enhancer", ONLINE, "online GSHF-DPO, enhancer"),
         ("fixed above moving reference", ONLINE, "moving reference"),
     ]
+    judged = all(np.isfinite(f.held_out.second_gain).all() for f in cells.values())
     found = []
-    for text, better, worse in pairs:
+
+    def compare(text: str, better: str, worse: str, of: Callable[[list[Found]], Any]) -> None:
         seeds = _seeds(cells, better, worse) if {better, worse} <= present else []
         if seeds:
-            found.append(
-                statements.compare(
-                    f"{text}, at equal KL",
-                    *([_curve(cells, m, s, _gain) for s in seeds] for m in (better, worse)),
-                )
-            )
+            curves = ([_curve(cells, m, s, of) for s in seeds] for m in (better, worse))
+            found.append(statements.compare(f"{text}, at equal KL", *curves))
+
+    for text, better, worse in claims:
+        compare(text, better, worse, _gain)
+    for text, better, worse in claims if judged else ():
+        compare(f"{text} by the second judge", better, worse, _second)
     for better in (ONLINE, HYBRID):
         for worse in BASELINES:
-            seeds = _seeds(cells, better, worse) if {better, worse} <= present else []
-            if seeds:
-                found.append(
-                    statements.compare(
-                        f"{better} loses less out of distribution than {worse}, at equal KL",
-                        *([_curve(cells, m, s, _loss) for s in seeds] for m in (better, worse)),
-                    )
-                )
+            text = f"{better} loses less out of distribution than {worse}"
+            compare(text, better, worse, _loss)
     return found
 
 
@@ -68,13 +67,17 @@ def _seeds(cells: Cells, *methods: str) -> list[int]:
 def _curve(
     cells: Cells, method: str, seed: int, of: Callable[[list[Found]], tuple[Any, Any]]
 ) -> Curve:
-    """pi0 has drawn with the keys of the method: what its draw has of luck, theirs have too."""
-    found = [f for n, f in cells.items() if n.method in (PI0, method) and n.seed == seed]
+    """The method's policies alone: no line is drawn from pi0 to the first of them."""
+    found = [f for n, f in cells.items() if n.method == method and n.seed == seed]
     return Curve(np.array([f.held_out.kl for f in found]), *of(found))
 
 
 def _gain(found: list[Found]) -> tuple[np.ndarray, None]:
     return np.array([f.held_out.gold_gain for f in found]), None
+
+
+def _second(found: list[Found]) -> tuple[np.ndarray, None]:
+    return np.array([f.held_out.second_gain for f in found]), None
 
 
 def _loss(found: list[Found]) -> tuple[np.ndarray, np.ndarray]:
@@ -94,9 +97,13 @@ def metrics(rows: Sequence[Row], found: Sequence[Finding], cells: Cells) -> dict
             f"ood/{row.name}/loss": row.loss,
             f"held-out/{row.name}/overoptimization": row.over,
         }
+        if row.rate is not None:
+            flat[f"rounds/{row.name}/learning_rate"] = Metric(row.rate)
         flat |= {f"rounds/{row.name}/{name.replace('/', '_')}": m for name, m in row.rounds.items()}
     for finding in found:
         flat[f"statement/{finding.statement}/difference"] = finding.difference
+        flat[f"statement/{finding.statement}/from KL"] = Metric(finding.from_kl)
+        flat[f"statement/{finding.statement}/to KL"] = Metric(finding.shared_kl)
         flat[f"statement/{finding.statement}/low"] = Metric(finding.low)
         flat[f"statement/{finding.statement}/high"] = Metric(finding.high)
     flat["proxy/offline/agreement"] = mean(
@@ -145,6 +152,7 @@ def show(here: Study, world: str, rows: Sequence[Row], said: Sequence[Finding]) 
             row.name: {
                 "KL": row.held_out["kl"],
                 "gold": row.held_out["gold"],
+                "second judge's gain": row.held_out.get("second_gain", ""),
                 "held-out - other": row.difference,
                 "win rate": row.held_out["wins"],
                 "proxy - gold": row.over,
@@ -161,6 +169,7 @@ def show(here: Study, world: str, rows: Sequence[Row], said: Sequence[Finding]) 
             f.statement: {
                 "difference": f.difference,
                 "95 % interval": f"[{f.low:.3f}, {f.high:.3f}]",
+                "at KL": f"{f.from_kl:.2f} to {f.shared_kl:.2f}",
                 "": f"{f.verdict}: {f.reason}" if f.reason else f.verdict,
             }
             for f in said

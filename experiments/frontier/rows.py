@@ -14,6 +14,7 @@ Cells = Mapping[Name, Found]
 COLUMNS = {
     "gold": "gold reward",
     "gold_gain": "gain over pi0",
+    "second_gain": "gain, second judge",
     "kl": "KL(pi||pi0)",
     "wins": "win rate",
     "length": "tokens",
@@ -39,6 +40,8 @@ class Row(NamedTuple):
     """Proxy gain less gold gain: over-optimization."""
     rounds: dict[str, Metric]
     """What the last round reported, mean over seeds."""
+    rate: float | None
+    """Learning rate."""
 
     @property
     def name(self) -> str:
@@ -77,6 +80,7 @@ def _row(method: str, coefficient: float, found: Sequence[Found]) -> Row:
         _minus(inside["gold_gain"], outside["gold_gain"]),
         statements.pooled([f.held_out.proxy_gain - f.held_out.gold_gain for f in found]),
         {name: mean([r[name].value for r in last]) for name in sorted(shared)},
+        found[0].rate,
     )
 
 

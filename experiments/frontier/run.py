@@ -34,6 +34,9 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     if config.workers > 1:
         here.console.print(f"{len(seeds)} seeds in {config.workers} processes", highlight=False)
+        if len(config.rates) > 1:  # which all seeds share
+            parts = [dataclasses.replace(config, methods=(method,)) for method in config.methods]
+            divided.over_processes(_rates, parts, workers=config.workers)
         parts = [dataclasses.replace(config, first_seed=seed, seeds=1) for seed in seeds]
         divided.over_processes(_cells, parts, workers=config.workers)
     with _progress(here.console) as progress:
@@ -52,6 +55,15 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         seeds=sorted({name.seed for name in found}),
         beside="report.html and the figures",
     )
+
+
+def _rates(config: Config) -> None:
+    """Choose the learning rates of a configuration's methods, and leave them in the folder."""
+    with Progress(disable=True, console=Console()) as progress:
+        place = laboratory.place(config, progress)
+    lab = laboratory.laboratory(config, place, output=config.output)
+    for method in config.methods:
+        lab.rate(method)
 
 
 def _cells(config: Config) -> None:
@@ -77,10 +89,7 @@ def run(
     began = time.perf_counter()
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     every = cells.names(
-        sweeps={
-            method: config.rejection_coefficients if "RSO" in method else config.coefficients
-            for method in config.methods
-        },
+        sweeps=config.sweeps(),
         best_of=config.best_of,
         seeds=seeds,
     )

@@ -1,12 +1,13 @@
 r"""Reward-KL frontiers with their errors, and whether the paper's statements hold on them.
 
-A method's frontier runs through pi0 and its coefficients' points in the order of their KL, each
+A method's frontier runs through its coefficients' points in the order of their KL, each
 piece straight in the root of the KL: towards :math:`\pi_0 e^{r/\eta}` the gain sets out as
 :math:`\sqrt{2 \mathrm{KL} \operatorname{Var} r}`, so that a chord in the KL itself would favour
-methods whose points lie close together. Two methods are compared *at equal KL*: the mean difference
-of their frontiers over the KL that both reach,
+methods whose points lie close together. Two methods are compared *at equal KL*, and only where both
+have policies, none of which is pi0: the mean difference of their frontiers,
 
-.. math:: \Delta = \frac{1}{k} \int_0^k \big( f_1(u) - f_2(u) \big) \, du, \qquad
+.. math:: \Delta = \frac{1}{k - l} \int_l^k \big( f_1(u) - f_2(u) \big) \, du, \qquad
+    l = \max(\min \mathrm{KL}_1, \min \mathrm{KL}_2), \quad
     k = \min(\max \mathrm{KL}_1, \max \mathrm{KL}_2).
 
 It is found seed by seed. Its standard error is the larger of two: over seeds (few, so Student's t
@@ -36,7 +37,7 @@ Verdict = Literal["held", "not held", "undecided"]
 
 
 class Curve(NamedTuple):
-    """One method and seed: pi0 and the method's coefficients, in any order."""
+    """One method and seed: its coefficients, in any order."""
 
     kl: Float[np.ndarray, "C B"]
     """Nats, of each held-out prompt."""
@@ -55,8 +56,10 @@ class Finding(NamedTuple):
     low: float
     high: float
     """The 95 % interval."""
+    from_kl: float
+    """Mean over seeds of the KL from which both were compared."""
     shared_kl: float
-    """Mean over seeds of the KL up to which both were compared."""
+    """And up to which."""
     verdict: Verdict
     reason: str = ""
     """Why it is undecided."""
@@ -88,14 +91,15 @@ def compare(statement: str, better: Sequence[Curve], worse: Sequence[Curve]) -> 
             for x, y in zip(_points(one, index, other), _points(two, index, other), strict=True)
         ]
         values.append(found[0][0])
-        shared.append(found[0][1])
+        shared.append(found[0][1:])
         errors.append(np.std([f[0] for f in found[1:]], ddof=1))
     value, half, stderr = _interval(values, errors)
     low, high = value - half, value + half
     verdict: Verdict = "held" if low > 0 else "not held" if high < 0 else "undecided"
     reason = "the interval holds 0" if verdict == "undecided" else ""
-    if min(shared) < LEAST_KL:
-        verdict, reason = "undecided", f"compared up to a KL of {min(shared):.2f} only"
+    least = min(top - low for low, top in shared)
+    if least < LEAST_KL:
+        verdict, reason = "undecided", f"both have policies on {least:.2f} nats only"
     elif len(values) < 2:
         # One fit each, whose luck no resampling of prompts shows.
         verdict, reason = "undecided", "one seed, and an interval over its prompts"
@@ -104,7 +108,7 @@ def compare(statement: str, better: Sequence[Curve], worse: Sequence[Curve]) -> 
         Metric(value, stderr, len(values)),
         low,
         high,
-        float(np.mean(shared)),
+        *(float(x) for x in np.mean(shared, 0)),
         verdict,
         reason,
     )
@@ -139,12 +143,16 @@ def _points(
 
 def _difference(
     one: tuple[np.ndarray, np.ndarray], two: tuple[np.ndarray, np.ndarray]
-) -> tuple[float, float]:
-    """Mean difference of two frontiers over the KL that both reach, and that KL."""
-    top = max(0.0, min(one[0].max(), two[0].max()))
-    if top == 0.0:
-        return 0.0, 0.0
-    knots = np.unique(np.clip(np.sqrt(np.maximum([0.0, top, *one[0], *two[0]], 0)), 0, top**0.5))
+) -> tuple[float, float, float]:
+    """Mean difference of two frontiers over the KL where both have policies; from where to where.
+
+    0 where they share none: then both ends are the lower one.
+    """
+    low, top = (max(0.0, float(x)) for x in _shared(one[0], two[0]))
+    if top <= low:
+        return 0.0, low, low
+    ends = np.sqrt([low, top])
+    knots = np.unique(np.clip(np.sqrt(np.maximum([low, top, *one[0], *two[0]], 0)), *ends))
     middle = (knots[1:] + knots[:-1]) / 2
 
     def gap(root: np.ndarray) -> np.ndarray:
@@ -154,7 +162,11 @@ def _difference(
 
     # Simpson's rule, exact for the quadratics between the knots.
     pieces = np.diff(knots) / 6 * (gap(knots[1:]) + 4 * gap(middle) + gap(knots[:-1]))
-    return float(pieces.sum() / top), top
+    return float(pieces.sum() / (top - low)), low, top
+
+
+def _shared(one: np.ndarray, two: np.ndarray) -> tuple[float, float]:
+    return max(one.min(), two.min()), min(one.max(), two.max())
 
 
 def frontier(kl: np.ndarray, gain: np.ndarray, at: np.ndarray) -> np.ndarray:

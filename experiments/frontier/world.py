@@ -19,6 +19,7 @@ from jaxtyping import Float
 from rich.progress import Progress
 
 from experiments import prompts
+from experiments.frontier.judges import Judge
 from experiments.gold import WordReward
 from experiments.quickstart import world as worlds
 from jax_klrlhf.core import sequence
@@ -49,6 +50,8 @@ class Place:
     """pi0, tokenizer, story prompts and gold reward."""
     other: list[str]
     """Prompts of another source."""
+    second: Judge | None
+    """Another judge, of texts; None in the embedded world."""
     width: int
     """Positions of every prompt row."""
 
@@ -62,6 +65,13 @@ class Place:
         del asked
         return self.world.reward(responses)
 
+    def judge_again(self, asked: Ragged, responses: Ragged) -> Float[np.ndarray, "B K"]:
+        """By the second judge, to the evaluation alone; NaN where there is none."""
+        del asked
+        if self.second is None:
+            return np.full(np.asarray(responses.lengths).shape, np.nan)
+        return self.world.judged(responses, by=self.second)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
@@ -73,9 +83,14 @@ class Split:
 
 
 def build(
-    world: worlds.World, other: list[str], *, gold_scale: float, max_prompt_tokens: int
+    world: worlds.World,
+    other: list[str],
+    *,
+    gold_scale: float,
+    max_prompt_tokens: int,
+    second: Judge | None = None,
 ) -> Place:
-    """Scale the gold reward and leave out prompts that are too long.
+    """Scale both judges' rewards and leave out prompts that are too long.
 
     Raises:
         InputError: where no prompt of one of the sources is short enough.
@@ -95,6 +110,7 @@ def build(
     return Place(
         world=dataclasses.replace(world, gold=gold, prompts=stories),
         other=rest,
+        second=None if second is None else lambda texts: gold_scale * second(texts),
         width=-(-longest // 8) * 8,
     )
 

@@ -6,6 +6,7 @@ which trains its own small model on text from a grammar and reads nothing from o
 
 import dataclasses
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,28 @@ class World:
 
     def reward(self, responses: Ragged) -> Float[np.ndarray, "B K"]:
         """Gold reward of every response ``[B, K]``, in nats."""
+        return self.judged(responses, by=self.gold)
+
+    def judged(
+        self, responses: Ragged, *, by: Callable[[list[str]], np.ndarray]
+    ) -> Float[np.ndarray, "B K"]:
+        """The reward of every response's text."""
         ids, lengths = np.asarray(responses.ids), np.asarray(responses.lengths)
         texts = [
             self.encoder.decode(row[:length].tolist())
             for row, length in zip(ids.reshape(-1, ids.shape[-1]), lengths.reshape(-1), strict=True)
         ]
-        return self.gold(texts).reshape(lengths.shape)
+        return by(texts).reshape(lengths.shape)
 
 
-def real(model: Path, prompt_file: Path, gold_folder: Path) -> World:
-    """A pretrained model from a folder, first sentences of real stories, a fitted gold reward."""
-    reward = gold.fit_sentiment(gold_folder)
+def real(
+    model: Path, prompt_file: Path, gold_folder: Path, *, judge: gold.WordReward | None = None
+) -> World:
+    """A pretrained model from a folder, first sentences of real stories, a fitted gold reward.
+
+    ``judge`` is gold where it was fitted before.
+    """
+    reward = gold.fit_sentiment(gold_folder) if judge is None else judge
     sentences = prompts.first_sentences(prompt_file)
     loaded = models.load(model)
     pad_id = loaded.tokenizer.pad_token_id

@@ -34,11 +34,13 @@ class WordReward:
         return sum(self.weights.get(word, 0.0) for word in words) / max(1, len(words)) ** 0.5
 
 
-def fit_sentiment(folder: str | Path, *, smoothing: float = 1.0) -> WordReward:
-    """Unigram log-odds of ``positive.txt`` against ``negative.txt``, one sentence a line.
+def words_of(text: str) -> list[str]:
+    """What a text is counted by: its words, in lower case."""
+    return _WORD.findall(text.lower())
 
-    The weight of a word is ``log p(word | positive) - log p(word | negative)`` with additive
-    ``smoothing``: the naive-Bayes log-odds, in nats.
+
+def sentences(folder: str | Path) -> dict[str, list[str]]:
+    """``positive.txt`` and ``negative.txt`` of a folder, one sentence a line.
 
     Raises:
         InputError: when the folder or one of its two classes is missing or empty.
@@ -49,7 +51,7 @@ def fit_sentiment(folder: str | Path, *, smoothing: float = 1.0) -> WordReward:
             f"{folder}: no such folder; a gold reward is fitted on a folder with positive.txt and "
             "negative.txt."
         )
-    counts = {}
+    found = {}
     for name in CLASSES:
         path = folder / f"{name}.txt"
         if not path.is_file():
@@ -57,18 +59,36 @@ def fit_sentiment(folder: str | Path, *, smoothing: float = 1.0) -> WordReward:
                 f"{path}: missing; a gold reward is fitted on two classes, so put sentences of the "
                 f"{name} class there, one a line."
             )
-        words = Counter(_WORD.findall(path.read_text(encoding="utf-8", errors="replace").lower()))
-        if not words:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        found[name] = [line for line in lines if words_of(line)]
+        if not found[name]:
             raise InputError(f"{path}: no words in it; a gold reward needs both classes.")
-        counts[name] = words
+    return found
+
+
+def log_odds(counts: Mapping[str, Counter[str]], *, smoothing: float = 1.0) -> dict[str, float]:
+    """``log p(word | positive) - log p(word | negative)``, naive Bayes with additive smoothing."""
     vocabulary = counts["positive"].keys() | counts["negative"].keys()
     total = {name: c.total() + smoothing * len(vocabulary) for name, c in counts.items()}
-    return WordReward(
-        {
-            word: float(
-                np.log((counts["positive"][word] + smoothing) / total["positive"])
-                - np.log((counts["negative"][word] + smoothing) / total["negative"])
-            )
-            for word in sorted(vocabulary)
-        }
-    )
+    return {
+        word: float(
+            np.log((counts["positive"][word] + smoothing) / total["positive"])
+            - np.log((counts["negative"][word] + smoothing) / total["negative"])
+        )
+        for word in sorted(vocabulary)
+    }
+
+
+def fit_sentiment(folder: str | Path, *, smoothing: float = 1.0) -> WordReward:
+    """Unigram log-odds of ``positive.txt`` against ``negative.txt``, one sentence a line.
+
+    The weight of a word is :func:`log_odds`, in nats.
+
+    Raises:
+        InputError: when the folder or one of its two classes is missing or empty.
+    """
+    counts = {
+        name: Counter(word for line in lines for word in words_of(line))
+        for name, lines in sentences(folder).items()
+    }
+    return WordReward(log_odds(counts, smoothing=smoothing))

@@ -20,6 +20,7 @@ from rich.progress import Progress
 from experiments.frontier import (
     cells,
     evaluate,
+    judges,
     laboratory,
     methods,
     options,
@@ -53,7 +54,12 @@ SIZES = options.Sizes(
     tokens=20,
 )
 CONFIG = options.Config(
-    seeds=2, coefficients=(0.5,), rejection_coefficients=(0.5,), best_of=(2,), sizes=SIZES
+    seeds=2,
+    rates=(1e-3,),
+    coefficients=(0.5,),
+    rejection_coefficients=(0.5,),
+    best_of=(2,),
+    sizes=SIZES,
 )
 
 
@@ -105,6 +111,9 @@ def test_every_method_leaves_its_cell_and_spends_the_same_labels(finished):
         elif name.method == "hybrid GSHF-DPO":
             assert asked == SIZES.labels // 2
             assert len(cell.rounds) == 1 + SIZES.rounds
+        elif name.method == "offline DPO, best and worst":
+            assert asked == SIZES.labels // 2
+            assert len(cell.rounds) == 2
         else:
             assert asked == 0
     chain = found[Name("multi-step RSO", 0.5, 0)].rounds[-1]
@@ -196,6 +205,42 @@ def test_the_program_writes_results_and_one_self_contained_page(finished, place,
     assert len(re.findall(r"\bsrc=|\bhref=|@import|<script|<link", page)) == len(images)
     assert "undecided" in page  # one seed decides nothing
     assert "undecided" in console.export_text()
+
+
+@pytest.mark.slow
+def test_a_method_takes_the_rate_of_its_least_training_loss(place, tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, rates=(1e-3, 1e-2), methods=("offline DPO",), seeds=1)
+    lab = laboratory.laboratory(config, place, output=tmp_path)
+    found = _run(config, lab)
+    stem = Name("offline DPO", 0.5, cells.PILOT).stem
+    kept = {rate: tmp_path / "cells" / f"rate_{stem}_{rate:g}.json" for rate in config.rates}
+    losses = {rate: json.loads(path.read_text())["loss"] for rate, path in kept.items()}
+    best = min(losses, key=lambda rate: losses[rate])
+    assert losses[1e-3] != losses[1e-2]
+    assert found[Name("offline DPO", 0.5, 0)].rate == best
+    assert found[Name(cells.PI0, 0.0, 0)].rate is None
+    # Chosen once: what is on disk decides, and no pilot is run again.
+    other = next(rate for rate in config.rates if rate != best)
+    there = json.loads(kept[other].read_text())
+    kept[other].write_text(json.dumps(there | {"loss": -1.0}))
+    monkeypatch.setattr(cells.Lab, "_outcome", None)
+    assert lab.rate("offline DPO") == other
+
+
+def test_the_second_judge_knows_the_other_sentences_and_pairs_of_words(tmp_path):
+    (tmp_path / "positive.txt").write_text("good day\nnot bad\ngood sun\nnot bad\n")
+    (tmp_path / "negative.txt").write_text("bad day\nnot good\nbad rain\nnot good\n")
+    found = judges.build(tmp_path)
+    # Gold: even lines. By hand: 4 words a class, 5 different ones in all, smoothed by 1.
+    assert found.gold.weights["good"] == pytest.approx(math.log(3 / 1))
+    assert set(found.gold.weights) == {"good", "bad", "day", "sun", "rain"}
+    # The second: odd lines, whose single words say the contrary and whose pairs do not.
+    assert found.second.weights["good"] < 0 < found.second.weights["bad"]
+    assert found.second.weights["not bad"] > 0 > found.second.weights["not good"]
+    assert judges.grams("Not bad, at all") == [
+        "not", "bad", "at", "all", "not bad", "bad at", "at all",
+    ]  # fmt: skip
+    assert found.second(["", "not bad"])[0] == 0
 
 
 @pytest.mark.slow
@@ -386,9 +431,11 @@ def test_frontiers_are_compared_over_the_kl_that_both_reach():
 def test_the_difference_is_the_integral_over_the_kl_of_two_broken_lines():
     """Against a fine Riemann sum, with knots that interlace."""
     draw = np.random.default_rng(5)
-    one, two = ((np.r_[0, np.sort(draw.uniform(0, 3, 4))], draw.normal(size=5)) for _ in range(2))
-    value, top = statements._difference(one, two)
-    grid = (np.arange(200_000) + 0.5) / 200_000 * top
+    one, two = ((np.r_[0, np.sort(draw.uniform(1, 3, 4))], draw.normal(size=5)) for _ in range(2))
+    one[0][0], two[0][0] = 0.2, 0.4  # no policy nearer: nothing is compared below 0.4
+    value, low, top = statements._difference(one, two)
+    grid = low + (np.arange(200_000) + 0.5) / 200_000 * (top - low)
+    assert low == 0.4
     first, second = (np.interp(grid**0.5, kl**0.5, gain) for kl, gain in (one, two))
     assert top == min(one[0].max(), two[0].max())
     assert value == pytest.approx((first - second).mean(), abs=1e-6)
@@ -403,6 +450,11 @@ def test_noise_one_seed_or_no_shared_kl_leave_a_statement_undecided():
     assert 1 < found.difference.stderr < 10
     clear = [_curve(2.0)], [_curve(0.5)]
     assert statements.compare("", *clear).verdict == "undecided"
+    # One method's policies end where the other's begin.
+    far = [Curve(c.kl + 10, c.gain) for c in noisy]
+    apart = statements.compare("", far, noisy)
+    assert apart.verdict == "undecided"
+    assert apart.difference.value == 0
     still = [Curve(0 * c.kl, c.gain) for c in noisy]
     assert statements.compare("", still, noisy).verdict == "undecided"
     # Seeds that disagree widen the interval by Student's t: 12.7 of two seeds.
@@ -415,9 +467,9 @@ def test_noise_one_seed_or_no_shared_kl_leave_a_statement_undecided():
 def test_the_loss_out_of_distribution_is_the_gain_in_less_the_gain_out():
     def judged(gain):
         ones = np.ones(4)
-        return evaluate.Judged(*[ones] * 9)._replace(gold_gain=gain * ones)
+        return evaluate.Judged(*[ones] * 10)._replace(gold_gain=gain * ones)
 
-    found = [cells.Found(judged(3.0), judged(1.0), [], 0.0, 0.0)]
+    found = [cells.Found(judged(3.0), judged(1.0), [], 0.0, 0.0, None)]
     curve = report._curve({Name("a", 1.0, 0): found[0]}, "a", 0, report._loss)
     assert curve.less is not None
     assert curve.gain.mean() - curve.less.mean() == -2  # minus the loss: more is better
@@ -478,6 +530,7 @@ def test_the_embedded_world_has_openings_that_its_grammar_never_makes(monkeypatc
         (["--coefficients", "0"], "positive"),
         (["--rejection-coefficients", "-1"], "positive"),
         (["--best-of", "1"], "at least 2"),
+        (["--rates", "0"], "--rates: positive"),
         (["--first-seed", "-1"], "--first-seed -1: must be at least 0"),
         (["--minutes", "0"], "--minutes must be positive"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
