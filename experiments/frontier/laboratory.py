@@ -25,9 +25,9 @@ def place(config: Config, progress: Progress) -> worlds.Place:
         other = worlds.other_prompts(config.ood, column=config.ood_column)
         both = judges.build(config.gold)
         world = quickstart.real(config.model, config.prompts, config.gold, judge=both.gold)
-        second = both.second
+        second, accuracy = both.second, both.accuracy
     else:
-        second = None
+        second = accuracy = None
         world, other = worlds.embedded(
             stories=sizes.stories, steps=sizes.sft_steps, progress=progress
         )
@@ -37,6 +37,7 @@ def place(config: Config, progress: Progress) -> worlds.Place:
         gold_scale=sizes.gold_scale,
         max_prompt_tokens=sizes.max_prompt_tokens,
         second=second,
+        accuracy=accuracy,
     )
 
 

@@ -14,6 +14,7 @@ from experiments.frontier import figures, statements
 from experiments.frontier.cells import PI0, Found
 from experiments.frontier.rows import COLUMNS, Cells, Row, table
 from experiments.frontier.statements import Curve, Finding
+from experiments.frontier.world import Place
 from experiments.study import Study
 from jax_klrlhf import results
 from jax_klrlhf.results import Metric, mean
@@ -86,7 +87,9 @@ def _loss(found: list[Found]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(inside), np.array(outside)
 
 
-def metrics(rows: Sequence[Row], found: Sequence[Finding], cells: Cells) -> dict[str, Metric]:
+def metrics(
+    rows: Sequence[Row], found: Sequence[Finding], cells: Cells, place: Place
+) -> dict[str, Metric]:
     """The flat map of ``results.json``."""
     flat: dict[str, Metric] = {}
     for row in rows:
@@ -109,10 +112,12 @@ def metrics(rows: Sequence[Row], found: Sequence[Finding], cells: Cells) -> dict
     flat["proxy/offline/agreement"] = mean(
         [f.agreement for name, f in cells.items() if name.method == PI0]
     )
+    for name, share in zip(("gold", "second"), place.accuracy or (), strict=False):
+        flat[f"judges/{name}/accuracy on the other's sentences"] = Metric(share)
     return flat
 
 
-def write(here: Study, world: str, found: Cells) -> tuple[list[Row], list[Finding]]:
+def write(here: Study, place: Place, found: Cells) -> tuple[list[Row], list[Finding]]:
     """Results, figures and page of the cells there are."""
     config, output = here.config, here.output
     rows, said = table(found), findings(found)
@@ -123,7 +128,7 @@ def write(here: Study, world: str, found: Cells) -> tuple[list[Row], list[Findin
     seeds = sorted({name.seed for name in found})
     write_html(
         output / "report.html",
-        title=f"Reward-KL frontiers: {world}",
+        title=f"Reward-KL frontiers: {place.world.name}",
         facts={
             "seeds": str(len(seeds)),
             "cells": str(len(found)),
@@ -139,15 +144,15 @@ def write(here: Study, world: str, found: Cells) -> tuple[list[Row], list[Findin
         found=said,
         drawn=drawn,
     )
-    here.write(metrics(rows, said, found), seeds=seeds)
+    here.write(metrics(rows, said, found, place), seeds=seeds)
     return rows, said
 
 
-def show(here: Study, world: str, rows: Sequence[Row], said: Sequence[Finding]) -> None:
+def show(here: Study, place: Place, rows: Sequence[Row], said: Sequence[Finding]) -> None:
     """Print both tables."""
     config, console = here.config, here.console
     results.print_table(
-        f"Frontier: {world}, {config.seeds} seeds, {config.sizes.labels} labels each",
+        f"Frontier: {place.world.name}, {config.seeds} seeds, {config.sizes.labels} labels each",
         {
             row.name: {
                 "KL": row.held_out["kl"],

@@ -46,12 +46,12 @@ def main(config: Config, *, console: Console | None = None) -> Path:
             laboratory.laboratory(config, place, output=here.output),
             progress,
             # So that a run that is broken off has its report too.
-            after_seed=lambda there: report.write(here, place.world.name, there),
+            after_seed=lambda there: report.write(here, place, there),
         )
-    rows, said = report.write(here, place.world.name, found)
-    report.show(here, place.world.name, rows, said)
+    rows, said = report.write(here, place, found)
+    report.show(here, place, rows, said)
     return here.end(
-        report.metrics(rows, said, found),
+        report.metrics(rows, said, found, place),
         seeds=sorted({name.seed for name in found}),
         beside="report.html and the figures",
     )

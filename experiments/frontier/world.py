@@ -52,6 +52,8 @@ class Place:
     """Prompts of another source."""
     second: Judge | None
     """Another judge, of texts; None in the embedded world."""
+    accuracy: tuple[float, float] | None
+    """Of gold and of the second judge, each on the other's sentences."""
     width: int
     """Positions of every prompt row."""
 
@@ -89,6 +91,7 @@ def build(
     gold_scale: float,
     max_prompt_tokens: int,
     second: Judge | None = None,
+    accuracy: tuple[float, float] | None = None,
 ) -> Place:
     """Scale both judges' rewards and leave out prompts that are too long.
 
@@ -110,6 +113,7 @@ def build(
     return Place(
         world=dataclasses.replace(world, gold=gold, prompts=stories),
         other=rest,
+        accuracy=accuracy,
         second=None if second is None else lambda texts: gold_scale * second(texts),
         width=-(-longest // 8) * 8,
     )
