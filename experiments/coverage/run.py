@@ -119,7 +119,8 @@ METHODS = (
     "hybrid GSHF, pi0",
     "uniform",
 )
-IDEALS = ("pi0", "posterior mean", "uniform, posterior mean")
+IDEAL = "posterior mean"
+IDEALS = ("pi0", IDEAL, f"uniform, {IDEAL}")
 """What no ridge enters: pi0, and the posterior means of the offline and of the uniform pairs."""
 BALL = "ball"
 
@@ -307,6 +308,9 @@ def _numbers(panel: str, outcome: Outcome) -> dict[str, results.Metric]:
             for other in (GREEDY, ON_POLICY):
                 if method != other:
                     metrics[f"{name}/gain over {other}"] = against(gaps, method, other)
+            if method.startswith("offline"):
+                lost = results.mean(np.asarray(gaps[method], np.float64) - outcome.ideal[IDEAL])
+                metrics[f"{name}/gap less {IDEAL}'s"] = lost
     return metrics
 
 
@@ -357,7 +361,7 @@ def _figure(config: Config, played: Mapping[Panel, Mapping[float, Outcome]], tar
                 # The ball stands left of all ridges.
                 inside = outcome.at[BALL][method].mean()
                 ax.plot(config.ridges[0] / 4, inside, "o", color=color, markersize=4)
-            best = outcome.ideal["posterior mean"].mean()
+            best = outcome.ideal[IDEAL].mean()
             ax.axhline(best, color="k", linewidth=0.8, label="offline, posterior mean")
             title = f"{hidden} hidden, kl_coef {kl_coef:g}, coverage {coverage:g}"
             plotting.label(ax, x="ridge (dots: ball)", y="gap", title=title, log="xy")
