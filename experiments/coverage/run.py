@@ -356,8 +356,8 @@ def _figure(config: Config, played: Mapping[Panel, Mapping[float, Outcome]], tar
             ax = axes[row, column]
             for method, (color, line) in shown.items():
                 gaps = np.stack([outcome.at[name][method] for name in ridges], 1)
-                style = {"color": color, "linestyle": line}
-                plotting.band(ax, list(ridges.values()), gaps, label=method, **style)
+                x = list(ridges.values())
+                plotting.band(ax, x, gaps, label=method, color=color, linestyle=line)
                 # The ball stands left of all ridges.
                 inside = outcome.at[BALL][method].mean()
                 ax.plot(config.ridges[0] / 4, inside, "o", color=color, markersize=4)

@@ -108,7 +108,8 @@ def compare(statement: str, better: Sequence[Curve], worse: Sequence[Curve]) -> 
         Metric(value, stderr, len(values)),
         low,
         high,
-        *(float(x) for x in np.mean(shared, 0)),
+        float(np.mean([low for low, _ in shared])),
+        float(np.mean([top for _, top in shared])),
         verdict,
         reason,
     )

@@ -424,9 +424,11 @@ def _regret_figure(config: Config, curves: Curves, target: Path) -> None:
         for k, (name, found) in enumerate(curves.items()):
             if estimate not in found:
                 continue
-            style = {"color": f"C{k % 10}", "linestyle": ("-", "--", ":")[k // 10], "label": name}
-            plotting.band(axes[0, column], x, found[estimate], **style)
-            plotting.band(axes[1, column], x[1:], regret(found[estimate], config.batch), **style)
+            summed = regret(found[estimate], config.batch)
+            for row, at, values in ((0, x, found[estimate]), (1, x[1:], summed)):
+                line = ("-", "--", ":")[k // 10]
+                ax, color = axes[row, column], f"C{k % 10}"
+                plotting.band(ax, at, values, label=name, color=color, linestyle=line)
         title = {"x": "comparisons", "title": estimate}
         plotting.label(axes[0, column], y="gap of the deployed policy", log="y", **title)
         plotting.label(axes[1, column], y="cumulated gap", log="xy", **title)
