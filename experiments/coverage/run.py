@@ -7,7 +7,7 @@ seldom shows must be learned to play well; and none, where it need not be.
 
 The estimate's ridge is an axis. It is a prior: lambda = d / B^2 is the precision of theta* itself,
 and there "greedy" is nearly the Bayes policy. So every method is run at ridges from far below to
-above it, and with the paper's own constraint, ||theta|| <= B, in the place of a ridge that matters.
+above it, and offline ones with the paper's own constraint, ||theta|| <= B, in the place of a ridge.
 Beside them stands the posterior mean (:mod:`experiments.ideal`), the best that can be made of data.
 
 Offline: both actions from pi0, then the Gibbs policy of the estimate (greedy), or Options I and II
@@ -123,6 +123,8 @@ IDEAL = "posterior mean"
 IDEALS = ("pi0", IDEAL, f"uniform, {IDEAL}")
 """What no ridge enters: pi0, and the posterior means of the offline and of the uniform pairs."""
 BALL = "ball"
+IN_BALL = METHODS[:5]
+"""The offline methods: of the online ones every refit would be a constrained solve."""
 
 
 def play(
@@ -135,7 +137,10 @@ def play(
     ball: bool,
     config: Config,
 ) -> dict[str, Array]:
-    """Gap of every method on the problem of this key; in a ``ball``, ||theta|| <= B besides."""
+    """Gap of every method on the problem of this key.
+
+    In a ``ball``, ||theta|| <= B besides, of :data:`IN_BALL` alone.
+    """
     key_problem, key_offline, key_hybrid, key_online = jax.random.split(key, 4)
     problem = sphere.problem(key_problem, config, coverage=coverage, hidden=hidden, kl_coef=kl_coef)
     setting = problem.setting
@@ -169,15 +174,20 @@ def play(
     saddles = jax.vmap(lambda r: pessimism.option_one(setting, plain.state, radius=r).log_prob)(
         jnp.stack([jnp.asarray(radius), theory])
     )
-    half = bandit.compare(key_hybrid, problem, ref, ref, batch=total // 2)
-    gshf = bandit.gshf(radius=radius, **estimate)
-    against_reference = bandit.greedy_against_reference(**estimate)
-    gaps = (
+    offline = (
         plain.gap,
         bandit.gap(problem, saddles[0]),
         pointwise(radius),
         bandit.gap(problem, saddles[1]),
         pointwise(theory),
+    )
+    if ball:
+        return dict(zip(IN_BALL, offline, strict=True))
+    half = bandit.compare(key_hybrid, problem, ref, ref, batch=total // 2)
+    gshf = bandit.gshf(radius=radius, **estimate)
+    against_reference = bandit.greedy_against_reference(**estimate)
+    gaps = (
+        *offline,
         online(gshf),
         online(against_reference),
         online(bandit.greedy(**estimate)),
@@ -298,7 +308,7 @@ def _numbers(panel: str, outcome: Outcome) -> dict[str, results.Metric]:
         **{f"{panel}/{name}/gap": results.mean(outcome.ideal[name]) for name in IDEALS},
     }
     for estimate, gaps in outcome.at.items():
-        for method in METHODS:
+        for method in gaps:
             name = f"{panel}, {estimate}/{method}"
             metrics[f"{name}/gap"] = results.mean(gaps[method])
             if method != GREEDY:
@@ -306,7 +316,7 @@ def _numbers(panel: str, outcome: Outcome) -> dict[str, results.Metric]:
                 better, _ = results.proportion(gaps[method] < gaps[GREEDY])
                 metrics[f"{name}/share of problems better than {GREEDY}"] = better
             for other in (GREEDY, ON_POLICY):
-                if method != other:
+                if method != other and other in gaps:
                     metrics[f"{name}/gain over {other}"] = against(gaps, method, other)
             if method.startswith("offline"):
                 lost = results.mean(np.asarray(gaps[method], np.float64) - outcome.ideal[IDEAL])
@@ -317,7 +327,7 @@ def _numbers(panel: str, outcome: Outcome) -> dict[str, results.Metric]:
 def _print(title: str, outcome: Outcome, here: study.Study) -> None:
     rows: dict[str, dict[str, str]] = {}
     for estimate, gaps in outcome.at.items():
-        for method in METHODS:
+        for method in gaps:
             text = str(results.mean(gaps[method]))
             if method != GREEDY:
                 gain = against(gaps, method, GREEDY)
@@ -359,8 +369,9 @@ def _figure(config: Config, played: Mapping[Panel, Mapping[float, Outcome]], tar
                 x = list(ridges.values())
                 plotting.band(ax, x, gaps, label=method, color=color, linestyle=line)
                 # The ball stands left of all ridges.
-                inside = outcome.at[BALL][method].mean()
-                ax.plot(config.ridges[0] / 4, inside, "o", color=color, markersize=4)
+                if method in IN_BALL:
+                    inside = outcome.at[BALL][method].mean()
+                    ax.plot(config.ridges[0] / 4, inside, "o", color=color, markersize=4)
             best = outcome.ideal[IDEAL].mean()
             ax.axhline(best, color="k", linewidth=0.8, label="offline, posterior mean")
             title = f"{hidden} hidden, kl_coef {kl_coef:g}, coverage {coverage:g}"

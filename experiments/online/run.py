@@ -12,7 +12,7 @@ comparisons; the price of the exploring opponent is not in it. Offline learners 
 every round.
 
 The estimate's ridge is an axis of the second part (see :mod:`experiments.coverage`): every learner
-at every ridge, and with ||theta|| <= B in the place of a ridge that matters; beside them the
+at every ridge, and some with ||theta|| <= B in the place of a ridge that matters; beside them the
 posterior mean of pi0's pairs and of uniform ones, the best that can be made of so many comparisons
 of either kind. The first part runs at two of the ridges.
 """
@@ -107,7 +107,9 @@ class Config:
     """alpha of XPO."""
     ridges: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
     """lambda, in the regret curves. The first is that of the ball, too."""
-    race_ridges: tuple[float, ...] = (0.1, 1.0)
+    in_ball: tuple[str, ...] = ("greedy", "offline greedy", "offline Option II")
+    """Learners that are run in the ball, too: every refit is then a constrained solve."""
+    race_ridges: tuple[float, ...] = (1.0,)
     """lambda, in the grid over batch size and dimension."""
     smoke: bool = False
     """A few seeds and points, to see that it runs."""
@@ -136,11 +138,15 @@ class Config:
         """Refuse what cannot run, before any compute is spent."""
         if self.seeds < 2:
             raise InputError(f"--seeds {self.seeds}: a band needs at least two seeds.")
-        for flag, names in (("--learners", self.learners), ("--racers", self.racers)):
-            unknown = sorted(set(names) - set(LEARNERS))
+        for flag, names, known in (
+            ("--learners", self.learners, LEARNERS),
+            ("--racers", self.racers, LEARNERS),
+            ("--in-ball", self.in_ball, LINEAR),
+        ):
+            unknown = sorted(set(names) - set(known))
             if unknown:
                 raise InputError(
-                    f"{flag} {unknown[0]!r}: not one of {', '.join(map(repr, LEARNERS))}."
+                    f"{flag} {unknown[0]!r}: not one of {', '.join(map(repr, known))}."
                 )
         if any(m < 1 or self.comparisons % m for m in self.batches):
             raise InputError(f"--batches: divisors of --comparisons {self.comparisons}.")
@@ -255,10 +261,10 @@ def _program(name: str, config: Config, *, ball: bool, **sizes: int) -> Callable
 
 
 def _over_axis(keys: Array, name: str, config: Config, **sizes: int) -> dict[str, np.ndarray]:
-    """At every ridge, and in the ball where the learner has one."""
+    """At every ridge, and in the ball where that is asked for."""
     play = _program(name, config, ball=False, **sizes)
     found = {f"ridge={r:g}": play(keys, jnp.asarray(r)) for r in config.ridges}
-    if name in LINEAR:
+    if name in config.in_ball:
         inside = _program(name, config, ball=True, **sizes)
         found[BALL] = inside(keys, jnp.asarray(config.ridges[0]))
     return {estimate: np.asarray(gap, np.float64) for estimate, gap in found.items()}
