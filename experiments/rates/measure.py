@@ -159,7 +159,7 @@ def measure(
         seen = (jnp.arange(most) < count).astype(data.weight.dtype)
         estimate = learner.update(setting, empty, data._replace(weight=seen))
         error = bandit.error(problem, estimate)
-        shift = setting.features - nu
+        shift = setting.features - pessimism.nu_of_contexts(setting, nu)[:, None, :]
         off = jnp.abs(shift @ (estimate.theta - problem.theta))
         needed = jnp.max(off / ellipsoid.norm(estimate.ellipsoid, shift))
         radius = bounds.radius(
