@@ -1,20 +1,9 @@
 # %% [markdown]
 # # Iterative alignment and the frontier
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jax-klrlhf/jax_klrlhf/blob/main/colab/03_iterative.ipynb)
-#
 # Offline DPO learns from what pi0 said. Online iterations (GSHF, arXiv 2312.11456) draw from the
 # policy so far, ask about a pair that tells, and fit again from pi0 on all data. At an equal number
 # of labels, where do both end in the plane of reward and KL?
-
-# %%
-import importlib.util
-import subprocess
-import sys
-
-SOURCE = "jax-klrlhf @ git+https://github.com/jax-klrlhf/jax_klrlhf"
-if importlib.util.find_spec("jax_klrlhf") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", SOURCE], check=True)
 
 # %%
 import os
@@ -23,13 +12,14 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from rich.console import Console
 
-from jax_klrlhf import toy
+from jax_klrlhf import figures, toy
 from jax_klrlhf.core import pairs
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds import oracle
-from jax_klrlhf.training.rounds.parts import ragged
 
+plt.rcParams.update(figures.STYLE)
 SMALL = os.environ.get("KLRLHF_SMALL") == "1"  # continuous integration
 
 # %% [markdown]
@@ -79,26 +69,34 @@ annotator = oracle.bradley_terry(gold)
 belief = rounds.linear(features, dim=32, ridge=0.01, radius=0.3)
 # All fits share it, and so one compiled step: the coefficient of the loss is data.
 fitting = rounds.Fitting(optimizer=optax.adam(3e-3), steps=4 if SMALL else 80, batch_size=64)
-offline = rounds.collect(
-    jax.random.key(3),
-    pi0,
-    prompts=train,
-    sampler=rounds.main_agent(two),
-    reward=rounds.known(gold),  # not looked at: the pair is drawn at random
-    pair_rule=pairs.sampled,
-    oracle=annotator,
-)
-print(len(offline.label), "labelled pairs of pi0")
+
+
+def of_pi0(seed):
+    """Labelled pairs of pi0."""
+    return rounds.collect(
+        jax.random.fold_in(jax.random.key(3), seed),
+        pi0,
+        prompts=train,
+        sampler=rounds.main_agent(two),
+        reward=rounds.known(gold),  # not looked at: the pair is drawn at random
+        pair_rule=pairs.sampled,
+        oracle=annotator,
+    )
+
+
+SEEDS = range(2 if SMALL else 3)
+offline = [of_pi0(seed) for seed in SEEDS]
+print(len(offline[0].label), "labelled pairs of pi0")
 
 
 def portion(number):
     """Each round its own part of the prompts."""
     count = LABELS // ROUNDS
     at = (np.arange(count) + max(number - 1, 0) * count) % LABELS
-    return ragged(train.ids[at], train.lengths[at])
+    return jax.tree.map(lambda x: x[at], train)
 
 
-def run(method, eta):
+def run(method, eta, seed):
     shared = {
         "sampler": rounds.main_agent(draw),
         "reward": belief,
@@ -106,10 +104,11 @@ def run(method, eta):
         # Best and worst by what is believed; two draws while that ranks none.
         "pair_rule": pairs.otherwise(pairs.best_worst, pairs.sampled),
         "improve": rounds.dpo(model, kl_coef=eta, fitting=fitting, rows=256),
+        "console": Console(quiet=True),  # else a line for each round
     }
-    key = jax.random.key(4)
+    key = jax.random.fold_in(jax.random.key(4), seed)
     if method == "offline DPO":
-        return rounds.iterate(key, pi0, prompts=train, rounds=0, offline=offline, **shared)
+        return rounds.iterate(key, pi0, prompts=train, rounds=0, offline=offline[seed], **shared)
     if method == "online, enhancer":
         shared["pair_rule"] = pairs.enhancer(kl_coef=eta)
     return rounds.iterate(key, pi0, prompts=portion, rounds=ROUNDS, **shared)
@@ -118,34 +117,37 @@ def run(method, eta):
 # %% [markdown]
 # ## The frontier
 #
-# One point for each coefficient; the same number of labels everywhere.
+# One colour for each method; at each coefficient as many small points as training seeds, and their
+# mean. The same number of labels everywhere.
 
 # %%
 ETAS = (0.2,) if SMALL else (0.1, 0.3, 1.0)
 METHODS = ("offline DPO", "online, best and worst", "online, enhancer")
-figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-for method in METHODS:
-    outcomes = [run(method, eta) for eta in ETAS]
-    found = np.array([judge(outcome.policy) for outcome in outcomes])
-    (reward, error), (kl, kl_error) = found[:, 0].T, found[:, 1].T
-    axes.errorbar(kl, reward, 2 * error, 2 * kl_error, marker="o", capsize=2, label=method)
-    for eta, outcome, point in zip(ETAS, outcomes, found, strict=True):
-        labels = sum(len(data.label) for data in outcome.comparisons) or len(offline.label)
-        gold_reward, nats = (f"{mean:.3f} ± {error:.3f}" for mean, error in point)
-        print(f"{method:<24} eta {eta:<4g} labels {labels}  gold {gold_reward}  KL {nats}")
+figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
+for colour, method in enumerate(METHODS):
+    # [coefficients, seeds, (gold, KL), (value, standard error over prompts)]
+    found = np.array([[judge(run(method, eta, seed).policy) for seed in SEEDS] for eta in ETAS])
+    gold_reward, nats = found[..., 0, 0], found[..., 1, 0]
+    axes.plot(nats.ravel(), gold_reward.ravel(), ".", color=f"C{colour}", alpha=0.45)
+    axes.plot(nats.mean(1), gold_reward.mean(1), "o-", color=f"C{colour}", label=method)
+    for eta, gold_of, kl_of, point in zip(ETAS, gold_reward, nats, found, strict=True):
+        over_seeds = gold_of.std(ddof=1) / len(SEEDS) ** 0.5
+        print(
+            f"{method:<24} eta {eta:<4g} labels {LABELS}  KL {kl_of.mean():.2f}  gold "
+            f"{gold_of.mean():.3f} ± {over_seeds:.3f} over seeds, each ± {point[0, 0, 1]:.3f} "
+            "over prompts"
+        )
 base = judge(pi0)[0]
-axes.axhline(base[0], color="grey", ls=":", label="pi0")
-axes.set(
-    xlabel="KL(pi || pi0), nats",
-    ylabel="gold reward",
-    title="Held-out prompts, two standard errors",
-)
+axes.axhline(base[0], color="grey", ls=":", label=r"$\pi_0$")
+axes.set(xlabel=r"$\mathrm{KL}(\pi\,\|\,\pi_0)$, nats", ylabel="gold reward, held-out prompts")
 _ = axes.legend()
 
 # %% [markdown]
-# One seed and a toy: read the error bars, not the order of the points. `experiments/frontier` does
-# this with a pretrained model, more methods and seeds, and says which of the paper's statements
-# hold.
+# Two errors are at work. Over *prompts* the error is small and is shared by all points, which are
+# judged on the same prompts. Over *training seeds*, the luck of labels and fits, it is what the
+# small points show; with three of them it is itself hardly known, and methods whose points mix are
+# not told apart here. `experiments/frontier` does this with a pretrained model, more methods and
+# seeds, intervals that hold both errors, and says which of the paper's statements hold.
 #
 # ## Killed, and going on
 #
