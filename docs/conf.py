@@ -64,6 +64,8 @@ exclude_patterns = ["_build", "_generated", "*.py", "**/.ipynb_checkpoints", "ap
 html_theme = "sphinx_book_theme"
 html_title = "jax_klrlhf"
 html_static_path = ["_static"]
+html_favicon = "_static/worlds.svg"  # else every browser asks for one that is not there
+html_context = {"default_mode": "auto"}  # else the theme complains in the console
 html_theme_options = {
     "show_navbar_depth": 1,
     "show_toc_level": 2,
