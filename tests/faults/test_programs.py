@@ -3,13 +3,8 @@
 import gc
 import inspect
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from unittest.mock import Mock
 
 import jax
@@ -21,12 +16,12 @@ from jax.sharding import PartitionSpec as P
 
 from jax_klrlhf import cli, folders, models
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.programs import iterate_config, iterate_parts
+from jax_klrlhf.programs import fit, iterate_config, iterate_parts
 from jax_klrlhf.results import Metric
+from jax_klrlhf.training import checkpoint, rounds
 from jax_klrlhf.training import mesh as meshes
-from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds import journal
-from tests.faults.test_training import DAMAGES, ROOT, files, slow
+from tests.faults.test_training import DAMAGES, files, slow
 from tests.test_cli import options, pairs, quick_compilation, tiny  # noqa: F401
 
 CONTENTS = [b"", b"{", b"[]", b"null", b'"dpo"', b"3", b"\xff\x00", b"[" * 100_000]
@@ -161,32 +156,8 @@ def test_damages_of_a_phase_over_devices_are_one_line_or_nothing(phased, tmp_pat
 # --- the whole program, killed and started again
 
 
-PROGRAM = """
-import os, signal, sys
-
-import jax
-from jax_klrlhf import cli
-from jax_klrlhf.programs import fit
-from jax_klrlhf.training import checkpoint
-
-jax.config.update("jax_disable_most_optimizations", True)  # as in the tests' own process
-moment, given = sys.argv[1], sys.argv[2:]
-save = checkpoint.Checkpoints.save
-
-def die(*arguments):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def saved(self, state, **named):
-    save(self, state, **named)
-    self.wait()
-    die()
-
-if moment == "after a checkpoint":
-    checkpoint.Checkpoints.save = saved
-elif moment == "before the results":
-    fit.report = die
-sys.exit(cli.main(given))
-"""
+class Killed(BaseException):
+    """Nothing in the library catches it."""
 
 
 CLOCKS = re.compile(
@@ -205,29 +176,35 @@ def left(folder):
 
 @slow
 def test_killed_and_started_again_a_program_leaves_the_same_bytes(tiny, pairs, tmp_path):  # noqa: F811
-    """SIGKILL from outside once a line is there, after a checkpoint, and before its results."""
+    """Killed after a checkpoint and its evaluation, then before its results were written."""
     asked = {"log-every": 1, "save-every": 2, "evaluate-every": 2}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert cli.main(["sft", *options(tiny, pairs, whole, **asked)]) == 0
     given = ["sft", *options(tiny, pairs, broken, **asked)]
-    history = broken / "metrics.jsonl"
-    for moment in ("after a line", "after a checkpoint", "before the results"):
-        with (tmp_path / "said").open("w+") as said:
-            process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, moment, *given],
-                cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                stdout=said, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            while moment == "after a line" and process.poll() is None:
-                if history.exists() and history.stat().st_size:
-                    process.kill()
-                time.sleep(0.002)
-            assert process.wait() == -signal.SIGKILL, said.seek(0) or said.read()
+    save = checkpoint.Checkpoints.save
+
+    def saved(self, state, **named):
+        save(self, state, **named)
+        self.wait()
+        raise Killed
+
+    def never(*arguments):
+        raise Killed
+
+    for module, name, function in (
+        (checkpoint.Checkpoints, "save", saved),
+        (fit, "report", never),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, name, function)
+            with pytest.raises(Killed):
+                cli.main(given)
         assert not (broken / "results.json").exists()
     assert cli.main(given) == 0
     for ours, theirs in zip(left(broken), left(whole), strict=True):
         assert ours.decode().splitlines() == theirs.decode().splitlines()
-    steps = [json.loads(line)["step"] for line in history.read_text().splitlines()]
+    history = (broken / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in history]
     assert steps == [1, 2, 2, 3, 4, 4]
     assert (broken / "model" / "model.safetensors").read_bytes() == (
         whole / "model" / "model.safetensors"
