@@ -2,13 +2,15 @@
 
 ``python -m tests.callers`` prints the table. A function is *reached* from a world where a file of
 that world names it, or names a function of the core that does, and so on (transitively). The
-bandit's files are `jax_klrlhf/bandit` and the experiments that import it; the language model's are
-`models`, `training`, `programs`, `data` and the experiments that import those. What the conformance
-suite runs in both worlds counts for both: a rule or a target is a value that a user hands over, and
-those tests are the ones who hand it.
+bandit's files are `jax_klrlhf/bandit` and what imports it: experiments, notebooks, the snippets of
+the documentation (which tests run). The language model's are `models`, `training`, `programs`,
+`data` and what imports those. An experiment that imports neither computes on enumerated actions: it
+is the bandit's. What the conformance suite runs in both worlds counts for both: a rule or a target
+is a value that a user hands over, and those tests are the ones who hand it.
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,39 +21,46 @@ BANDIT, LANGUAGE = "bandit", "language model"
 LANGUAGE_PARTS = ("models", "training", "programs", "data", "cli")
 
 UNREACHED = {
-    "bounds.online": "a statement of the theory (T2), checked by tests/theory",
-    "bounds.hybrid": "a statement of the theory (T3), checked by tests/theory",
-    "bounds.information_gain": "a side of statement L4, checked by tests/theory",
-    "bounds.information_gain_cap": "a side of statement L4, checked by tests/theory",
-    "bounds.elliptical_potential": "a side of statement L4, checked by tests/theory",
-    "divergence.k1": "estimators of the KL, for a user's own loop; their gradients are tested",
-    "divergence.k2": "estimators of the KL, for a user's own loop; their gradients are tested",
-    "divergence.k3": "estimators of the KL, for a user's own loop; their gradients are tested",
-    "ellipsoid.merge": "hybrid data that were summed apart; both worlds fit on all data at once",
-    "ellipsoid.solve": "Sigma^-1 v, for a user's own rule",
+    "bounds.online": "statement T2 of the theory, which tests/theory checks",
+    "bounds.hybrid": "statement T3 of the theory, which tests/theory checks",
+    "bounds.information_gain": "a side of statement L4, which tests/theory checks",
+    "bounds.information_gain_cap": "a side of statement L4, which tests/theory checks",
+    "bounds.elliptical_potential": "a side of statement L4, which tests/theory checks",
     "catalogue.law": "reads docstrings, for the documentation's table and its test",
     "catalogue.table": "the documentation's table",
-    "group_losses.from_actions": "a bandit's draws as a group, for a user's own loop; in tests",
-    "group_losses.copo": "compares answers, which a user's own groups hold; tested by hand",
-    "targets.top": "RAFT's filter, a target to hand over; tested on laws and draws",
+    "diagnostics.displacement": "why a chosen response's likelihood falls: for looking at a step",
+    "divergence.k1": "the estimators' own names, for a user's loop; the losses take divergences",
+    "divergence.k2": "the estimators' own names, for a user's loop; the losses take divergences",
+    "divergence.k3": "the estimators' own names, for a user's loop; the losses take divergences",
+    "diversity.effective_rank": "of a matrix of hidden states, which no loop keeps",
+    "ellipsoid.merge": "data that were summed apart; both worlds fit on all data at once",
+    "ellipsoid.solve": "Sigma^-1 v, for a user's own rule",
+    "guided.resample": "a step of particles: decoding by prefixes, which no sampler here does",
+    "links.mixture_nll": "the likelihood that `mixture.em` raises, for a user's own optimizer",
+    "measure.epic": "a distance of rewards beside `starc`, which the atlas takes",
+    "measure.gap_bound": "a side of a statement: the gap by the span, which its test checks",
+    "measure.win_rate": "of judged pairs, which a judge's own loop has",
+    "measure.controlled_win_rate": "of judged pairs with lengths, which a judge's own loop has",
     "objectives.aot": "couples the rows of a batch, so that counted comparisons mean nothing to it",
-    "pairwise.moved_reference": "a reference that moves, for a user's own loop; its law is tested",
-    "preferences.matrix": "a world without a reward, for a user's own problem; tested",
+    "preferences.matrix": "a world without a reward, for a user's own problem",
+    "regression.listwise": "a listwise loss without a law, for a user's own groups",
     "rejection.acceptance_rate": "the exact rate, for planning a chain",
-    "regression.listwise": "a listwise loss without a law, for a user's own groups; tested",
-    "regression.squared_pairs": "`regression.loss` as its paper writes it: the test's other side",
-    "policy_gradient.answer_entropy": "of COPO's consistency, for answers that can be compared",
-    "policy_gradient.consistency": "COPO's set reward, for answers that can be compared",
     "rejection.take": "the first k accepted draws, for a user's own loop",
+    "saddle.cone": "the exact solution that `cone_step` goes to: constraints of one sign",
+    "select.contexts": "which prompts to ask about at all; both loops ask about all they are given",
+    "select.for_annotator": "whom to ask; both loops have one annotator",
+    "sets.coverage": "a reward of a set of responses; no loop scores sets yet",
+    "sets.different_share": "a reward of a set of responses; no loop scores sets yet",
+    "sets.full": "a reward of a set of responses; no loop scores sets yet",
+    "sets.mmd": "a reward of a set of responses; no loop scores sets yet",
+    "sets.to_go": "a reward of a set of responses; no loop scores sets yet",
+    "welfare.gini": "a number of what groups got, for a user's table",
+    "welfare.hypervolume": "a number of a front of policies, for a user's table",
+    "welfare.r2": "a number of a front of policies, for a user's table",
+    "welfare.worst_share": "a number of what groups got, for a user's table",
 }
-"""Public functions that neither world reaches, and why they are there all the same."""
-
-TOOLBOX = {
-    "aggregate", "diagnostics", "diversity", "groups", "guided", "labels", "links", "measure",
-    "posterior", "reshape", "saddle", "select", "self_play", "sets", "simplex", "welfare",
-}  # fmt: skip
-"""Modules of which a user picks, on arrays of rewards and members; not every function of them is
-reached from a world yet. Their tests are in tests/core."""
+"""Public functions that neither world reaches, each with the reason why it is there all the same.
+All have tests of their own."""
 
 
 def modules() -> dict[str, ast.Module]:
@@ -112,6 +121,26 @@ def graph(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
     return found
 
 
+def users() -> Iterator[tuple[Path, ast.Module]]:
+    """Every file outside of the core that may call it, with what it says."""
+    for folder in ("jax_klrlhf", "experiments", "colab/src", "tests/conformance"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.parts[-2] != "core":
+                yield path, ast.parse(path.read_text())
+    for path in sorted((ROOT / "docs" / "howto").glob("*.md")):
+        snippets = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+        yield path, ast.parse("\n".join(snippets))
+
+
+def tested() -> set[str]:
+    """``module.name`` of everything of the core that a test names."""
+    found = set()
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        found |= set(names(tree, tree, None))
+    return found
+
+
 def worlds(path: Path, tree: ast.Module) -> set[str]:
     """To which worlds a file belongs."""
     parts = path.relative_to(ROOT).parts
@@ -139,7 +168,8 @@ def _of_folder(path: Path) -> set[str]:
     if path.relative_to(ROOT).parts[0] != "experiments" or path.parent.name == "experiments":
         return set()
     beside = [p for p in path.parent.glob("*.py") if p != path]
-    return set().union(*(worlds(p, ast.parse(p.read_text())) for p in beside))
+    found = set().union(*(worlds(p, ast.parse(p.read_text())) for p in beside))
+    return found or {BANDIT}
 
 
 def reached() -> dict[str, set[str]]:
@@ -148,13 +178,9 @@ def reached() -> dict[str, set[str]]:
     edges, functions = graph(trees), public(trees)
     found: dict[str, set[str]] = {name: set() for name in functions}
     roots: dict[str, set[str]] = {BANDIT: set(), LANGUAGE: set()}
-    for folder in ("jax_klrlhf", "experiments", "tests/conformance"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            if path.parts[-2] == "core":
-                continue
-            tree = ast.parse(path.read_text())
-            for world in worlds(path, tree) or _of_folder(path):
-                roots[world] |= set(names(tree, tree, None))
+    for path, tree in users():
+        for world in worlds(path, tree) or _of_folder(path):
+            roots[world] |= set(names(tree, tree, None))
     for world, waiting in roots.items():
         seen: set[str] = set()
         while waiting:

@@ -4,13 +4,11 @@ from tests import callers
 
 
 def test_most_of_the_core_is_reached_from_both_worlds_and_nothing_from_neither():
+    """Unless it says by name why; and who says so is a function, unreached, with a test."""
     found = callers.reached()
-    assert sum(len(by) == 2 for by in found.values()) >= 40
-    nowhere = {name for name, by in found.items() if not by}
-    nowhere = {name for name in nowhere if name.split(".")[0] not in callers.TOOLBOX}
-    listed = set(callers.UNREACHED)
-    assert not nowhere - listed, f"reached by neither world: {sorted(nowhere - listed)}"
-    assert not listed - set(found), f"no such function: {sorted(listed - set(found))}"
+    assert sum(len(by) == 2 for by in found.values()) >= 150
+    assert {name for name, by in found.items() if not by} == set(callers.UNREACHED)
+    assert set(callers.UNREACHED) <= callers.tested()
 
 
 def test_the_walk_follows_names_through_the_core():

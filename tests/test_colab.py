@@ -1,5 +1,7 @@
 """Notebooks are what their sources make, hold their pictures, and run at a small size."""
 
+import ast
+import re
 import runpy
 import sys
 import types
@@ -101,3 +103,42 @@ def test_the_source_runs_at_a_small_size(source, monkeypatch, capsys):
     finally:
         plt.close("all")
     assert "±" in capsys.readouterr().out
+
+
+COSTS = {
+    "rule, enhancer": ["halfway", "tempered"],
+    "loss": ["with_floor"],
+    "divergence": ["two_sided"],
+    "preference model": ["_lapsing", "lapsing"],
+    "learner, by what it deploys": ["capped"],
+    "class of rewards": ["network", "mine"],
+    "learner, by whom it compares": ["against_bolder", "propose"],
+}
+"""Rows of the table of notebook 4, and the definitions that are all there is to write for each."""
+
+
+def test_what_a_piece_of_your_own_costs_is_what_the_table_says_and_both_worlds_take_it():
+    """Lines of code, at most 25; and each piece is named on the bandit and on the model."""
+    (path,) = [source for source in SOURCES if source.stem == "04_your_own"]
+    text = path.read_text()
+    lines = text.splitlines()
+    table = dict(re.findall(r"^# \| ([^|]+?) \| (\d+) \|", text, re.MULTILINE))
+    assert set(table) == set(COSTS)
+    size = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            names = [node.targets[0].id]
+        else:
+            continue
+        own = [x for x in lines[node.lineno - 1 : node.end_lineno] if not re.match(r" *(#|$)", x)]
+        size.update(dict.fromkeys(names, len(own)))
+    _, on_bandit = text.split("# ## On the bandit: exact gaps")
+    on_bandit, on_model = on_bandit.split("# ## On the language model: the same objects")
+    for row, names in COSTS.items():
+        assert int(table[row]) == sum(size[name] for name in names) <= 25, row
+        piece = "its_optimum" if row == "divergence" else names[-1]
+        assert re.search(rf"\b{piece}\b", on_bandit), row
+        if row != "learner, by whom it compares":  # in rounds that is a pair rule
+            assert re.search(rf"\b{piece}\b", on_model), row

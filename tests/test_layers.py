@@ -102,6 +102,43 @@ def test_the_walk_sees_each_kind_of_forbidden_import(module, source):
     assert violations(source, module)
 
 
+def defined(name: str) -> list[str]:
+    """Where the library's modules define a class, a function or an alias of a type of that name."""
+    found = []
+    for path, module in library_modules():
+        for node in ast.parse(path.read_text()).body:
+            names = [getattr(node, "name", None)]
+            if isinstance(node, ast.Assign):
+                names = [getattr(target, "id", None) for target in node.targets]
+            found += [module] * (name in names)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("Choices", "core.choices"),
+        ("Comparisons", "training.rounds.parts"),
+        ("Enhancer", "core.enhancer"),
+        ("Fit", "core.estimation"),
+        ("GroupLoss", "core.group_losses"),
+        ("Loss", "core.scores"),
+        ("PairRule", "core.pairs"),
+        ("RewardClass", "core.reward_class"),
+        ("Saddle", "core.saddle"),
+        ("Scored", "training.rounds.parts"),
+        ("Scores", "core.scores"),
+        ("Setting", "bandit.problem"),
+        ("Target", "core.targets"),
+        ("descend", "core.descent"),
+        ("ball_minimum", "core.linalg"),
+        ("preference", "training.tasks"),
+    ],
+)
+def test_what_both_worlds_share_has_one_name_for_one_thing(name, where):
+    assert defined(name) == [f"jax_klrlhf.{where}"]
+
+
 # What only `placement` may ask: who this process is, and how arrays get from one to another.
 PROCESSES = {
     "process_index", "process_count", "local_devices", "local_device_count", "process_allgather",

@@ -105,7 +105,7 @@ def dpo(scores):
     return objectives.sigmoid(scores, kl_coef=ETA)
 
 
-step = training.make_train_step(model, optimizer, dpo, kl_coef=ETA)
+step = training.make_train_step(model, optimizer, dpo, report_coef=ETA)
 state = training.state.init(jax.random.key(6), pi0, optimizer)
 rng = np.random.default_rng(0)
 STEPS = 6 if SMALL else 120

@@ -4,18 +4,20 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jax-klrlhf/jax_klrlhf/blob/main/colab/04_your_own.ipynb)
 #
 # An algorithm is a composition of values: a **loss** (a function of `Scores`), a **pair rule** (of
-# a key and a choice set), a **divergence**, a **preference model**, a **target** of improvement.
+# a key and a choice set), a **divergence**, a **preference model**, a **target** of improvement, a
+# **class of rewards**.
 # Each is written once, here in the notebook, and then used twice, *the same object*: on a bandit,
 # where its gap is exact, and on a language model.
 #
 # | what | lines | on a bandit | on a language model |
 # |---|---|---|---|
 # | rule, enhancer | 3 | `bandit.from_rule(rule)` | `rounds.iterate(pair_rule=rule)` |
-# | loss | 5 | `bandit.policy_learner(loss)` | `rounds.preference(model, loss)` |
-# | divergence | 8 | `regularized.log_prob`, and in a loss | in a loss |
+# | loss | 5 | `bandit.policy_learner(loss)` | `rounds.preference_optimization(model, loss)` |
+# | divergence | 8 | in a target, in a loss | in a target, in a loss |
 # | preference model | 6 | a problem's labels, a fit, a loss | in a loss |
 # | learner, by what it deploys | 4 | `bandit.from_target(target)` | `rounds.weighted_likelihood` |
-# | learner, by whom it compares | 6 | `bandit.linear(propose, policy)` | as a rule |
+# | class of rewards | 6 | a problem's `reward_class=mine` | `rounds.parametric(features, mine)` |
+# | learner, by whom it compares | 5 | `bandit.reward_learner(propose, policy)` | as a rule |
 
 # %%
 import importlib.util
@@ -39,6 +41,7 @@ import optax
 from jax_klrlhf import bandit, models, training
 from jax_klrlhf.core import fdivergence, objectives, pairs, regularized, targets
 from jax_klrlhf.core.preferences import PreferenceModel
+from jax_klrlhf.core.reward_class import RewardClass, linear
 from jax_klrlhf.models import scoring
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds import oracle
@@ -49,7 +52,7 @@ SMALL = os.environ.get("KLRLHF_SMALL") == "1"  # continuous integration
 ETA = 0.3
 
 # %% [markdown]
-# ## Six values
+# ## Seven values
 #
 # A **pair rule**: the main agent against a *tempered* copy of itself, halfway back to pi0. pi is in
 # proportion to pi0 exp(r / eta), so the copy is pi exp(-r / 2 eta): weights over whatever the main
@@ -107,6 +110,7 @@ two_sided = fdivergence.FDivergence(
     at_zero=float("inf"),
 )
 with_divergence = partial(objectives.f_divergence, kl_coef=ETA, divergence=two_sided)
+its_optimum = partial(targets.optimum, kl_coef=ETA, divergence=two_sided)
 
 # %% [markdown]
 # A **learner** by what it deploys, a *target* over a choice set: its law where all choices are
@@ -120,6 +124,22 @@ def capped(choices):
     mean = jnp.sum(choices.mass * reward, -1, keepdims=True)
     return targets.optimum(choices._replace(reward=jnp.minimum(reward, mean + 1)), kl_coef=ETA)
 
+
+# %% [markdown]
+# A **class of rewards**: what a reward may be, a function of parameters and six features, and where
+# learning begins. Rules, enhancers and bonuses then see its gradient where they saw features.
+
+
+# %%
+def network(parameters, features):
+    return jnp.tanh(features @ parameters["in"]) @ parameters["out"]
+
+
+keys = jax.random.split(jax.random.key(9))
+mine = RewardClass(
+    network,
+    {"in": jax.random.normal(keys[0], (6, 4)), "out": jax.random.normal(keys[1], (4,))},
+)
 
 # %% [markdown]
 # And a learner by whom it compares and what it deploys, for what no rule over draws can say: here
@@ -148,8 +168,9 @@ LEARNERS = {
     "ours: tempered rule, all": lambda: bandit.from_rule(tempered),
     "ours: loss with a floor": lambda: bandit.policy_learner(with_floor),
     "ours: two-sided divergence": lambda: bandit.policy_learner(with_divergence),
+    "ours: two-sided optimum": lambda: bandit.from_target(its_optimum),
     "ours: capped target": lambda: bandit.from_target(capped),
-    "ours: against bolder": lambda: bandit.linear(propose, bandit.mle_policy),
+    "ours: against bolder": lambda: bandit.reward_learner(propose, bandit.mle_policy),
     "online, greedy": lambda: bandit.greedy(),
     "best and worst of 8": lambda: bandit.from_rule(pairs.best_worst, samples=8),
     "GSHF, enhancer": lambda: bandit.gshf(radius=1.0),
@@ -212,6 +233,29 @@ for known in (True, False):
     print(f"lapses known: {known!s:<5} gap {gap.mean():.4f} ± {gap.std(ddof=1) / SEEDS**0.5:.4f}")
 
 # %% [markdown]
+# Gold that is no linear function of the features: its size. The linear learner has its
+# misspecification, the network's goes on, with any rule.
+
+
+# %%
+def bent(key, *, rewards):
+    problem = problem_of(key)
+    return problem._replace(
+        reward=jnp.abs(problem.reward), setting=problem.setting._replace(reward_class=rewards)
+    )
+
+
+for name, rewards in {"linear": linear, "ours: network": mine}.items():
+    for rule in (pairs.sampled, pairs.most_uncertain):
+        gap = simulate(lambda rule=rule: bandit.from_rule(rule), partial(bent, rewards=rewards))[
+            :, -1
+        ]
+        print(
+            f"{name:<14} {rule.__name__:<15} "
+            f"gap {gap.mean():.4f} ± {gap.std(ddof=1) / SEEDS**0.5:.4f}"
+        )
+
+# %% [markdown]
 # ## A toy world
 #
 # A vocabulary of 13 words; a prompt is a name and what it did first, a response goes on. pi0 is a
@@ -254,6 +298,17 @@ def gold(prompts, responses):
     ids, lengths = np.asarray(responses.ids), np.asarray(responses.lengths)
     kept = np.arange(ids.shape[-1]) < lengths[..., None]
     return np.where(kept, WORTH[ids], 0.0).sum(-1).astype(np.float32)
+
+
+def kinds(prompts, responses):
+    """Share of happy, plain and sad words, early and late, ``[B, K, 6]``: the class's features."""
+    del prompts
+    ids, lengths = np.asarray(responses.ids), np.asarray(responses.lengths)
+    place = np.arange(ids.shape[-1])
+    kind = WORTH[ids][..., None] == np.array([1, 0, -1])
+    kind = kind & ((ids > 3) & (place < lengths[..., None]))[..., None]
+    halves = [np.where((place < 3)[:, None] == early, kind, 0).sum(-2) for early in (True, False)]
+    return np.concatenate(halves, -1).astype(np.float32) / LONGEST
 
 
 def text(ids, length):
@@ -315,22 +370,24 @@ collect = partial(
     reward=rounds.known(gold), oracle=oracle.bradley_terry(gold, noise=0.1),
 )  # fmt: skip
 compared = collect(pair_rule=pairs.sampled)
+known = rounds.known(gold)
 fitting = rounds.Fitting(optimizer=optax.adam(3e-3), steps=4 if SMALL else 80, batch_size=64)
 
 
-def fitted(improve, data=compared, rounds_played=0, rule=pairs.sampled):
+def fitted(improve, data=compared, rounds_played=0, rule=pairs.sampled, reward=known):
     return rounds.iterate(
         jax.random.key(4), pi0, prompts=questions, rounds=rounds_played, offline=data,
-        sampler=rounds.main_agent(draw), reward=rounds.known(gold), pair_rule=rule,
+        sampler=rounds.main_agent(draw), reward=reward, pair_rule=rule,
         oracle=oracle.bradley_terry(gold, noise=0.1), improve=improve,
     ).policy  # fmt: skip
 
 
 def by_loss(loss):
-    return rounds.preference(model, loss, fitting=fitting, kl_coef=ETA, rows=256)
+    return rounds.preference_optimization(model, loss, fitting=fitting, report_coef=ETA, rows=256)
 
 
 dpo = partial(objectives.sigmoid, kl_coef=ETA)
+believed = rounds.parametric(kinds, mine, dim=6, ridge=0.1, radius=1.0)
 weighted = partial(rounds.weighted_likelihood, model, draw, fitting=fitting)
 found = {
     "pi0": judge(pi0),
@@ -342,13 +399,20 @@ found = {
     "best and worst, one round": judge(
         fitted(by_loss(dpo), rounds_played=1, rule=pairs.best_worst)
     ),
+    "ours: two-sided optimum": judge(fitted(weighted(target=its_optimum))),
     "ours: capped target": judge(fitted(weighted(target=capped))),
+    "ours: network's belief, its optimum": judge(
+        fitted(weighted(target=partial(targets.optimum, kl_coef=ETA)), reward=believed)
+    ),
+    "ours: network's belief, one round": judge(
+        fitted(by_loss(dpo), rounds_played=1, rule=pairs.most_uncertain, reward=believed)
+    ),
 }
 
 figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
 for name, ((reward, error), (kl, kl_error)) in found.items():
     axes.errorbar(kl, reward, 2 * error, 2 * kl_error, marker="o", capsize=2, label=name)
-    print(f"{name:<30} gold {reward:.3f} ± {error:.3f}  KL {kl:.3f} ± {kl_error:.3f}")
+    print(f"{name:<35} gold {reward:.3f} ± {error:.3f}  KL {kl:.3f} ± {kl_error:.3f}")
 axes.set(xlabel="KL(pi || pi0), nats", ylabel="gold reward", title="Two standard errors")
 _ = axes.legend(fontsize=7)
 

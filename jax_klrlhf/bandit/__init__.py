@@ -13,7 +13,7 @@ from jax_klrlhf.bandit.evaluate import (
     reward_gap,
     value,
 )
-from jax_klrlhf.bandit.learner import Estimate, Learner, Proposal, draw, linear, mle_policy
+from jax_klrlhf.bandit.learner import Estimate, Learner, Proposal, draw, mle_policy, reward_learner
 from jax_klrlhf.bandit.offline import (
     kl_pcb,
     offline_greedy,
@@ -69,7 +69,6 @@ __all__ = [
     "kl",
     "kl_pcb",
     "kl_ucb",
-    "linear",
     "mle_policy",
     "most_uncertain",
     "moving_reference",
@@ -82,6 +81,7 @@ __all__ = [
     "record_gap",
     "reference",
     "reward_gap",
+    "reward_learner",
     "rules",
     "simulate",
     "sphere",

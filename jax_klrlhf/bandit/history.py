@@ -150,6 +150,22 @@ def differences(setting: Setting, history: History) -> Float[Array, "rows dim"]:
     return z.reshape(-1, z.shape[-1])
 
 
+def both(setting: Setting, rows: View) -> Float[Array, "rows 2 dim"]:
+    """``phi(x, first)`` and ``phi(x, second)`` of every row."""
+    pair = jnp.stack([rows.first, rows.second], -1)
+    return setting.features[rows.context[:, None], pair]
+
+
+def margins(
+    setting: Setting, history: History, theta: Float[Array, " parameters"]
+) -> Float[Array, " rows"]:
+    """``r_theta(x, first) - r_theta(x, second)`` of every row of the view."""
+    if setting.reward_class.is_linear:
+        return differences(setting, history) @ theta  # one difference, not one of two rewards
+    rows, reward = view(history), setting.reward(theta)
+    return reward[rows.context, rows.first] - reward[rows.context, rows.second]
+
+
 def _actions(tally: Tally) -> int:
     """Inverse of ``pairs = actions (actions - 1) / 2``."""
     return round((1 + (1 + 8 * tally.wins.shape[-1]) ** 0.5) / 2)

@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_klrlhf.bandit import history, refit
 from jax_klrlhf.bandit.problem import Duels, Setting, draw_actions
-from jax_klrlhf.core import ellipsoid, estimation, gibbs
+from jax_klrlhf.core import ellipsoid, estimation, gibbs, reward_class
 from jax_klrlhf.core.numerics import Scalar
 
 
@@ -44,8 +44,8 @@ class Proposal(NamedTuple):
 class Learner(NamedTuple):
     """An algorithm, as four pure functions over a state of its own.
 
-    ``simulate`` plays them; :func:`linear`, ``from_rule`` and ``from_target`` make them of less. A
-    learner sees the :class:`~jax_klrlhf.bandit.problem.Setting`, never the reward.
+    ``simulate`` plays them; :func:`reward_learner`, ``from_rule`` and ``from_target`` make them of
+    less. A learner sees the :class:`~jax_klrlhf.bandit.problem.Setting`, never the reward.
     """
 
     init: Callable[..., Any]
@@ -63,19 +63,20 @@ class Learner(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """State of the learners with a linear reward: data, estimate, and confidence ellipsoid.
+    """State of the learners that fit a reward: data, estimate, and confidence ellipsoid.
 
     The confidence set is ``{theta : ||theta - theta_hat||_Sigma <= radius}`` with
-    ``Sigma = ridge I + sum z z'`` over the feature differences seen.
+    ``Sigma = ridge I + sum z z'`` over the feature differences seen (of gradients, where rewards
+    are not linear: :mod:`core.reward_class`).
     """
 
     history: history.History
-    theta: Float[Array, " dim"]
+    theta: Float[Array, " parameters"]
     ellipsoid: Any
     converged: Bool[Array, ""]  # of the latest refit, and no comparison was beyond the capacity
 
 
-def linear(
+def reward_learner(
     propose: Callable[[Key[Array, ""], Setting, Estimate, Int[Array, " batch"]], Proposal],
     policy: Callable[[Setting, Estimate], Float[Array, "contexts actions"]],
     *,
@@ -85,57 +86,83 @@ def linear(
 ) -> Learner:
     r"""A learner that refits the MLE of the setting's preference model on all data so far.
 
-    .. math:: \hat\theta = \arg\min_\theta \sum \ell(\langle\theta, z\rangle, y)
-              + \tfrac{\text{ridge}}{2} \|\theta\|^2
+    .. math:: \hat\theta = \arg\min_\theta \sum \ell(r_\theta(x, a^1) - r_\theta(x, a^2), y)
+              + \tfrac{\text{ridge}}{2} \|\theta - \theta_0\|^2
 
-    The loss of Bradley-Terry is :math:`-\log \sigma((2 y - 1) \langle\theta, z\rangle)`.
+    with the setting's class of rewards, by default the linear one (theta_0 = 0) and Bradley-Terry,
+    whose loss is :math:`-\log \sigma((2 y - 1) \langle\theta, z\rangle)`.
 
     With ``bound`` the minimum is taken over ``||theta|| <= bound``, as in arXiv 2312.11456 (a
-    constrained solve, several times slower). With ``curvature`` (that of the likelihood,
-    :func:`core.bradley_terry.curvature`) Sigma is the Hessian at the estimate, every comparison so
-    far weighted by what its label can still say, as in arXiv 2402.10500; without it Sigma is the
-    one of the confidence set. What is left to say is how it samples (``propose``) and what it
-    deploys (``policy``), both as functions of the :class:`Estimate`.
+    constrained solve, several times slower; linear rewards only, ValueError otherwise). With
+    ``curvature`` (that of the likelihood, :func:`core.bradley_terry.curvature`) Sigma is the
+    Hessian at the estimate, every comparison so far weighted by what its label can still say, as in
+    arXiv 2402.10500; without it Sigma is the one of the confidence set. Of rewards that are not
+    linear Sigma is that of the gradients at the estimate, anew at each refit. What is left to say
+    is how it samples (``propose``) and what it deploys (``policy``), both as functions of the
+    :class:`Estimate`.
     """
 
     def init(setting: Setting, *, capacity: int) -> Estimate:
-        dim, dtype = setting.features.shape[-1], setting.features.dtype
+        theta = setting.reward_class.start(setting.features.shape[-1], setting.features.dtype)
         return Estimate(
             history.init(setting, capacity=capacity),
-            jnp.zeros(dim, dtype),
-            ellipsoid.init(dim, ridge=ridge, dtype=dtype),
+            theta,
+            ellipsoid.init(theta.shape[0], ridge=ridge, dtype=theta.dtype),
             jnp.ones((), bool),
         )
 
-    def update(setting: Setting, state: Estimate, data: Duels) -> Estimate:
-        seen = history.append(state.history, data)
+    def refitted(setting: Setting, seen: history.History, start: Array) -> Any:
         rows = history.view(seen)
-        differences = history.differences(setting, seen)
-        if bound is None and setting.preference.logistic:
-            fit = refit.newton(differences, rows.wins, rows.losses, state.theta, ridge=ridge)
-        else:
-            label, weight = history.labelled(rows)
-            fit = estimation.fit(
-                differences,
+        label, weight = history.labelled(rows)
+        if not setting.reward_class.is_linear:
+            if bound is not None:
+                raise ValueError("bound= is a ball of linear rewards; this setting has others")
+            return reward_class.fit(
+                setting.reward_class,
+                history.both(setting, rows),
                 label,
                 ridge=ridge,
-                bound=bound,
                 weights=weight,
-                init=state.theta,
+                init=start,
                 link=setting.preference,
             )
-        z = (
-            setting.features[data.context, data.first]
-            - (setting.features[data.context, data.second])
+        differences = history.differences(setting, seen)
+        if bound is None and setting.preference.logistic:
+            return refit.newton(differences, rows.wins, rows.losses, start, ridge=ridge)
+        return estimation.fit(
+            differences,
+            label,
+            ridge=ridge,
+            bound=bound,
+            weights=weight,
+            init=start,
+            link=setting.preference,
         )
-        if curvature is None:
+
+    def confidence(setting: Setting, seen: history.History, theta: Array) -> ellipsoid.Ellipsoid:
+        """Sigma anew, of all comparisons."""
+        rows = history.view(seen)
+        weight = rows.wins + rows.losses
+        if curvature is not None:
+            weight = weight * curvature(history.margins(setting, seen, theta))
+        if not setting.reward_class.is_linear:
+            both = history.both(setting, rows)
+            return reward_class.confidence(
+                setting.reward_class, theta, both, ridge=ridge, weights=weight
+            )
+        z = history.differences(setting, seen)
+        start = ellipsoid.init(z.shape[-1], ridge=ridge, dtype=z.dtype)
+        return start._replace(precision=start.precision + refit.gram(z, weight.astype(z.dtype)))
+
+    def update(setting: Setting, state: Estimate, data: Duels) -> Estimate:
+        seen = history.append(state.history, data)
+        fit = refitted(setting, seen, state.theta)
+        if setting.reward_class.is_linear and curvature is None:
+            x = setting.features
+            z = x[data.context, data.first] - x[data.context, data.second]
             sigma = ellipsoid.update(state.ellipsoid, z, weights=data.weight)
         else:
-            weight = (rows.wins + rows.losses) * curvature(differences @ fit.theta)
-            start = ellipsoid.init(z.shape[-1], ridge=ridge, dtype=z.dtype)
-            sigma = start._replace(
-                precision=start.precision + refit.gram(differences, weight.astype(z.dtype))
-            )
+            sigma = confidence(setting, seen, fit.theta)
         return Estimate(seen, fit.theta, sigma, fit.converged & ~history.overfull(seen))
 
     return Learner(init, propose, update, policy)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jax_klrlhf.bandit import pessimism
-from jax_klrlhf.bandit.learner import Estimate, Learner, Proposal, draw, linear, mle_policy
+from jax_klrlhf.bandit.learner import Estimate, Learner, Proposal, draw, mle_policy, reward_learner
 from jax_klrlhf.bandit.problem import Setting
 from jax_klrlhf.core.numerics import Scalar
 
@@ -26,7 +26,7 @@ def offline_greedy(
     *, behaviour: Behaviour = None, ridge: Scalar = 1.0, bound: Scalar | None = None
 ) -> Learner:
     """Gibbs policy of the maximum-likelihood reward: what plain DPO or RLHF does."""
-    return linear(from_behaviour(behaviour), mle_policy, ridge=ridge, bound=bound)
+    return reward_learner(from_behaviour(behaviour), mle_policy, ridge=ridge, bound=bound)
 
 
 def offline_gshf_one(
@@ -46,7 +46,7 @@ def offline_gshf_one(
     def policy(setting: Setting, state: Estimate) -> Float[Array, "contexts actions"]:
         return pessimism.option_one(setting, state, radius=radius, nu=nu).log_prob
 
-    return linear(from_behaviour(behaviour), policy, ridge=ridge, bound=bound)
+    return reward_learner(from_behaviour(behaviour), policy, ridge=ridge, bound=bound)
 
 
 def offline_gshf_two(
@@ -62,7 +62,7 @@ def offline_gshf_two(
     def policy(setting: Setting, state: Estimate) -> Float[Array, "contexts actions"]:
         return pessimism.option_two(setting, state, radius=radius, nu=nu)
 
-    return linear(from_behaviour(behaviour), policy, ridge=ridge, bound=bound)
+    return reward_learner(from_behaviour(behaviour), policy, ridge=ridge, bound=bound)
 
 
 def kl_pcb(
@@ -82,10 +82,10 @@ def kl_pcb(
 
     def policy(setting: Setting, state: Estimate) -> Float[Array, "contexts actions"]:
         log_prob = setting.ref_log_prob if behaviour is None else behaviour
-        nu = setting.mean_features(log_prob)
+        nu = setting.local(state.theta).mean_features(log_prob)
         return pessimism.option_two(setting, state, radius=radius, nu=nu)
 
-    return linear(from_behaviour(behaviour), policy, ridge=ridge, bound=bound)
+    return reward_learner(from_behaviour(behaviour), policy, ridge=ridge, bound=bound)
 
 
 def pessimistic_mle(
@@ -111,7 +111,7 @@ def pessimistic_mle(
         chosen = jnp.arange(lower.shape[-1])[None, :] == best[:, None]
         return jnp.where(chosen, jnp.zeros_like(lower), -jnp.inf)
 
-    return linear(from_behaviour(behaviour), policy, ridge=ridge, bound=bound)
+    return reward_learner(from_behaviour(behaviour), policy, ridge=ridge, bound=bound)
 
 
 def from_behaviour(behaviour: Behaviour) -> Propose:

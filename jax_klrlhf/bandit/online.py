@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jax_klrlhf.bandit import pessimism
-from jax_klrlhf.bandit.learner import Estimate, Learner, Proposal, draw, linear, mle_policy
+from jax_klrlhf.bandit.learner import Estimate, Learner, Proposal, draw, mle_policy, reward_learner
 from jax_klrlhf.bandit.offline import Nu
 from jax_klrlhf.bandit.problem import Setting
 from jax_klrlhf.bandit.rules import choices, from_rule
@@ -51,7 +51,7 @@ def gshf(
         )
         return draw(key, main, opponent.log_prob, context)
 
-    return linear(propose, mle_policy, ridge=ridge, bound=bound)
+    return reward_learner(propose, mle_policy, ridge=ridge, bound=bound)
 
 
 def greedy_against_reference(*, ridge: Scalar = 1.0, bound: Scalar | None = None) -> Learner:
@@ -66,7 +66,7 @@ def greedy_against_reference(*, ridge: Scalar = 1.0, bound: Scalar | None = None
     ) -> Proposal:
         return draw(key, mle_policy(setting, state), setting.ref_log_prob, context)
 
-    return linear(propose, mle_policy, ridge=ridge, bound=bound)
+    return reward_learner(propose, mle_policy, ridge=ridge, bound=bound)
 
 
 def greedy(*, ridge: Scalar = 1.0, bound: Scalar | None = None) -> Learner:
@@ -78,7 +78,7 @@ def greedy(*, ridge: Scalar = 1.0, bound: Scalar | None = None) -> Learner:
         main = mle_policy(setting, state)
         return draw(key, main, main, context)
 
-    return linear(propose, mle_policy, ridge=ridge, bound=bound)
+    return reward_learner(propose, mle_policy, ridge=ridge, bound=bound)
 
 
 def uniform(*, ridge: Scalar = 1.0, bound: Scalar | None = None) -> Learner:
@@ -91,7 +91,7 @@ def uniform(*, ridge: Scalar = 1.0, bound: Scalar | None = None) -> Learner:
         flat = jnp.where(setting.where, jnp.zeros_like(setting.ref_log_prob), -jnp.inf)
         return draw(key, flat, flat, context)
 
-    return linear(propose, mle_policy, ridge=ridge, bound=bound)
+    return reward_learner(propose, mle_policy, ridge=ridge, bound=bound)
 
 
 def kl_ucb(
@@ -113,7 +113,7 @@ def kl_ucb(
     ) -> Proposal:
         return draw(key, policy(setting, state), setting.ref_log_prob, context)
 
-    return linear(propose, policy, ridge=ridge, bound=bound)
+    return reward_learner(propose, policy, ridge=ridge, bound=bound)
 
 
 def thompson(*, scale: Scalar = 1.0, ridge: Scalar = 1.0, bound: Scalar | None = None) -> Learner:
@@ -137,7 +137,7 @@ def thompson(*, scale: Scalar = 1.0, ridge: Scalar = 1.0, bound: Scalar | None =
         )
         return draw(key_draw, first, second, context)
 
-    return linear(propose, mle_policy, ridge=ridge, bound=bound)
+    return reward_learner(propose, mle_policy, ridge=ridge, bound=bound)
 
 
 def most_uncertain(*, ridge: Scalar = 1.0, bound: Scalar | None = None) -> Learner:

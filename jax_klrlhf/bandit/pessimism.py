@@ -10,15 +10,14 @@ With the estimate theta_hat, its ellipsoid Sigma and a radius beta of the confid
 
 Source: Xiong et al., arXiv 2312.11456, Algorithm 1. The reference vector ``nu`` is an argument:
 preferences identify only differences of rewards, so uncertainty is measured from a chosen origin
-(:func:`usual_nu` is the usual one). It may differ between contexts.
+(:func:`usual_nu` is the usual one). It may differ between contexts. Of a class of rewards that is
+not linear phi is its gradient at theta_hat (:meth:`.Setting.local`).
 
 Axes: ``contexts``, ``actions``, ``dim``.
 """
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jax_klrlhf.bandit.learner import Estimate
 from jax_klrlhf.bandit.problem import Setting
@@ -54,9 +53,8 @@ def bonus(
     nu: Float[Array, "..."] | None = None,
 ) -> Float[Array, "contexts actions"]:
     r"""Pointwise uncertainty :math:`\|\phi(x, a) - \nu\|_{\Sigma^{-1}}`, per unit of radius."""
-    return ellipsoid.norm(
-        estimate.ellipsoid, setting.features - nu_of_contexts(setting, nu)[:, None, :]
-    )
+    local = setting.local(estimate.theta)
+    return ellipsoid.norm(estimate.ellipsoid, local.features - nu_of_contexts(local, nu)[:, None])
 
 
 def option_two(
@@ -77,15 +75,6 @@ def option_two(
     )
 
 
-class Saddle(NamedTuple):
-    """Solution of Option I, with the certificate of its accuracy."""
-
-    log_prob: Float[Array, "contexts actions"]
-    direction: Float[Array, " dim"]  # u of the saddle point, ||u|| <= 1, whitened by L^-1
-    duality_gap: Float[Array, ""]  # the policy's objective is at most this below the optimum
-    iterations: Int[Array, ""]
-
-
 def option_one(
     setting: Setting,
     estimate: Estimate,
@@ -93,7 +82,7 @@ def option_one(
     radius: Scalar,
     nu: Float[Array, "..."] | None = None,
     max_iterations: int = 60,
-) -> Saddle:
+) -> saddle.Saddle:
     r"""The policy that maximizes the value less ``radius`` times its expected uncertainty.
 
     With :math:`\Sigma = L L^\top` and :math:`w = L^{-1}(\phi - \nu)`, the norm is a maximum over
@@ -103,15 +92,17 @@ def option_one(
     .. math:: \min_{\|u\| \le 1} D(u) = E_x\, \eta \log Z_x(u), \qquad
         \pi_u = \mathrm{Gibbs}\big(\langle\hat\theta, \phi\rangle - \beta \langle u, w\rangle\big)
 
-    in ``dim`` variables: :func:`core.saddle.ball`, whose duality gap is the certificate.
+    in ``dim`` variables: :func:`core.saddle.ball`, whose duality gap is the certificate; its weight
+    is u.
 
     ``nu`` enters by its mean over contexts only. Source: arXiv 2312.11456, Algorithm 1, Option I.
     ValueError on a negative radius, where the problem is not convex.
     """
     numerics.check_positive("radius", radius, or_zero=True)
-    shift = setting.context_prob @ nu_of_contexts(setting, nu)
-    white = ellipsoid.whiten(estimate.ellipsoid, setting.features - shift[None, None, :])
-    found = saddle.ball(
+    local = setting.local(estimate.theta)
+    shift = setting.context_prob @ nu_of_contexts(local, nu)
+    white = ellipsoid.whiten(estimate.ellipsoid, local.features - shift[None, None, :])
+    return saddle.ball(
         -jnp.asarray(radius, white.dtype) * jnp.moveaxis(white, -1, 0),
         setting.ref_log_prob,
         kl_coef=setting.kl_coef,
@@ -120,4 +111,3 @@ def option_one(
         where=setting.where,
         max_iterations=max_iterations,
     )
-    return Saddle(found.log_prob, found.weight, found.duality_gap, found.iterations)

@@ -1,15 +1,16 @@
-r"""Learners that fit a policy, not a reward: DPO, XPO and chi-PO on a softmax-linear class.
+r"""Learners that fit a policy, not a reward: DPO, XPO and chi-PO on the optima of a reward class.
 
-.. math:: \pi_\theta(a|x) \propto \pi_0(a|x)\, e^{\langle\theta, \phi(x, a)\rangle/\eta}
+.. math:: \pi_\theta(a|x) \propto \pi_0(a|x)\, e^{r_\theta(x, a)/\eta}
 
 The losses are those of :mod:`jax_klrlhf.core.objectives`, the very functions that train language
 models, on the log-probabilities of this class (:func:`policy_learner` takes any of them), with
-``ridge / 2 ||theta||^2`` added to the sum over comparisons.
+``ridge / 2 ||theta - theta_0||^2`` added to the sum over comparisons, theta_0 where the class
+begins (0 of the linear one, whose policies are softmax-linear).
 
-On this class DPO is the Bradley-Terry MLE (statement L6), and iterating it exactly is the greedy
-learner; its optimum is found here through the policy all the same. XPO and chi-PO are not convex in
-theta: what is found is the minimum that descent from the previous round reaches, and ``converged``
-says whether it is one.
+On the softmax-linear class DPO is the Bradley-Terry MLE (statement L6), and iterating it exactly is
+the greedy learner; its optimum is found here through the policy all the same. XPO and chi-PO are
+not convex in theta: what is found is the minimum that descent from the previous round reaches, and
+``converged`` says whether it is one.
 
 Axes: ``contexts``, ``actions``, ``dim``, ``rows`` (weighted comparisons), ``batch``.
 """
@@ -18,20 +19,16 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_klrlhf.bandit import history
 from jax_klrlhf.bandit.learner import Learner, Proposal, draw
 from jax_klrlhf.bandit.problem import Duels, Setting
-from jax_klrlhf.core import bradley_terry, gibbs, linalg, numerics, objectives
+from jax_klrlhf.core import bradley_terry, descent, gibbs, objectives
 from jax_klrlhf.core.numerics import Scalar
-from jax_klrlhf.core.scores import Scores
+from jax_klrlhf.core.scores import Loss, Scores
 
-Loss = Callable[[Scores], Float[Array, " rows"]]
-"""``loss(scores) -> [rows]``: any of :mod:`core.objectives`, its hyper-parameters bound."""
 Agents = Callable[[Setting, Array], tuple[Array, Array]]
 """``agents(setting, log_prob)``: the laws that the first and the second action are drawn from."""
 
@@ -73,7 +70,7 @@ def policy_learner(
     bonus: Table = None,
     ridge: Scalar = 1.0,
 ) -> Learner:
-    """A learner that fits a softmax-linear policy by a preference loss, solved in every round.
+    """A learner that fits a policy of the class by a preference loss, solved in every round.
 
     The very function that trains a language model (:func:`training.tasks.preference`): what it may
     look at is :class:`core.scores.Scores`, with lengths of 1. Bind its ``kl_coef`` to the
@@ -139,7 +136,7 @@ def chi_po(*, reward_bound: Scalar, ridge: Scalar = 1.0) -> Learner:
 def policy_log_prob(
     setting: Setting, theta: Float[Array, " dim"]
 ) -> Float[Array, "contexts actions"]:
-    """Log-probabilities of the softmax-linear policy with this parameter."""
+    """Log-probabilities of the class's policy with this parameter."""
     return gibbs.log_prob(
         setting.reward(theta), setting.ref_log_prob, kl_coef=setting.kl_coef, where=setting.where
     )
@@ -171,7 +168,8 @@ def total_loss(
     for name, table in (beside or {}).items():
         if table is not None:
             scores = scores._replace(**{name: of_pairs(table)})
-    penalty = 0.5 * ridge * (theta @ theta)
+    away = theta - setting.reward_class.start(setting.features.shape[-1], theta.dtype)
+    penalty = 0.5 * ridge * (away @ away)
     if not setting.preference.merges:
         label, count = history.labelled(rows)
         return count @ loss(scores._replace(label=label)) + penalty
@@ -190,7 +188,7 @@ def _learner(
         dtype = setting.features.dtype
         return PolicyFit(
             history.init(setting, capacity=capacity, ordered=explores),
-            jnp.zeros(setting.features.shape[-1], dtype),
+            setting.reward_class.start(setting.features.shape[-1], dtype),
             jnp.ones((), bool),
         )
 
@@ -202,7 +200,6 @@ def _learner(
     def update(setting: Setting, state: PolicyFit, data: Duels) -> PolicyFit:
         seen = history.append(state.history, data, ordered=explores)
         rows = history.view(seen)
-        differences = history.differences(setting, seen)
         loss = loss_at(setting)
 
         def objective(theta: Array) -> Array:
@@ -210,53 +207,22 @@ def _learner(
                 setting, theta, rows, loss=loss, explores=explores, beside=beside, ridge=ridge
             )
 
+        differences = history.differences(setting, seen)
+
         def metric(theta: Array) -> Array:
-            margin = differences @ theta
+            if setting.reward_class.is_linear:
+                z, margin = differences, differences @ theta
+            else:
+                z = history.differences(setting.local(theta), seen)
+                margin = history.margins(setting, seen, theta)
             weights = (rows.wins + rows.losses) * bradley_terry.curvature(margin)
             identity = jnp.eye(theta.shape[0], dtype=theta.dtype)
-            return (weights[:, None] * differences).T @ differences + ridge * identity
+            return (weights[:, None] * z).T @ z + ridge * identity
 
-        theta, converged = _descend(objective, metric, state.theta)
-        return PolicyFit(seen, theta, converged & ~history.overfull(seen))
+        found = descent.descend(objective, metric, state.theta)
+        return PolicyFit(seen, found.theta, found.converged & ~history.overfull(seen))
 
     def policy(setting: Setting, state: PolicyFit) -> Float[Array, "contexts actions"]:
         return policy_log_prob(setting, state.theta)
 
     return Learner(init, propose, update, policy)
-
-
-def _descend(
-    objective: Callable[[Array], Array],
-    metric: Callable[[Array], Array],
-    start: Float[Array, " dim"],
-    max_iterations: int = 40,
-) -> tuple[Float[Array, " dim"], Bool[Array, ""]]:
-    """Gradient descent in the metric of the Bradley-Terry Hessian, the best of a grid of lengths.
-
-    For DPO that is Newton's method. It ends when no length lowers the objective, and has converged
-    if the step then is below the square root of the objective's rounding.
-    """
-    dtype = start.dtype
-    lengths = jnp.asarray(np.append(2.0 ** -np.arange(-2.0, 12.0), 0.0), dtype)
-    tolerance = jnp.sqrt(jnp.finfo(dtype).eps)
-
-    def step(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        theta, _, _, iterations = state
-        gradient = jax.grad(objective)(theta)
-        direction = linalg.inverse(metric(theta)) @ gradient
-        values = jax.vmap(lambda length: objective(theta - length * direction))(lengths)
-        # 0 is the last length and argmin takes the first: a tie moves, only a rise stops.
-        length = lengths[jnp.argmin(values)]
-        decrement = numerics.safe_sqrt(gradient @ direction)
-        small = decrement <= tolerance * (1 + jnp.sqrt(jnp.abs(values[-1])))
-        stuck = length == 0
-        # So near the end values are rounding, and the step is better than any comparison of them.
-        length = jnp.where(small, 1, length)
-        return theta - length * direction, small | stuck, small, iterations + 1
-
-    def unfinished(state: tuple[Array, Array, Array, Array]) -> Array:
-        return ~state[1] & (state[3] < max_iterations)
-
-    begin = (start, jnp.zeros((), bool), jnp.zeros((), bool), jnp.zeros((), jnp.int32))
-    theta, _, converged, _ = jax.lax.while_loop(unfinished, step, begin)
-    return theta, converged

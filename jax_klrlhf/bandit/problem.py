@@ -9,7 +9,8 @@ A :class:`Problem` is what nature knows: the :class:`Setting` that a learner may
     P(a^1 \succ a^2 | x) = \sigma\big(r^*(x, a^1) - r^*(x, a^2)\big)
 
 Linear case: :math:`r^*(x, a) = \langle\theta^*, \phi(x, a)\rangle`, ``||phi|| <= 1``,
-``||theta*|| <= bound`` (arXiv 2312.11456, Assumption 1).
+``||theta*|| <= bound`` (arXiv 2312.11456, Assumption 1). What else learners may take rewards to be
+is :mod:`core.reward_class`.
 
 Every number of a problem is traced: map over rewards, kl_coef, coverage or label noise by
 ``jax.vmap``. Shapes are static. :mod:`~jax_klrlhf.bandit.worlds` makes problems.
@@ -26,6 +27,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_klrlhf.core.preferences import PreferenceModel, bradley_terry
+from jax_klrlhf.core.reward_class import RewardClass, linear
 
 
 class Setting(NamedTuple):
@@ -37,10 +39,19 @@ class Setting(NamedTuple):
     where: Bool[Array, "contexts actions"]  # True: the action exists in this context
     kl_coef: Float[Array, ""]
     preference: PreferenceModel = bradley_terry  # what a label is taken to mean
+    reward_class: RewardClass = linear  # what rewards are taken to be
 
-    def reward(self, theta: Float[Array, " dim"]) -> Float[Array, "contexts actions"]:
-        """Linear reward ``<theta, phi(x, a)>``."""
-        return self.features @ theta
+    def reward(self, theta: Float[Array, " parameters"]) -> Float[Array, "contexts actions"]:
+        """Of the class: ``<theta, phi(x, a)>`` of the linear one."""
+        return self.reward_class.reward(theta, self.features)
+
+    def local(self, theta: Float[Array, " parameters"]) -> "Setting":
+        """The setting near theta, where the class is linear in its gradient: that for features."""
+        if self.reward_class.is_linear:
+            return self
+        slope = self.reward_class.gradient(theta, self.features)
+        slope = jnp.where(self.where[..., None], slope, 0)
+        return self._replace(features=slope, reward_class=linear)
 
     def mean_features(
         self, log_prob: Float[Array, "contexts actions"]
@@ -55,7 +66,7 @@ class Problem(NamedTuple):
 
     setting: Setting
     reward: Float[Array, "contexts actions"]
-    theta: Float[Array, " dim"]  # of the linear part; the rest of `reward` is misspecification
+    theta: Float[Array, " parameters"]  # the class's; NaN of another class than `linear` if unknown
     label_noise: Float[Array, ""]  # probability that a label is flipped
     preference: PreferenceModel = bradley_terry  # what a label means; a learner sees the setting's
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jax_klrlhf.bandit.learner import Estimate, Learner, Proposal, linear, mle_policy
+from jax_klrlhf.bandit.learner import Estimate, Learner, Proposal, mle_policy, reward_learner
 from jax_klrlhf.bandit.pessimism import nu_of_contexts
 from jax_klrlhf.bandit.problem import Setting
 from jax_klrlhf.core import choices as choice_sets
@@ -45,16 +45,18 @@ def choices(
 ) -> Choices:
     """All actions of every context as a choice set, under a policy, as the estimate sees them.
 
-    ``uncertainty`` is per unit of radius, from ``nu`` (:mod:`.pessimism`; E phi under pi0).
+    ``uncertainty`` is per unit of radius, from ``nu`` (:mod:`.pessimism`; E phi under pi0). Of
+    rewards that are not linear the features are their gradients at the estimate.
     """
-    shift = setting.features - nu_of_contexts(setting, nu)[:, None, :]
+    local = setting.local(state.theta)
+    shift = local.features - nu_of_contexts(local, nu)[:, None, :]
     return choice_sets.enumerated(
         log_prob,
         where=setting.where,
         ref_log_prob=setting.ref_log_prob,
         reward=setting.reward(state.theta),
         uncertainty=ellipsoid.norm(state.ellipsoid, shift),
-        features=setting.features,
+        features=local.features,
         ellipsoid=state.ellipsoid,
         context_prob=setting.context_prob,
     )
@@ -99,7 +101,7 @@ def from_rule(
             data; None: such a comparison is wasted on an action with itself.
         policy: what is deployed, and what the actions are drawn from.
         ridge: of the estimate and of Sigma.
-        bound: as in :func:`~jax_klrlhf.bandit.learner.linear`.
+        bound: as in :func:`~jax_klrlhf.bandit.learner.reward_learner`.
         curvature: by which Sigma is weighted, as there.
     """
 
@@ -131,7 +133,7 @@ def from_rule(
         )
         return Proposal(first, second)
 
-    return linear(propose, policy, ridge=ridge, bound=bound, curvature=curvature)
+    return reward_learner(propose, policy, ridge=ridge, bound=bound, curvature=curvature)
 
 
 def from_target(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jax_klrlhf.bandit.learner import Estimate, Learner, Proposal, draw, linear, mle_policy
+from jax_klrlhf.bandit.learner import Estimate, Learner, Proposal, draw, mle_policy, reward_learner
 from jax_klrlhf.bandit.offline import from_behaviour, offline_greedy
 from jax_klrlhf.bandit.problem import Duels, Setting
 from jax_klrlhf.core import gibbs
@@ -32,7 +32,7 @@ def two_stage(*, first_stage: Scalar, ridge: Scalar = 1.0, bound: Scalar | None 
     comparisons, so that offline data shorten the first stage. That the second stage draws both
     actions from the intermediate policy is our reading: only the abstract was at hand.
     """
-    base = linear(from_behaviour(None), mle_policy, ridge=ridge, bound=bound)
+    base = reward_learner(from_behaviour(None), mle_policy, ridge=ridge, bound=bound)
 
     def init(setting: Setting, *, capacity: int) -> TwoStage:
         estimate = base.init(setting, capacity=capacity)
@@ -73,10 +73,13 @@ def moving_reference(*, ridge: Scalar = 1.0, bound: Scalar | None = None) -> Lea
     The released training loop of arXiv 2312.11456 moves the reference so; as arXiv 2409.02392
     shows, it then solves the *unregularized* problem: the KL to pi0 grows with every update and the
     gap of the regularized objective with it. On-policy pairs. Here to show that, nothing else.
+    When called, ValueError for rewards that are not linear: their parameters do not add up.
     """
     base = offline_greedy(ridge=ridge, bound=bound)
 
     def init(setting: Setting, *, capacity: int) -> Moving:
+        if not setting.reward_class.is_linear:
+            raise ValueError("moving_reference adds up parameters: it takes linear rewards alone")
         estimate = base.init(setting, capacity=capacity)
         return Moving(estimate, jnp.zeros_like(estimate.theta))
 

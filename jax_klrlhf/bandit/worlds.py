@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Key
 from jax_klrlhf.bandit.problem import Duels, Problem, Setting, check, label
 from jax_klrlhf.core.numerics import Scalar
 from jax_klrlhf.core.preferences import PreferenceModel, bradley_terry
+from jax_klrlhf.core.reward_class import RewardClass, linear
 
 
 def from_arrays(
@@ -26,17 +27,20 @@ def from_arrays(
     where: Bool[Array, "..."] | None = None,
     label_noise: Scalar = 0.0,
     preference: PreferenceModel = bradley_terry,
+    reward_class: RewardClass = linear,
 ) -> Problem:
     """A problem from the user's own arrays.
 
     ``features`` are ``[contexts, actions, dim]``, ``reward_or_theta`` is the true reward
-    ``[contexts, actions]`` or the true parameter ``[dim]``, ``ref_log_prob`` and ``where`` are
-    ``[contexts, actions]``, ``context_prob`` is ``[contexts]``.
+    ``[contexts, actions]`` or the true parameter (``[dim]``, or as the class has), ``ref_log_prob``
+    and ``where`` are ``[contexts, actions]``, ``context_prob`` is ``[contexts]``.
     A reward that isn't linear in the features makes a misspecified problem, whose ``theta`` is
     the least-squares fit of feature differences within contexts. The reference policy and the
     context distribution are uniform by default; ``where`` (True keeps) masks actions.
     ``preference`` is both what labels mean and what learners take them to mean; for learners that
-    are wrong about it replace the one of the problem or of its setting.
+    are wrong about it replace the one of the problem or of its setting. ``reward_class`` is what
+    learners take rewards to be; of another class than the linear one and a true reward that is
+    handed in, ``theta`` of the problem is NaN: it is not known which parameter, if any, makes it.
 
     ValueError on shapes that don't fit and, where the arrays are concrete, on feature norms above
     1, on probabilities that are negative or don't sum to 1, on reference probability 0 at an
@@ -59,13 +63,16 @@ def from_arrays(
         context_prob = jnp.full((contexts,), 1 / contexts, features.dtype)
     _shape("context_prob", context_prob, (contexts,), "the probability of each context")
     if reward_or_theta.ndim == 1:
-        _shape("theta", reward_or_theta, (dim,), "one entry per feature")
+        start = reward_class.start(dim)
+        _shape("theta", reward_or_theta, start.shape, "one entry per feature, or of the class")
         theta = reward_or_theta
-        reward = features @ theta
+        reward = reward_class.reward(theta, features)
     else:
         _shape("reward", reward_or_theta, (contexts, actions), "the true reward of each action")
         reward = reward_or_theta
-        theta = _linear_part(features, reward, where)
+        theta = jnp.full(reward_class.start(dim).shape, jnp.nan, features.dtype)
+        if reward_class.is_linear:
+            theta = _linear_part(features, reward, where)
     kl_coef = jnp.asarray(kl_coef, features.dtype)
     label_noise = jnp.asarray(label_noise, features.dtype)
     for name, value in (("kl_coef", kl_coef), ("label_noise", label_noise)):
@@ -77,7 +84,8 @@ def from_arrays(
     features = jnp.where(where[..., None], features, 0)
     reward = jnp.where(where, reward, 0)
     ref_log_prob = jnp.where(where, ref_log_prob, -jnp.inf)
-    setting = Setting(features, ref_log_prob, context_prob, where, kl_coef, preference)
+    given = (features, ref_log_prob, context_prob, where, kl_coef)
+    setting = Setting(*given, preference=preference, reward_class=reward_class)
     problem = Problem(setting, reward, theta, label_noise, preference)
     check(problem)
     return problem

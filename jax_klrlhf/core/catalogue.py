@@ -16,7 +16,7 @@ from jax_klrlhf.core import group_losses
 from jax_klrlhf.core import policy_gradient as gradients
 from jax_klrlhf.core.fdivergence import forward_kl, jensen_shannon, reverse_kl
 
-METHODS: dict[str, Callable[..., group_losses.Loss]] = {
+METHODS: dict[str, Callable[..., group_losses.GroupLoss]] = {
     "regression": group_losses.regression,
     "rebel": group_losses.rebel,
     "rloo": group_losses.rloo,

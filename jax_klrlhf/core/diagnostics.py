@@ -4,7 +4,7 @@ r"""Warning signs of a policy under optimization, and where each of them is.
 sign                                    function
 ======================================= ==========================================================
 likelihood is displaced                 :func:`displacement`
-top-k entropy and mass, both early low  `diversity.top`
+top-k entropy and mass, both early low  `diversity.top`; per token `scoring.score(top=k)`
 states lose rank                        `diversity.effective_rank`
 the policy jumps at ties of the reward  `measure.variation_bound`, tanh(span / 4 eta)
 reward short of the frontier            `measure.frontier_gap`, never negative: else it is a bug

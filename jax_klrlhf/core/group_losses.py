@@ -114,7 +114,7 @@ class Group(NamedTuple):
         return jnp.sum(jnp.where(self.token_where, token, 0), -1)
 
 
-Loss = Callable[[Group], Float[Array, "*batch"]]
+GroupLoss = Callable[[Group], Float[Array, "*batch"]]
 Advantage = Callable[..., Float[Array, "*batch responses"]]
 """``advantage(reward [*batch, responses], where=)``, of :mod:`.policy_gradient`."""
 
@@ -146,7 +146,7 @@ def from_actions(
 
 def regression(
     *, kl_coef: Scalar, divergence: FDivergence = reverse_kl, clip: Scalar | None = None
-) -> Loss:
+) -> GroupLoss:
     r"""Log-ratios regressed on rewards (PRDP, VarGrad, FoR; REBEL with pi_t as the reference).
 
     Law: the Gibbs policy at ``kl_coef``, on anyone's draws. ``clip`` is PRDP's proximal band on the
@@ -167,7 +167,7 @@ def regression(
     return loss
 
 
-def rebel(*, kl_coef: Scalar) -> Loss:
+def rebel(*, kl_coef: Scalar) -> GroupLoss:
     r"""REBEL: log-ratios to the policy that *drew*, regressed on rewards (arXiv 2404.16767, eq. 8).
 
     One step, fitted exactly, is :math:`\pi_t e^{r/\eta}`: mirror ascent with step 1/eta. Law: none;
@@ -189,7 +189,7 @@ def f_dpg(
     kl_coef: Scalar,
     divergence: FDivergence = forward_kl,
     log_normalizer: Scalar | None = None,
-) -> Loss:
+) -> GroupLoss:
     r"""f-DPG: the policy gradient of a divergence from the target law (arXiv 2302.08215).
 
     .. math:: -\frac1K \sum_i \mathrm{stop}\Big(\frac{\pi}{q}(a_i)
@@ -220,7 +220,7 @@ def f_dpg(
     return loss
 
 
-def gdc(*, kl_coef: Scalar) -> Loss:
+def gdc(*, kl_coef: Scalar) -> GroupLoss:
     r"""GDC / DPG: likelihood of draws, weighed by the target over who drew (arXiv 2012.11635).
 
     .. math:: -\sum_i \mathrm{stop}(w_i) \log \pi(a_i), \qquad
@@ -243,7 +243,7 @@ def gdc(*, kl_coef: Scalar) -> Loss:
     return loss
 
 
-def qrpo(*, kl_coef: Scalar) -> Loss:
+def qrpo(*, kl_coef: Scalar) -> GroupLoss:
     """Regression of each response by itself on the quantile of its reward (arXiv 2507.08068).
 
     ``group.reward`` holds the quantile under pi0, in [0, 1] (`regression.quantile`), whose
@@ -259,7 +259,7 @@ def qrpo(*, kl_coef: Scalar) -> Loss:
     return loss
 
 
-def rloo(*, kl_coef: Scalar, divergence: FDivergence = reverse_kl) -> Loss:
+def rloo(*, kl_coef: Scalar, divergence: FDivergence = reverse_kl) -> GroupLoss:
     """REINFORCE with the leave-one-out baseline, the KL in the reward (arXiv 2402.14740, eq. 6).
 
     Law: the Gibbs policy at ``kl_coef`` (another ``divergence``: its optimum). The gradient is that
@@ -289,7 +289,7 @@ def clipped(
     penalty: FDivergence = forward_kl,
     dual: Scalar | None = None,
     sequence: bool = False,
-) -> Loss:
+) -> GroupLoss:
     r"""PPO's clipped surrogate on a group's advantages, with a divergence beside it or in them.
 
     Law: that of its choices, in the table of `policy_gradient`; none without a KL.
@@ -336,7 +336,7 @@ def clipped(
     return loss
 
 
-def grpo(*, kl_coef: Scalar, clip: Scalar = 0.2, eps: Scalar = 1e-4) -> Loss:
+def grpo(*, kl_coef: Scalar, clip: Scalar = 0.2, eps: Scalar = 1e-4) -> GroupLoss:
     r"""GRPO as published (arXiv 2402.03300, eq. 3): over the deviation, per response, k3 as a loss.
 
     Law: for one-token responses and many draws :math:`\eta' \pi_0/(\lambda - r)` with
@@ -350,7 +350,7 @@ def grpo(*, kl_coef: Scalar, clip: Scalar = 0.2, eps: Scalar = 1e-4) -> Loss:
     return clipped(advantage=advantage, low=clip, high=clip, mean="response", kl_coef=kl_coef)
 
 
-def dr_grpo(*, size: Scalar, kl_coef: Scalar | None = None, clip: Scalar = 0.2) -> Loss:
+def dr_grpo(*, size: Scalar, kl_coef: Scalar | None = None, clip: Scalar = 0.2) -> GroupLoss:
     """Dr. GRPO (arXiv 2503.20783): no deviation, one constant in place of each length.
 
     ``size`` is that constant (the paper's: the most new tokens). Law: with
@@ -366,7 +366,7 @@ def dr_grpo(*, size: Scalar, kl_coef: Scalar | None = None, clip: Scalar = 0.2) 
     )
 
 
-def reinforce_pp(*, kl_coef: Scalar, clip: Scalar = 0.2, eps: Scalar = 1e-4) -> Loss:
+def reinforce_pp(*, kl_coef: Scalar, clip: Scalar = 0.2, eps: Scalar = 1e-4) -> GroupLoss:
     """REINFORCE++ (arXiv 2501.03262): KL in the reward, one deviation for the whole batch.
 
     The mean is each group's (its variant for several responses), the KL a response's. Law: the
@@ -388,7 +388,7 @@ def reinforce_pp(*, kl_coef: Scalar, clip: Scalar = 0.2, eps: Scalar = 1e-4) -> 
     )
 
 
-def dapo(*, low: Scalar = 0.2, high: Scalar = 0.28, eps: Scalar = 1e-4) -> Loss:
+def dapo(*, low: Scalar = 0.2, high: Scalar = 0.28, eps: Scalar = 1e-4) -> GroupLoss:
     """DAPO (arXiv 2503.14476, eq. 8): a higher upper clip, one mean over the group's tokens, no KL.
 
     Its filter (drop groups of equal rewards) is `policy_gradient.informative`, as the row's weight.
@@ -401,7 +401,7 @@ def dapo(*, low: Scalar = 0.2, high: Scalar = 0.28, eps: Scalar = 1e-4) -> Loss:
     return clipped(advantage=advantage, low=low, high=high, mean="group")
 
 
-def gspo(*, low: Scalar = 3e-4, high: Scalar = 4e-4, eps: Scalar = 1e-4) -> Loss:
+def gspo(*, low: Scalar = 3e-4, high: Scalar = 4e-4, eps: Scalar = 1e-4) -> GroupLoss:
     """GSPO (arXiv 2507.18071, eq. 5): GRPO's advantage, the whole sequence's ratio, no KL.
 
     Law: none but the deterministic.
@@ -419,7 +419,7 @@ def copo(
     sharpness: Scalar,
     clip: Scalar = 0.2,
     eps: Scalar = 1e-4,
-) -> Loss:
+) -> GroupLoss:
     r"""COPO: GRPO's own advantage blended with the group's consistency, by how much answers differ.
 
     .. math:: s\,\ell_{\text{local}} + (1 - s)\,\ell_{\text{global}}, \qquad

@@ -1,4 +1,6 @@
-r"""Weights of groups or tasks in a training loss: the least common gradient, and the worst group.
+r"""Weights of groups or tasks in a training loss: the least common gradient.
+
+The worst group's (group DRO, arXiv 1911.08731) are :func:`core.saddle.simplex_step`'s.
 
 Axes: ``groups`` (or tasks), ``dim`` (of the shared parameters, or of the head alone).
 """
@@ -8,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_klrlhf.core import simplex as simplices
-from jax_klrlhf.core.numerics import Scalar
 
 
 def min_norm(gradients: Float[Array, "groups dim"]) -> Float[Array, " groups"]:
@@ -23,16 +24,3 @@ def min_norm(gradients: Float[Array, "groups dim"]) -> Float[Array, " groups"]:
     """
     gram = jnp.matmul(gradients, gradients.T, precision=jax.lax.Precision.HIGHEST)
     return simplices.least_square(gram)
-
-
-def robust(
-    loss: Float[Array, " groups"], weight: Float[Array, " groups"], *, rate: Scalar
-) -> Float[Array, " groups"]:
-    r"""One step of group DRO: :math:`q_g \leftarrow q_g e^{\text{rate}\,\ell_g} / Z`.
-
-    The loss to descend is ``weight @ loss``. Source: arXiv 1911.08731, algorithm 1.
-
-    >>> robust(jnp.log(jnp.array([1.0, 3.0])), jnp.array([0.5, 0.5]), rate=1.0).tolist()
-    [0.25, 0.75...]
-    """
-    return jax.nn.softmax(jnp.log(weight) + rate * loss)

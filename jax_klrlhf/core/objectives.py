@@ -76,8 +76,6 @@ __all__ = [
     "wpo_weight",
 ]
 
-Loss = Float[Array, "*batch"]
-
 
 def sigmoid(
     scores: Scores,
@@ -85,7 +83,7 @@ def sigmoid(
     kl_coef: Scalar,
     label_smoothing: Scalar = 0.0,
     preference: PreferenceModel = preferences.bradley_terry,
-) -> Loss:
+) -> Float[Array, "*batch"]:
     r"""DPO: the likelihood of the implicit reward. Law: Gibbs (with smoothing: none).
 
     .. math:: -(1-\epsilon) \log \sigma(m) - \epsilon \log \sigma(-m), \qquad
@@ -108,7 +106,7 @@ def sigmoid(
     return logistic(margin(score(scores), kl_coef=kl_coef), label=label, preference=preference)
 
 
-def ipo(scores: Scores, *, kl_coef: Scalar) -> Loss:
+def ipo(scores: Scores, *, kl_coef: Scalar) -> Float[Array, "*batch"]:
     r"""IPO: squared error of the log-ratio margin to a finite target, so that it stays finite.
 
     .. math:: \Big(\log \tfrac{\pi}{\pi_0}(a^w) - \log \tfrac{\pi}{\pi_0}(a^l)
@@ -126,7 +124,7 @@ def ipo(scores: Scores, *, kl_coef: Scalar) -> Loss:
     return squared(margin(score(scores), kl_coef=1), target=1 / (2 * kl_coef))
 
 
-def hinge(scores: Scores, *, kl_coef: Scalar) -> Loss:
+def hinge(scores: Scores, *, kl_coef: Scalar) -> Float[Array, "*batch"]:
     r"""Hinge loss on the margin of implicit rewards: SLiC normalized by the reference. Law: none.
 
     .. math:: \max(0,\; 1 - \eta (\log \tfrac{\pi}{\pi_0}(a^w) - \log \tfrac{\pi}{\pi_0}(a^l)))
@@ -139,7 +137,7 @@ def hinge(scores: Scores, *, kl_coef: Scalar) -> Loss:
     return _hinge_shape(margin(score(scores), kl_coef=kl_coef))
 
 
-def robust(scores: Scores, *, kl_coef: Scalar, flip_rate: Scalar) -> Loss:
+def robust(scores: Scores, *, kl_coef: Scalar, flip_rate: Scalar) -> Float[Array, "*batch"]:
     r"""rDPO: an unbiased estimate of the DPO loss on clean labels, from labels flipped at a rate.
 
     .. math:: \frac{(1-\epsilon)\, \ell(m) - \epsilon\, \ell(-m)}{1 - 2\epsilon}, \qquad
@@ -157,7 +155,7 @@ def robust(scores: Scores, *, kl_coef: Scalar, flip_rate: Scalar) -> Loss:
     return pairwise.robust(margin(score(scores), kl_coef=kl_coef), flip_rate=flip_rate)
 
 
-def rpo(scores: Scores, *, kl_coef: Scalar, sft_coef: Scalar) -> Loss:
+def rpo(scores: Scores, *, kl_coef: Scalar, sft_coef: Scalar) -> Float[Array, "*batch"]:
     r"""RPO: DPO with cross-entropy on the chosen response, which is pessimism in disguise.
 
     .. math:: -\log \sigma(m) - \frac{c}{|a^w|} \log \pi(a^w)
@@ -174,7 +172,7 @@ def rpo(scores: Scores, *, kl_coef: Scalar, sft_coef: Scalar) -> Loss:
     return sigmoid(scores, kl_coef=kl_coef) - sft_coef * _chosen_per_token(scores)
 
 
-def cpo(scores: Scores, *, kl_coef: Scalar, sft_coef: Scalar) -> Loss:
+def cpo(scores: Scores, *, kl_coef: Scalar, sft_coef: Scalar) -> Float[Array, "*batch"]:
     r"""CPO: :func:`rpo` with a uniform reference, which need not be scored.
 
     .. math:: -\log \sigma(\eta \log \pi(a^w) - \eta \log \pi(a^l)) - \frac{c}{|a^w|} \log \pi(a^w)
@@ -185,7 +183,7 @@ def cpo(scores: Scores, *, kl_coef: Scalar, sft_coef: Scalar) -> Loss:
     return found - sft_coef * _chosen_per_token(scores)
 
 
-def simpo(scores: Scores, *, kl_coef: Scalar, margin: Scalar) -> Loss:
+def simpo(scores: Scores, *, kl_coef: Scalar, margin: Scalar) -> Float[Array, "*batch"]:
     r"""SimPO: the mean log-probability per token as the reward, and a target margin; no reference.
 
     .. math:: -\log \sigma\Big(\frac{\eta}{|a^w|} \log \pi(a^w) - \frac{\eta}{|a^l|} \log \pi(a^l)
@@ -203,7 +201,7 @@ def simpo(scores: Scores, *, kl_coef: Scalar, margin: Scalar) -> Loss:
     return logistic(pairwise.margin(each, kl_coef=kl_coef) - margin)
 
 
-def length_normalized(scores: Scores, *, kl_coef: Scalar) -> Loss:
+def length_normalized(scores: Scores, *, kl_coef: Scalar) -> Float[Array, "*batch"]:
     r"""DPO with the log-ratio per token, which takes the length out of the implicit reward.
 
     .. math:: -\log \sigma\Big(\frac{\eta}{|a^w|} \log \tfrac{\pi}{\pi_0}(a^w)
@@ -220,7 +218,9 @@ def length_normalized(scores: Scores, *, kl_coef: Scalar) -> Loss:
     return logistic(margin(score(scores, per_token=True), kl_coef=kl_coef))
 
 
-def f_divergence(scores: Scores, *, kl_coef: Scalar, divergence: FDivergence) -> Loss:
+def f_divergence(
+    scores: Scores, *, kl_coef: Scalar, divergence: FDivergence
+) -> Float[Array, "*batch"]:
     r"""f-DPO: the implicit reward under regularization by the f-divergence of pi from pi0.
 
     .. math:: -\log \sigma\big(\eta f'(z^w) - \eta f'(z^l)\big), \qquad z = \pi/\pi_0
@@ -237,7 +237,7 @@ def f_divergence(scores: Scores, *, kl_coef: Scalar, divergence: FDivergence) ->
     return logistic(margin(score(scores, divergence=divergence), kl_coef=kl_coef))
 
 
-def chi_po(scores: Scores, *, kl_coef: Scalar, clip: Scalar) -> Loss:
+def chi_po(scores: Scores, *, kl_coef: Scalar, clip: Scalar) -> Float[Array, "*batch"]:
     r"""Chi-squared preference optimization: DPO with :math:`z + \log z` in the place of log z.
 
     .. math:: -\log \sigma\big(\mathrm{clip}_{[-c, c]}(\eta \phi(z^w) - \eta \phi(z^l))\big),
@@ -257,7 +257,7 @@ def chi_po(scores: Scores, *, kl_coef: Scalar, clip: Scalar) -> Loss:
     return logistic(margin(each, kl_coef=kl_coef, clip=clip))
 
 
-def pessimistic(scores: Scores, *, kl_coef: Scalar) -> Loss:
+def pessimistic(scores: Scores, *, kl_coef: Scalar) -> Float[Array, "*batch"]:
     r"""DPO whose optimum is the Gibbs policy of the reward less its uncertainty.
 
     .. math:: -\log \sigma\big(\eta \log \tfrac{\pi}{\pi_0}(a^w) + \Gamma(a^w)
@@ -276,7 +276,7 @@ def pessimistic(scores: Scores, *, kl_coef: Scalar) -> Loss:
     return logistic(margin(score(scores), kl_coef=kl_coef) + bonus[..., 0] - second(bonus))
 
 
-def exploratory(scores: Scores, *, kl_coef: Scalar, optimism: Scalar) -> Loss:
+def exploratory(scores: Scores, *, kl_coef: Scalar, optimism: Scalar) -> Float[Array, "*batch"]:
     r"""DPO with an optimistic (or pessimistic) estimate of the optimal value.
 
     .. math:: -\log \sigma(m) + c\, \log \pi(\tilde a)
@@ -299,7 +299,7 @@ def exploratory(scores: Scores, *, kl_coef: Scalar, optimism: Scalar) -> Loss:
     return sigmoid(scores, kl_coef=kl_coef) + optimism * explored
 
 
-def modpo(scores: Scores, *, kl_coef: Scalar, weight: Scalar) -> Loss:
+def modpo(scores: Scores, *, kl_coef: Scalar, weight: Scalar) -> Float[Array, "*batch"]:
     r"""MODPO: DPO on one of several objectives, with the others' weighted reward as a margin.
 
     .. math:: -\log \sigma\Big(\frac{1}{w}\big(\eta \log \tfrac{\pi}{\pi_0}(a^w)
@@ -314,7 +314,7 @@ def modpo(scores: Scores, *, kl_coef: Scalar, weight: Scalar) -> Loss:
     return logistic(margin(score(scores), kl_coef=kl_coef, offset=offset, scale=weight))
 
 
-def orpo(scores: Scores, *, odds_coef: Scalar) -> Loss:
+def orpo(scores: Scores, *, odds_coef: Scalar) -> Float[Array, "*batch"]:
     r"""ORPO: cross-entropy on the chosen response, and the odds of it against the rejected one.
 
     .. math:: -\log p_w - \lambda \log \sigma\Big(\log \frac{p_w}{1 - p_w}
@@ -331,7 +331,7 @@ def orpo(scores: Scores, *, odds_coef: Scalar) -> Loss:
     return -odds_coef * bradley_terry.log_likelihood(odds[..., 0] - second(odds)) - each[..., 0]
 
 
-def odpo(scores: Scores, *, kl_coef: Scalar, margin_coef: Scalar) -> Loss:
+def odpo(scores: Scores, *, kl_coef: Scalar, margin_coef: Scalar) -> Float[Array, "*batch"]:
     r"""ODPO: the better the winner is said to be, the larger the margin asked for. Law: none.
 
     .. math:: -\log \sigma(m - c \log (1 + R^w - R^l))
@@ -344,7 +344,9 @@ def odpo(scores: Scores, *, kl_coef: Scalar, margin_coef: Scalar) -> Loss:
     return logistic(margin(score(scores), kl_coef=kl_coef) - margin_coef * apart)
 
 
-def mm_dpo(scores: Scores, *, kl_coef: Scalar, growth: Scalar = 0.5, rate: Scalar = 0.5) -> Loss:
+def mm_dpo(
+    scores: Scores, *, kl_coef: Scalar, growth: Scalar = 0.5, rate: Scalar = 0.5
+) -> Float[Array, "*batch"]:
     r"""MM-DPO: a coefficient that grows with the margin of a reward model.
 
     .. math:: \eta(d) = \eta (1 + w (1 - e^{-k d})), \qquad d = \max(R^w - R^l, 0)
@@ -358,7 +360,7 @@ def mm_dpo(scores: Scores, *, kl_coef: Scalar, growth: Scalar = 0.5, rate: Scala
     return sigmoid(scores, kl_coef=kl_coef * (1 - growth * jnp.expm1(-rate * apart)))
 
 
-def exo(scores: Scores, *, kl_coef: Scalar, label_smoothing: Scalar) -> Loss:
+def exo(scores: Scores, *, kl_coef: Scalar, label_smoothing: Scalar) -> Float[Array, "*batch"]:
     r"""EXO on pairs: the reverse KL from the policy's law of the two to the label's. Law: none.
 
     .. math:: \sigma(m) \log \frac{\sigma(m)}{1 - \epsilon}
@@ -374,7 +376,9 @@ def exo(scores: Scores, *, kl_coef: Scalar, label_smoothing: Scalar) -> Loss:
     )
 
 
-def discopop(scores: Scores, *, kl_coef: Scalar, temperature: Scalar = 0.05) -> Loss:
+def discopop(
+    scores: Scores, *, kl_coef: Scalar, temperature: Scalar = 0.05
+) -> Float[Array, "*batch"]:
     r"""DiscoPOP: logistic and exponential loss, mixed by the margin itself. Law: none.
 
     .. math:: (1 - \sigma(m/\tau))\, {-\log \sigma(m)} + \sigma(m/\tau)\, e^{-m}
@@ -388,7 +392,7 @@ def discopop(scores: Scores, *, kl_coef: Scalar, temperature: Scalar = 0.05) -> 
     return bradley_terry.nll(found) * (1 - mix) + numerics.linear_exp(-found) * mix
 
 
-def aot(scores: Scores, *, kl_coef: Scalar) -> Loss:
+def aot(scores: Scores, *, kl_coef: Scalar) -> Float[Array, "*batch"]:
     r"""AOT: DPO of the *sorted* batch, chosen against rejected of equal rank. Law: none.
 
     First-order stochastic dominance of the chosen responses' implicit rewards over the rejected
@@ -409,7 +413,9 @@ def wpo_weight(scores: Scores) -> Float[Array, "*batch"]:
     return jax.lax.stop_gradient(jnp.exp(each[..., 0] + second(each)))
 
 
-def weighted(loss: Loss, weight: Float[Array, "*batch"]) -> Loss:
+def weighted(
+    loss: Float[Array, "*batch"], weight: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
     """A loss times a weight of each pair, which has no gradient: ``weighted(sigmoid(s, ..), w)``.
 
     Where the weight is one of the pair, and not of its label, a proper loss keeps its law.
@@ -417,5 +423,5 @@ def weighted(loss: Loss, weight: Float[Array, "*batch"]) -> Loss:
     return jax.lax.stop_gradient(weight) * loss
 
 
-def _chosen_per_token(scores: Scores) -> Loss:
+def _chosen_per_token(scores: Scores) -> Float[Array, "*batch"]:
     return score(scores, reference=0, per_token=True)[..., 0]

@@ -26,8 +26,6 @@ from jax_klrlhf.core.numerics import Scalar, check_positive
 from jax_klrlhf.core.pairwise import margin, score
 from jax_klrlhf.core.scores import Scores, second
 
-Loss = Float[Array, "*batch"]
-
 
 def _implicit(scores: Scores, kl_coef: Scalar) -> tuple[Array, Array]:
     check_positive("kl_coef", kl_coef)
@@ -35,7 +33,7 @@ def _implicit(scores: Scores, kl_coef: Scalar) -> tuple[Array, Array]:
     return kl_coef * each[..., 0], kl_coef * second(each)
 
 
-def nca(scores: Scores, *, kl_coef: Scalar) -> Loss:
+def nca(scores: Scores, *, kl_coef: Scalar) -> Float[Array, "*batch"]:
     r"""NCA on pairs: noise contrast, so that the chosen response's likelihood is kept up.
 
     .. math:: -\log\sigma(x^w) - \tfrac12 \log\sigma(-x^w) - \tfrac12 \log\sigma(-x^l)
@@ -47,7 +45,7 @@ def nca(scores: Scores, *, kl_coef: Scalar) -> Loss:
     return bradley_terry.nll(chosen) + both / 2
 
 
-def bco(scores: Scores, *, kl_coef: Scalar, shift: Scalar) -> Loss:
+def bco(scores: Scores, *, kl_coef: Scalar, shift: Scalar) -> Float[Array, "*batch"]:
     r"""BCO: a classifier of winners and losers with the implicit reward as its logit.
 
     .. math:: -\log\sigma(x^w - \delta) - \log\sigma(\delta - x^l)
@@ -60,7 +58,7 @@ def bco(scores: Scores, *, kl_coef: Scalar, shift: Scalar) -> Loss:
     return bradley_terry.nll(chosen - shift) + bradley_terry.nll(shift - rejected)
 
 
-def sppo(scores: Scores, *, kl_coef: Scalar) -> Loss:
+def sppo(scores: Scores, *, kl_coef: Scalar) -> Float[Array, "*batch"]:
     r"""SPPO with hard labels: the log-ratio regressed on the win rate against the reference.
 
     .. math:: \Big(u^w - \frac{1}{2\eta}\Big)^2 + \Big(u^l + \frac{1}{2\eta}\Big)^2, \qquad
@@ -82,7 +80,7 @@ def kto(
     shift: Scalar,
     desirable: Scalar = 1.0,
     undesirable: Scalar = 1.0,
-) -> Loss:
+) -> Float[Array, "*batch"]:
     r"""KTO on both responses of a pair: each valued against a point of reference.
 
     .. math:: \lambda_w (1 - \sigma(x^w - \eta z)) + \lambda_l (1 - \sigma(\eta z - x^l))
@@ -97,7 +95,7 @@ def kto(
     return desirable * jax.nn.sigmoid(at - chosen) + undesirable * jax.nn.sigmoid(rejected - at)
 
 
-def apo_zero(scores: Scores, *, kl_coef: Scalar) -> Loss:
+def apo_zero(scores: Scores, *, kl_coef: Scalar) -> Float[Array, "*batch"]:
     r"""APO-zero: the winner up and the loser down, each from where it is. Law: none.
 
     .. math:: 1 - \sigma(x^w) + \sigma(x^l)
@@ -108,7 +106,7 @@ def apo_zero(scores: Scores, *, kl_coef: Scalar) -> Loss:
     return jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected)
 
 
-def apo_down(scores: Scores, *, kl_coef: Scalar) -> Loss:
+def apo_down(scores: Scores, *, kl_coef: Scalar) -> Float[Array, "*batch"]:
     r"""APO-down: both down, the loser further, for data worse than the policy. Law: none.
 
     .. math:: \sigma(x^w) + 1 - \sigma(x^w - x^l)

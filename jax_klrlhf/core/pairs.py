@@ -109,7 +109,7 @@ def most_uncertain(
     .. math:: \arg\max_{i, j}\; \sigma'(r_i - r_j)\, \|\phi_i - \phi_j\|^2_{\Sigma^{-1}}
 
     the Fisher information of the label against what Sigma holds already; Sigma itself should be
-    weighted by the curvature too (``bandit.linear(curvature=)``).
+    weighted by the curvature too (``bandit.reward_learner(curvature=)``).
     The norm alone, ``curvature=jnp.ones_like``, asks for answers that are known: at large margins
     it is no better than random. Where all choices have the same features every pair is worthless
     to a linear reward: `valid` is False.

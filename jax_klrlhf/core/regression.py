@@ -11,7 +11,7 @@ needs no preference and no baseline. Many systems are members:
 =========================== ============================== =====================================
 system                      composition                    source (arXiv)
 =========================== ============================== =====================================
-PRDP                        :func:`squared_pairs`          2402.08714
+PRDP, over pairs            4 :func:`loss`, reverse KL     2402.08714
 REBEL                       the same, reference pi_t       2404.16767
 VarGrad, mean-free TB, FoR  :func:`loss`, reverse KL       2010.10436, 2201.13259, 2406.05673
 RLOO on r - eta log-ratio   the same gradient, over eta    2402.14740
@@ -138,30 +138,6 @@ def loss(
     # K - 1 where the mean was fitted to the same K residuals: then the gradient is unbiased.
     degrees = count - 1 if fitted and divergence is reverse_kl else count
     return jnp.where(degrees > 0, total / jnp.where(degrees > 0, degrees, 1), 0)
-
-
-def squared_pairs(
-    delta: Float[Array, "*batch responses"],
-    *,
-    where: Bool[Array, "*batch responses"] | None = None,
-) -> Float[Array, "*batch"]:
-    r"""PRDP: the mean over pairs of :math:`(\Delta_i - \Delta_j)^2`, in nats squared.
-
-    Four times :func:`loss` at reverse KL; written out, to be read beside the paper. REBEL is this
-    with the policy that drew the responses as the reference. Law: the Gibbs policy of the reward.
-    Source: arXiv 2402.08714, eq. 10; 2404.16767, eq. 8.
-
-    >>> float(squared_pairs(jnp.array([1.0, 3.0])))
-    4.0
-    """
-    keep = jnp.ones(delta.shape, bool) if where is None else where
-    delta = jnp.where(keep, delta, 0)
-    both = keep[..., :, None] & keep[..., None, :]
-    off = ~jnp.eye(delta.shape[-1], dtype=bool)
-    both = both & jnp.broadcast_to(off, both.shape)
-    square = jnp.where(both, (delta[..., :, None] - delta[..., None, :]) ** 2, 0)
-    count = jnp.sum(both, (-2, -1)).astype(delta.dtype)
-    return jnp.sum(square, (-2, -1)) / jnp.maximum(count, 1)
 
 
 def uniform_offset(kl_coef: Scalar) -> Float[Array, "..."]:

@@ -400,7 +400,8 @@ def simplex_step(
 
     ``value`` are estimates of E r_i - theta_i under the present policy, whose reward is
     ``<w, r>``: for a language model, one step between two policy updates. The *averaged* weights
-    converge, the last need not.
+    converge, the last need not. With the groups' losses for minus the values it is a step of group
+    DRO, whose loss to descend is ``weight @ loss`` (arXiv 1911.08731, algorithm 1).
 
     >>> simplex_step(jnp.array([0.5, 0.5]), jnp.log(jnp.array([1.0, 3.0])), rate=1.0).tolist()
     [0.75..., 0.25]

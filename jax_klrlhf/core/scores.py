@@ -3,6 +3,7 @@ r"""What a loss may look at: the log-probabilities of the responses of each pair
 Axes: ``batch`` (free axes, one entry per pair), ``responses`` (chosen at 0, rejected at 1).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int, Shaped
@@ -84,14 +85,20 @@ class Scores(NamedTuple):
         return self._replace(**pairs, label=None if self.label is None else 1 - self.label)
 
 
+Loss = Callable[[Scores], Float[Array, "*batch"]]
+"""``loss(scores) -> [batch]``, hyper-parameters bound: of :mod:`.objectives` or a user's own."""
+
 _OF_RESPONSES = ("log_prob", "ref_log_prob", "length", "reward", "bonus")
 _WHO = {
     "ref_log_prob": "score the reference too, or take a loss without one (objectives.simpo)",
-    "reward": "training.tasks.preference(rewards=True) takes it from the batch's scores",
+    "reward": (
+        "training.tasks.preference takes it from the batch's scores, bandit.policy_learner from "
+        "its reward="
+    ),
     "bonus": "hand in the uncertainty of each response, times its radius",
     "exploration_log_prob": (
-        "training.tasks.preference(explores=True) and bandit.policy_learner(explores=True) score "
-        "the responses that explored"
+        "training.tasks.preference(explores=1) and bandit.policy_learner(explores=True) score the "
+        "responses that explored"
     ),
     "label": "hand in the labels",
 }

@@ -18,23 +18,34 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jax_klrlhf.core import choices as choice_sets
-from jax_klrlhf.core import gibbs, numerics, rejection
+from jax_klrlhf.core import gibbs, numerics, regularized, rejection
 from jax_klrlhf.core.choices import Choices
+from jax_klrlhf.core.fdivergence import FDivergence, reverse_kl
 from jax_klrlhf.core.numerics import Scalar
 
 Target = Callable[[Choices], Float[Array, "*batch choices"]]
 """``target(choices) -> log_weight``."""
 
 
-def optimum(choices: Choices, *, kl_coef: Scalar) -> Float[Array, "*batch choices"]:
+def optimum(
+    choices: Choices, *, kl_coef: Scalar, divergence: FDivergence = reverse_kl
+) -> Float[Array, "*batch choices"]:
     r"""The Gibbs policy of the reward, :math:`\pi_0 e^{r/\eta}` (arXiv 2312.11456, section 2).
 
     Exact where all choices are listed. On draws it is self-normalized importance sampling: weights
     in proportion to :math:`e^{r/\eta} \pi_0 / \pi`; where the set holds no log-probabilities its
-    draws are pi0's.
+    draws are pi0's. With another ``divergence`` it is that one's optimum
+    (:func:`core.regularized.log_prob`): on draws the optimum against pi0 as the draws show it.
     """
-    reward = choices.require("reward", by="the optimum")
-    return gibbs.log_prob(reward, _reference(choices), kl_coef=kl_coef, where=choices.where)
+    reward, reference = choices.require("reward", by="the optimum"), _reference(choices)
+    if divergence is reverse_kl:
+        return gibbs.log_prob(reward, reference, kl_coef=kl_coef, where=choices.where)
+    keep = numerics.support(reference, choices.where)
+    total = numerics.masked_logsumexp(jnp.where(keep, reference, 0), keep)
+    shown = jnp.where(keep, reference - jnp.where(jnp.any(keep, -1), total, 0)[..., None], -jnp.inf)
+    return regularized.log_prob(
+        reward, shown, kl_coef=kl_coef, divergence=divergence, where=choices.where
+    )
 
 
 def best_of(choices: Choices, *, n: int) -> Float[Array, "*batch choices"]:

@@ -1,4 +1,4 @@
-r"""How uncertain data leave the reward of a policy: norms of its features, from an origin nu.
+r"""How uncertain data leave the reward of a policy: norms of its features, from nu.
 
 Preferences identify only differences of rewards, so uncertainty is measured from a reference
 vector ``nu``: of all contexts ``[dim]``, or of each ``[contexts, dim]``. Usually it is

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jax_klrlhf.core import divergence, sequence
+from jax_klrlhf.core import divergence, diversity, sequence
 from jax_klrlhf.core.numerics import expectation
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import base
@@ -38,6 +38,8 @@ class TokenScores(NamedTuple):
     """KL(policy || reference) of that law, exact over the vocabulary; None without a reference."""
     ref_log_prob: Float[Array, "B K C"] | None = None
     """The reference's; None without one."""
+    top: diversity.Top | None = None
+    """Entropy and mass of the likeliest continuations at each token; None unless asked for."""
 
 
 def token_log_prob(
@@ -91,6 +93,7 @@ def score(
     responses: Ragged,
     *,
     reference: tuple[LanguageModel, Any] | None = None,
+    top: int | None = None,
     chunk: int = CHUNK,
 ) -> TokenScores:
     r"""Log-probability, exact entropy and exact KL to a reference of each token, in one pass.
@@ -105,6 +108,7 @@ def score(
     Args:
         model, params, prompts, responses, chunk: as :func:`token_log_prob`.
         reference: model and parameters of pi0, a constant under differentiation.
+        top: k, of the warnings of over-optimized likelihood (:func:`core.diversity.top`).
     """
 
     def measure(hiddens, tokens):
@@ -116,7 +120,8 @@ def score(
             kl = divergence.categorical(log_law, jax.nn.log_softmax(ref_logits))
             ref_log_prob = sequence.token_log_prob(ref_logits, tokens)
         log_prob = sequence.token_log_prob(logits, tokens)
-        return TokenScores(log_prob, -expectation(log_law, log_law), kl, ref_log_prob)
+        likeliest = None if top is None else diversity.top(log_law, k=top)
+        return TokenScores(log_prob, -expectation(log_law, log_law), kl, ref_log_prob, likeliest)
 
     hiddens = [_predicting_hidden(model, params, prompts, responses)]
     if reference is not None:

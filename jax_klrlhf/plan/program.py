@@ -130,7 +130,7 @@ def train_step(
         optimizer,
         functools.partial(objectives.sigmoid, kl_coef=0.1),
         reference=scored,
-        kl_coef=0.1,
+        report_coef=0.1,
         chunk=chunk,
         micro_batches=micro_batches,
         compute_dtype=compute_dtype,

@@ -342,10 +342,14 @@ def make_improve(place: Place) -> Improve:
     """From comparisons to a policy."""
     config, improve, model = place.config, place.config.improve, place.policy.model
     fitting = place.policy_fitting()
-    shared: dict[str, Any] = {"kl_coef": config.kl_coef, "fitting": fitting}
     if improve.method == "preference":
         loss, _ = objective(improve.objective, kl_coef=config.kl_coef, options=improve.options)
-        return _preferred_first(rounds.preference(model, loss, rows=config.rows, **shared))
+        return _preferred_first(
+            rounds.preference_optimization(
+                model, loss, fitting=fitting, report_coef=config.kl_coef, rows=config.rows
+            )
+        )
+    shared: dict[str, Any] = {"kl_coef": config.kl_coef, "fitting": fitting}
     if improve.method == "pessimistic":
         return _preferred_first(rounds.pessimistic_dpo(model, rows=config.rows, **shared))
     if improve.method in OWN_DRAWS:

@@ -62,7 +62,7 @@ def dpo(config: DpoConfig, *, console: Console | None = None) -> TrainState:
             if data is not None:
                 tables[number] = _reference_table(run, model, pi0, data, name)
     task = tasks.preference(
-        model, loss, reference=source, kl_coef=config.kl_coef, chunk=runs.chunk(run, model)
+        model, loss, reference=source, report_coef=config.kl_coef, chunk=runs.chunk(run, model)
     )
 
     more = None

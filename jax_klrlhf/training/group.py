@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jax_klrlhf.core import policy_gradient
-from jax_klrlhf.core.group_losses import Group, Loss
+from jax_klrlhf.core.group_losses import Group, GroupLoss
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
@@ -78,7 +78,7 @@ class _Scored(NamedTuple):
 
 def group(
     model: LanguageModel,
-    loss: Loss,
+    loss: GroupLoss,
     *,
     importance_limit: float | None = None,
     chunk: int = scoring.CHUNK,

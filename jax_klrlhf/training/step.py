@@ -193,7 +193,7 @@ def make_train_step(
     loss: Callable[[Scores], Float[Array, " B"]],
     *,
     reference: references.Reference = references.cached,
-    kl_coef: float = 1.0,
+    report_coef: float = 1.0,
     chunk: int = scoring.CHUNK,
     micro_batches: int = 1,
     compute_dtype: Any = None,
@@ -203,10 +203,10 @@ def make_train_step(
 
     ``loss`` is for example
     ``functools.partial(objectives.sigmoid, kl_coef=0.1)``;
-    ``kl_coef`` here is the scale of the *reported* rewards.
+    ``report_coef`` is the scale of the *reported* rewards, and trains nothing.
     """
     return make_step(
-        tasks.preference(model, loss, reference=reference, kl_coef=kl_coef, chunk=chunk),
+        tasks.preference(model, loss, reference=reference, report_coef=report_coef, chunk=chunk),
         optimizer,
         micro_batches=micro_batches,
         compute_dtype=compute_dtype,

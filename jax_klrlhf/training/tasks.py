@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from jax_klrlhf.core import sequence
 from jax_klrlhf.core.numerics import check_between, check_positive
 from jax_klrlhf.core.preferences import PreferenceModel, bradley_terry
-from jax_klrlhf.core.scores import Scores
+from jax_klrlhf.core.scores import Loss, Scores
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import packed as packing
 from jax_klrlhf.models import scoring
@@ -112,7 +112,7 @@ class PreferenceReport(NamedTuple):
     """Per-row quantities of a preference batch, in nats."""
 
     chosen_reward: Float[Array, " B"] | None
-    """Implicit rewards ``kl_coef * log_ratio``; None without reference."""
+    """Implicit rewards ``report_coef * log_ratio``; None without reference."""
     rejected_reward: Float[Array, " B"] | None
     margin: Float[Array, " B"]
     accuracy: Float[Array, " B"]
@@ -137,10 +137,10 @@ PREFERENCE_NAMES = {
 
 def preference(
     model: LanguageModel,
-    loss: Callable[[Scores], Float[Array, " B"]],
+    loss: Loss,
     *,
     reference: references.Reference = references.cached,
-    kl_coef: float = 1.0,
+    report_coef: float = 1.0,
     explores: int | None = None,
     preference: PreferenceModel = bradley_terry,
     tail: float | None = None,
@@ -157,7 +157,7 @@ def preference(
         model: the policy.
         loss: for example ``functools.partial(objectives.sigmoid, kl_coef=0.1)``.
         reference: where pi0's log-probabilities come from (:mod:`.reference`).
-        kl_coef: scale of the *reported* rewards; the loss has its own.
+        report_coef: of the reported rewards, usually the loss's ``kl_coef``; it trains nothing.
         explores: the number of the response that explored, for ``objectives.exploratory`` (XPO,
             SELM): 1 where it is the second of the pair, 2 where it is a third one.
         preference: what labels mean, the loss's own model (``objectives.sigmoid(preference=..)``).
@@ -167,10 +167,10 @@ def preference(
         chunk: tokens projected on the vocabulary at one time.
 
     Raises:
-        ValueError: on a ``kl_coef`` that isn't positive, a ``tail`` outside of [0, 1], and where
-            ``tail`` meets a cached reference (of whole sums) or a packed batch.
+        ValueError: on a ``report_coef`` that isn't positive, a ``tail`` outside of [0, 1], and
+            where ``tail`` meets a cached reference (of whole sums) or a packed batch.
     """
-    check_positive("kl_coef", kl_coef)
+    check_positive("report_coef", report_coef)
     if tail is not None:
         check_between("tail", tail, 0, 1)
         if reference is references.cached:
@@ -211,7 +211,7 @@ def preference(
     return Task(
         score=score,
         loss=labelled,
-        report=lambda given: _preference_report(_winner_first(given), kl_coef),
+        report=lambda given: _preference_report(_winner_first(given), report_coef),
         names=PREFERENCE_NAMES,
     )
 
@@ -240,12 +240,12 @@ def _winner_first(given: Preference) -> Scores:
     )
 
 
-def _preference_report(scores: Scores, kl_coef: float) -> PreferenceReport:
+def _preference_report(scores: Scores, coef: float) -> PreferenceReport:
     if scores.ref_log_prob is None:
-        reward, shown, ratio = kl_coef * scores.log_prob, (None, None), None
+        reward, shown, ratio = coef * scores.log_prob, (None, None), None
     else:
         ratio = scores.log_prob - scores.ref_log_prob
-        reward = kl_coef * ratio
+        reward = coef * ratio
         shown, ratio = (reward[:, 0], reward[:, 1]), ratio[:, 0]
     margin = reward[:, 0] - reward[:, 1]
     return PreferenceReport(

@@ -50,9 +50,9 @@ def test_every_learner_is_listed():
     }
     plain = {
         "at_contexts", "choices", "compare", "coverage", "draw", "error", "four_arms",
-        "four_arms_data", "from_arrays", "gap", "in_confidence_set", "information", "kl", "linear",
+        "four_arms_data", "from_arrays", "gap", "in_confidence_set", "information", "kl",
         "mle_policy", "optimum", "policy_learner", "record_gap", "reference", "reward_gap",
-        "simulate", "sphere", "value",
+        "reward_learner", "simulate", "sphere", "value",
     }  # fmt: skip
     assert made - plain == set(LEARNERS)
 

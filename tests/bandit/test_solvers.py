@@ -123,7 +123,7 @@ def test_option_one_is_the_maximum(learned, radius):
     saddle = jax.jit(pessimism.option_one)(s, state, radius=radius)
     reached = pessimistic_value(problem, state, saddle.log_prob, radius, nu)
     assert 0 <= float(saddle.duality_gap) + 1e-12 < 1e-9
-    assert float(jnp.linalg.norm(saddle.direction)) <= 1 + 1e-9
+    assert float(jnp.linalg.norm(saddle.weight)) <= 1 + 1e-9
     where = np.asarray(s.where)
 
     def loss(logits):
@@ -287,7 +287,7 @@ def test_any_loss_makes_a_learner_and_its_minimum_is_stationary(learned):
             return jnp.sum(jnp.where(counts, each, 0)) + 0.5 * theta @ theta
 
         assert bool(fitted.converged)
-        # Converged to the square root of the rounding: see `_descend`.
+        # Converged to the square root of the rounding: see `core.descent`.
         slope = jax.jit(jax.grad(by_rows))
         assert abs(slope(fitted.theta)).max() < 1e-6 * (1 + abs(slope(jnp.zeros(3))).max())
         assert float(by_rows(fitted.theta)) < float(by_rows(jnp.zeros(3)))
@@ -392,3 +392,49 @@ def test_nu_is_used_where_it_is_given(learned, each):
     for rival in (None, jnp.zeros(3)):
         other = bandit.offline_gshf_one(radius=1.0, nu=rival).policy(s, state)
         assert pessimistic_value(problem, state, other, 1.0, center) < best - 1e-4
+    # The pointwise bonus, and who takes it.
+    inverse, shift = np.linalg.inv(state.ellipsoid.precision), x - origin[:, None]
+    bonus = np.sqrt(np.einsum("xad,de,xae->xa", shift, inverse, shift))
+    reward, where = x @ np.asarray(state.theta), np.asarray(s.where)
+
+    def gibbs(bent):
+        weight = np.where(where, np.exp(s.ref_log_prob + bent / s.kl_coef), 0)
+        return weight / weight.sum(-1, keepdims=True)
+
+    best = np.where(where, reward - 3 * bonus, -np.inf).argmax(-1)
+    wanted = {
+        bandit.offline_gshf_two: (1.0, gibbs(reward - bonus)),
+        bandit.kl_ucb: (1.0, gibbs(reward + bonus)),
+        bandit.pessimistic_mle: (3.0, np.eye(4)[best]),
+    }
+    for make, (radius, law) in wanted.items():
+        found, usual = (
+            np.exp(np.asarray(make(radius=radius, nu=given).policy(s, state)))
+            for given in (nu, None)
+        )
+        np.testing.assert_allclose(found, law, atol=1e-10)
+        assert abs(usual - law).max() > 1e-3
+    every = bandit.choices(s, state, s.ref_log_prob, nu=nu)
+    np.testing.assert_allclose(np.where(where, every.uncertainty - bonus, 0), 0, atol=1e-10)
+
+
+def test_a_behaviour_is_who_is_compared_and_kl_pcbs_nu(learned):
+    """Of a policy that is not pi0: its draws (chi-squared, 20,000), its mean features."""
+    problem, _, state = learned
+    s = problem.setting
+    behaviour = jnp.where(s.where, jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4])), -jnp.inf)
+    behaviour = behaviour - jax.nn.logsumexp(behaviour, -1, keepdims=True)
+    learner = bandit.kl_pcb(radius=0.6, behaviour=behaviour)
+    drawn = learner.propose(jax.random.key(0), s, state, jnp.ones(20_000, jnp.int32))
+    for actions in drawn:
+        got = np.bincount(np.asarray(actions), minlength=4)
+        want, wrong = (20_000 * np.exp(np.asarray(p[1])) for p in (behaviour, s.ref_log_prob))
+        # Three degrees of freedom: above 16.3 once in a thousand; the control is far beyond.
+        assert ((got - want) ** 2 / want).sum() < 16.3
+        assert ((got - wrong) ** 2 / wrong).sum() > 100
+    nu = s.mean_features(behaviour)
+    policy = learner.policy(s, state)
+    want = pessimism.option_two(s, state, radius=0.6, nu=nu)
+    np.testing.assert_allclose(np.exp(policy), np.exp(want), atol=1e-12)
+    of_pi0 = np.exp(bandit.kl_pcb(radius=0.6).policy(s, state))
+    assert abs(np.exp(policy) - of_pi0).max() > 1e-3

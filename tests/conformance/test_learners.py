@@ -15,7 +15,7 @@ import pytest
 from scipy import optimize
 
 from jax_klrlhf import bandit
-from jax_klrlhf.core import pairs, targets
+from jax_klrlhf.core import fdivergence, pairs, targets
 from tests.conformance import laws, worlds
 
 RADIUS = 1.2
@@ -222,12 +222,26 @@ def best_of_three(s):
     return law
 
 
+def forward_optimum(s, law):
+    """eta p / (lambda - r) with sum 1, by a root in lambda: where f' = 1 - 1/z meets r / eta."""
+    law = laws.normal(law)
+    most = s.reward.max()
+    ends = most + worlds.ETA * law.min() / 10, most + worlds.ETA
+    level = optimize.brentq(lambda x: (worlds.ETA * law / (x - s.reward)).sum() - 1, *ends)
+    return worlds.ETA * law / (level - s.reward)
+
+
 BOUND = 1.5
 TARGETS = {
     "optimum": (
         partial(targets.optimum, kl_coef=worlds.ETA),
         lambda s: laws.normal(np.exp(s.ref + s.reward / worlds.ETA)),
         lambda s: laws.normal(s.mass * np.exp(s.reward / worlds.ETA)),
+    ),
+    "forward_kl": (
+        partial(targets.optimum, kl_coef=worlds.ETA, divergence=fdivergence.forward_kl),
+        lambda s: forward_optimum(s, np.exp(s.ref)),
+        lambda s: forward_optimum(s, s.mass),
     ),
     "best_of": (partial(targets.best_of, n=3), best_of_three, best_of_three),
     "accepted": (

@@ -15,7 +15,7 @@ from scipy import stats
 
 from jax_klrlhf import bandit
 from jax_klrlhf.core import choices as choice_sets
-from jax_klrlhf.core import enhancer, pairs, rejection
+from jax_klrlhf.core import enhancer, pairs, rejection, select
 from jax_klrlhf.training.rounds import pairing
 from tests.conformance import laws, worlds
 
@@ -27,6 +27,8 @@ RULES = {
     "sampled": (pairs.sampled, laws.sampled),
     "most_uncertain": (pairs.most_uncertain, laws.most_uncertain),
     "widest": (partial(pairs.most_uncertain, curvature=jnp.ones_like), laws.widest),
+    "most_informative": (select.most_informative, laws.most_informative),
+    "fisher": (partial(select.most_informative, score=select.fisher), laws.most_uncertain),
     "uncertain_against": (pairs.uncertain_against, laws.farthest),
     "first_round": (pairs.first_round, laws.first_round),
     "tournament": (pairs.tournament, laws.tournament),
@@ -68,6 +70,8 @@ ON_DRAWS = {"accepted": accepted_pair_of_draws}
 
 CONTROLS = {
     "most_uncertain": laws.without_sigma,
+    "most_informative": laws.without_sigma,
+    "fisher": laws.without_sigma,
     "first_round": laws.unshuffled,
     "best_worst": laws.best_second,
     "best_random": laws.best_worst,

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jax_klrlhf.core.diversity import Top
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import scoring
 from jax_klrlhf.training import reference
@@ -149,10 +150,11 @@ def test_entropy_and_kl_are_the_sums_over_the_vocabulary():
     prompts, responses = FIXED
     scores = jax.jit(
         lambda params: scoring.score(
-            MODEL, params, prompts, responses, reference=(MODEL, REFERENCE), chunk=5
+            MODEL, params, prompts, responses, reference=(MODEL, REFERENCE), top=2, chunk=5
         )
     )(PARAMS)
-    expected = scoring.TokenScores(*(np.zeros((B, K, C)) for _ in range(4)))
+    zeros = [np.zeros((B, K, C)) for _ in range(6)]
+    expected = scoring.TokenScores(*zeros[:4], top=Top(*zeros[4:]))
     for b, k, prompt, response in rows(prompts, responses):
         if not response:
             continue
@@ -162,8 +164,13 @@ def test_entropy_and_kl_are_the_sums_over_the_vocabulary():
         expected.entropy[b, k, at] = -(np.exp(law) * law).sum(-1)
         expected.kl[b, k, at] = (np.exp(law) * (law - ref)).sum(-1)
         expected.ref_log_prob[b, k, at] = ref[at, response]
+        likeliest = np.sort(np.exp(law), -1)[:, -2:]
+        expected.top.mass[b, k, at] = mass = likeliest.sum(-1)
+        share = likeliest / mass[:, None]
+        expected.top.entropy[b, k, at] = -(share * np.log(share)).sum(-1)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), scores, expected)
-    assert scoring.score(MODEL, PARAMS, prompts, responses).kl is None
+    plain = scoring.score(MODEL, PARAMS, prompts, responses)
+    assert plain.kl is plain.top is None
 
 
 def test_chain_rule_of_the_divergence():

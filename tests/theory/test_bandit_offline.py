@@ -98,7 +98,7 @@ def test_t1_offline_guarantees(x64):
 
         saddle = pessimism.option_one(s, state, radius=radius)
         white = ellipsoid.whiten(state.ellipsoid, s.features - nu[None, None, :])
-        optimistic = s.reward(state.theta) + radius * (white @ saddle.direction)
+        optimistic = s.reward(state.theta) + radius * (white @ saddle.weight)
         options = (
             (saddle.log_prob, pessimism.option_two(s, state, radius=radius)),
             (

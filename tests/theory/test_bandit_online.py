@@ -117,7 +117,7 @@ def test_t2_control_and_batch_size():
         pair = learner.draw(key, setting.ref_log_prob, setting.ref_log_prob, context)
         return pair._replace(second=pair.first)
 
-    nothing = bandit.linear(blind, learner.mle_policy)
+    nothing = bandit.reward_learner(blind, learner.mle_policy)
     keys = jax.random.split(jax.random.key(6), 64)
     total, epsilon = 512, 0.1
 

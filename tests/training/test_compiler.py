@@ -26,7 +26,7 @@ from jax_klrlhf.training import mesh as meshes
 from tests.training import toy
 
 MODEL = toy.language_model()
-TASK = tasks.preference(MODEL, functools.partial(objectives.sigmoid, kl_coef=0.3), kl_coef=0.3)
+TASK = tasks.preference(MODEL, functools.partial(objectives.sigmoid, kl_coef=0.3), report_coef=0.3)
 
 
 def started(**options):

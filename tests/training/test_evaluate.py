@@ -108,7 +108,7 @@ def test_held_out_numbers_are_averages_over_rows_on_any_mesh():
     task = tasks.preference(
         MODEL,
         functools.partial(objectives.sigmoid, kl_coef=0.3),
-        kl_coef=0.3,
+        report_coef=0.3,
     )
     batches = [toy.batch(seed) for seed in (0, 1)]
     weights = [np.where(b.weight > 0, 1, 0).astype(np.float32) for b in batches]

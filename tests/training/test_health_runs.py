@@ -60,7 +60,7 @@ def compiled(kind):
         "ipo": partial(objectives.ipo, kl_coef=0.1),
     }
     if kind in losses:
-        task = tasks.preference(MODEL, losses[kind], kl_coef=0.1)
+        task = tasks.preference(MODEL, losses[kind], report_coef=0.1)
     elif kind == "sft":
         task = tasks.likelihood(MODEL)
     else:

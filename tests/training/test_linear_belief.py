@@ -1,11 +1,14 @@
-"""A linear belief is factorized once for all the batches that it scores."""
+"""A linear belief is factorized once for what it scores; beliefs are told what labels mean."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jax_klrlhf.core import ellipsoid
-from jax_klrlhf.training.rounds import features
-from jax_klrlhf.training.rounds.parts import ragged
+from jax_klrlhf.core import ellipsoid, estimation, preferences
+from jax_klrlhf.models import reward
+from jax_klrlhf.training import rounds, tasks
+from jax_klrlhf.training.rounds import features, members
+from jax_klrlhf.training.rounds.parts import Comparisons, ragged
 from tests.training import rounds_world as world
 
 
@@ -32,3 +35,53 @@ def test_a_belief_is_factorized_once_and_scores_as_the_ellipsoid_does(monkeypatc
         wanted = 2.0 * np.sqrt(np.einsum("bkd,de,bke->bk", phi, inverse, phi))
         np.testing.assert_allclose(scored.uncertainty, wanted, rtol=1e-4)
         assert len(calls) == number
+
+
+TIES = preferences.rao_kupper(1.0)
+
+
+def test_a_linear_belief_that_is_told_of_ties_is_the_core_fit_with_ties():
+    rng = np.random.default_rng(1)
+    pairs = ragged(rng.integers(1, 5, (30, 2, 3)), np.full((30, 2), 3))
+    label = rng.choice([0.0, 0.5, 1.0], 30).astype(np.float32)
+    prompts = ragged(np.ones((30, 1)), np.ones(30))
+    data = [Comparisons(prompts, pairs, label, np.ones(30, np.float32))]
+    phi = jnp.asarray(world.counts(prompts, pairs))
+    found = {}
+    for name, given in {"ties": {"preference": TIES}, "plain": {}}.items():
+        belief = rounds.linear(world.counts, dim=world.VOCAB, ridge=0.5, radius=1.0, **given)
+        found[name] = belief.fit(jax.random.key(0), belief.init, data, world.policies()).theta
+    want = estimation.fit(phi[:, 0] - phi[:, 1], jnp.asarray(label), ridge=0.5, link=TIES)
+    np.testing.assert_allclose(found["ties"], want.theta, atol=1e-5)
+    assert np.abs(found["ties"] - found["plain"]).max() > 0.05
+
+
+class Compiles:
+    """A `Fitting` that keeps the task it was asked to compile, and does not compile it."""
+
+    mesh = None
+
+    def shared(self, key, make):
+        del key
+        return make()
+
+    def compile(self, task):
+        self.task = task
+
+
+def test_a_reward_model_and_heads_are_fitted_by_the_likelihood_with_ties():
+    """-log of the tie's probability at a margin, in NumPy; a half label alone is another number."""
+    fitting, margin = Compiles(), 0.8
+    rounds.reward_model(world.MODEL, {}, fitting=fitting, centring=0.0, preference=TIES)
+    label, length = jnp.array([0.5]), jnp.ones((1, 2), jnp.int32)
+    given = tasks.Rewarded(jnp.array([[margin, 0.0]]), label, None, length)
+    won, lost = (1 / (1 + np.exp(1.0 - s * margin)) for s in (1, -1))
+    np.testing.assert_allclose(fitting.task.loss(given), -np.log(1 - won - lost), rtol=1e-5)
+    rounds.reward_model(world.MODEL, {}, fitting=fitting, centring=0.0)
+    assert abs(float(fitting.task.loss(given)[0]) + np.log(1 - won - lost)) > 0.1
+    params = reward.RewardParams({}, jnp.zeros((2, 3)))
+    rounds.heads(world.MODEL, params, fitting=fitting, centring=0.0, preference=TIES)
+    both = members.Heads(
+        jnp.array([[[margin, 0.0], [-margin, 0.0]]]), jnp.array([[1.0, 2.0]]), label, length
+    )
+    np.testing.assert_allclose(fitting.task.loss(both), -1.5 * np.log(1 - won - lost), rtol=1e-5)

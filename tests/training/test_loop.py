@@ -24,7 +24,7 @@ MODEL = toy.language_model()
 STEPS, SAVE_EVERY = 9, 2
 LOSS = functools.partial(objectives.sigmoid, kl_coef=0.3)
 QUIET = Console(quiet=True)
-TASK = tasks.preference(MODEL, LOSS, kl_coef=0.3)
+TASK = tasks.preference(MODEL, LOSS, report_coef=0.3)
 CLOCKS = {"time", "perf/tokens_per_second", "perf/steps_per_second"}
 
 

@@ -52,13 +52,13 @@ def test_every_row_has_the_loss_and_the_rewards_of_its_own_coefficient(objective
     coefs = np.array([0.1, 0.1, 0.5, 0.5, 2.0, 2.0], np.float32)
     label = np.array([1, 0, 1, 0, 1, 0.3], np.float32)
     scores = Scores(*map(jax.numpy.asarray, (policy, ref, np.ones((6, 2), np.int32))))
-    task = coefficient.preference(world.MODEL, loss)
+    task = coefficient.task(world.MODEL, loss)
     given = coefficient.ScoredAt(
         tasks.Preference(scores, jax.numpy.asarray(label)), jax.numpy.asarray(coefs)
     )
     found, report = task.loss(given), task.report(given)
     for row, coef in enumerate(coefs.tolist()):
-        alone = tasks.preference(world.MODEL, loss(coef), kl_coef=coef)
+        alone = tasks.preference(world.MODEL, loss(coef), report_coef=coef)
         np.testing.assert_allclose(found[row], alone.loss(given.preference)[row], rtol=1e-6)
         for one, two in zip(report, alone.report(given.preference), strict=True):
             np.testing.assert_allclose(one[row], two[row], rtol=1e-6)
@@ -86,8 +86,8 @@ def test_dpo_at_any_coefficient_is_one_program_and_fits_as_a_loss_of_its_own(
             found = method(world.MODEL, kl_coef=coef, fitting=fitting)(key, here)
             assert not np.array_equal(*map(_flat, (found.params, first.params)))
     assert len(traced) == count  # nothing was traced again
-    alone = rounds.preference(
-        world.MODEL, inner(0.1), kl_coef=0.1, fitting=fitting
+    alone = rounds.preference_optimization(
+        world.MODEL, inner(0.1), report_coef=0.1, fitting=fitting
     )(key, here)  # fmt: skip
     np.testing.assert_allclose(_flat(first.params), _flat(alone.params), rtol=1e-5, atol=1e-7)
     for name in ("loss", "rewards/margins", "rewards/chosen"):
@@ -147,8 +147,8 @@ def test_an_improvement_may_explore(comparisons):
     one_step = rounds.Fitting(optimizer=optax.sgd(0.1), steps=1, batch_size=16)
     key, here = jax.random.key(3), situation(comparisons)
     loss = functools.partial(objectives.exploratory, kl_coef=0.5, optimism=0.2)
-    found = rounds.preference(
-        world.MODEL, loss, explores=1, kl_coef=0.5, fitting=one_step
+    found = rounds.preference_optimization(
+        world.MODEL, loss, explores=1, report_coef=0.5, fitting=one_step
     )(key, here).params  # fmt: skip
     plain = rounds.dpo(world.MODEL, kl_coef=0.5, fitting=one_step)(key, here).params
     prompts, responses = (

@@ -244,7 +244,7 @@ def test_reported_names_mean_what_they_say():
     batch = toy.batch(9)
     score = LOG_PROB
     log_prob = np.asarray(score(MODEL.init(jax.random.key(0)), batch))
-    _, info = step.make_train_step(MODEL, SGD, LOSS, kl_coef=0.3)(fresh(), batch)
+    _, info = step.make_train_step(MODEL, SGD, LOSS, report_coef=0.3)(fresh(), batch)
     reward = 0.3 * (log_prob - batch.ref_log_prob)
     mean = jax.tree.map(lambda m: m.total / m.weight, info.report, is_leaf=is_moments)
     average = partial(np.average, weights=batch.weight)

@@ -222,7 +222,7 @@ def test_ties_reach_the_model_of_ties_and_scores_reach_the_loss(params):
     )
 
 
-@pytest.mark.parametrize("kl_coef", [0.0, -0.1, float("nan")])
-def test_a_coefficient_that_is_not_positive_is_refused(kl_coef):
-    with pytest.raises(ValueError, match="kl_coef must be > 0"):
-        tasks.preference(MODEL, LOSS, kl_coef=kl_coef)
+@pytest.mark.parametrize("report_coef", [0.0, -0.1, float("nan")])
+def test_a_coefficient_that_is_not_positive_is_refused(report_coef):
+    with pytest.raises(ValueError, match="report_coef must be > 0"):
+        tasks.preference(MODEL, LOSS, report_coef=report_coef)

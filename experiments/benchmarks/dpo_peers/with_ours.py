@@ -113,7 +113,7 @@ def make(job: dict[str, Any]) -> Contender:
         return objectives.sigmoid(given, kl_coef=kl_coef)
 
     optimizer = optimizers.adamw(job["learning_rate"])
-    task = tasks.preference(loaded.model, sigmoid, kl_coef=kl_coef)
+    task = tasks.preference(loaded.model, sigmoid, report_coef=kl_coef)
     live = "cache" in without
     key, ref_params = jax.random.key(0), loaded.params if live else None
 

@@ -27,10 +27,11 @@ from jax_klrlhf.training.rounds.improve import (
     best_of_n,
     dpo,
     pessimistic_dpo,
-    preference,
+    preference_optimization,
     weighted_likelihood,
 )
 from jax_klrlhf.training.rounds.members import heads, worst_mixture
+from jax_klrlhf.training.rounds.parametric import parametric
 from jax_klrlhf.training.rounds.parts import (
     Chosen,
     Comparisons,
@@ -103,12 +104,13 @@ __all__ = [
     "on_policy",
     "oracle",
     "pairing",
+    "parametric",
     "pessimistic_dpo",
     "pi0",
     "pi0_draws",
     "pick",
     "pool",
-    "preference",
+    "preference_optimization",
     "previous",
     "recorded",
     "rejection",

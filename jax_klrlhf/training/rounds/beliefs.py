@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from jax_klrlhf.core import aggregate, gibbs, reshape
+from jax_klrlhf.core.preferences import PreferenceModel, bradley_terry
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models import scoring
@@ -88,20 +89,24 @@ def reward_model(
     fitting: Fitting,
     pooling: Callable[[Array, Array, Array], Array] = rewards.last,
     centring: float = 0.01,
+    preference: PreferenceModel = bradley_terry,
     rows: int = 64,
 ) -> Reward:
-    """A Bradley-Terry reward model, fitted from ``params`` again each round, on all comparisons.
+    """A reward model, fitted from ``params`` again each round, on all comparisons.
 
-    Its rewards are centred at 0 by ``centring`` (:func:`tasks.bradley_terry_reward`). All that are
-    made of one ``fitting``, as an ensemble's members, share their compiled programs.
+    ``preference`` says what their labels mean, by default Bradley-Terry's. Its rewards are centred
+    at 0 by ``centring`` (:func:`tasks.bradley_terry_reward`). All that are made of one ``fitting``,
+    as an ensemble's members, share their compiled programs.
     """
 
     def reward(params: Any, prompts: Ragged, responses: Ragged) -> Array:
         return rewards.reward(model, params, prompts, responses, pooling=pooling)
 
     step = fitting.shared(
-        ("reward_model", model, pooling, centring),
-        lambda: fitting.compile(tasks.bradley_terry_reward(reward, centring=centring)),
+        ("reward_model", model, pooling, centring, id(preference)),
+        lambda: fitting.compile(
+            tasks.bradley_terry_reward(reward, centring=centring, preference=preference)
+        ),
     )
     program = fitting.shared(
         ("reward_model", model, pooling, "score", rows),

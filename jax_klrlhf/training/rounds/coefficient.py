@@ -14,20 +14,19 @@ from jaxtyping import Array, Float
 
 from jax_klrlhf.core import objectives
 from jax_klrlhf.core.numerics import Scalar
-from jax_klrlhf.core.scores import Scores
+from jax_klrlhf.core.scores import Loss
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.training import tasks
 from jax_klrlhf.training.rounds.fitting import Deal
 from jax_klrlhf.training.tasks import Batch, Preference, Task
 
-Loss = Callable[[Scores], Float[Array, " B"]]
 LossAt = Callable[[Scalar], Loss]
 """``loss(kl_coef)(scores) -> [B]``, with ``kl_coef [B]`` traced: every loss of
 :mod:`core.objectives` takes it so, with :func:`functools.partial`."""
 
 
-class Rows(NamedTuple):
+class RowsAt(NamedTuple):
     """Rows to train on, and the coefficient of each one's loss."""
 
     batch: Batch
@@ -59,24 +58,24 @@ class ScoredAt(NamedTuple):
 def at(deal: Deal, kl_coef: float) -> Deal:
     """A training set whose rows carry ``kl_coef``."""
     carried = np.full(len(deal.rows.weight), kl_coef, np.float32)
-    return deal._replace(rows=Rows(deal.rows, carried))  # pyright: ignore[reportArgumentType]
+    return deal._replace(rows=RowsAt(deal.rows, carried))  # pyright: ignore[reportArgumentType]
 
 
-def preference(model: LanguageModel, loss: LossAt) -> Task:
-    """:func:`tasks.preference` on :class:`Rows`, against the log-probabilities that they hold.
+def task(model: LanguageModel, loss: LossAt) -> Task:
+    """:func:`tasks.preference` on :class:`RowsAt`, against the log-probabilities that they hold.
 
     The reported rewards are those of the rows' coefficient.
     """
 
-    def task(kl_coef: Scalar) -> Task:
+    def of(kl_coef: Scalar) -> Task:
         return tasks.preference(model, loss(kl_coef))
 
     def score(params: Any, ref_params: Any, rows: Any) -> ScoredAt:
-        found = task(1.0).score(params, ref_params, rows.batch)
+        found = of(1.0).score(params, ref_params, rows.batch)
         return ScoredAt(found, rows.kl_coef)
 
     def report(given: ScoredAt) -> Any:
-        found = task(1.0).report(given.preference)  # at 1: log-ratios
+        found = of(1.0).report(given.preference)  # at 1: log-ratios
         scale = lambda x: given.kl_coef.astype(x.dtype) * x  # noqa: E731
         return found._replace(
             chosen_reward=scale(found.chosen_reward),
@@ -86,9 +85,9 @@ def preference(model: LanguageModel, loss: LossAt) -> Task:
 
     return Task(
         score=score,
-        loss=lambda given: task(given.kl_coef).loss(given.preference),
+        loss=lambda given: of(given.kl_coef).loss(given.preference),
         report=report,
-        names=task(1.0).names,
+        names=of(1.0).names,
     )
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from jax_klrlhf import placement
 from jax_klrlhf.core import ellipsoid, estimation
 from jax_klrlhf.core.ellipsoid import Ellipsoid
+from jax_klrlhf.core.preferences import PreferenceModel, bradley_terry
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models import sampling
@@ -40,8 +41,8 @@ class Linear(NamedTuple):
 
     theta: Float[Array, " D"]
     ellipsoid: Ellipsoid
-    origin: Float[Array, " D"]
-    """nu: uncertainty is measured from it, since preferences identify differences alone."""
+    nu: Float[Array, " D"]
+    """Uncertainty is measured from it, since preferences identify differences alone."""
     converged: Array
     """False where the fit did not reach its optimum."""
 
@@ -76,10 +77,11 @@ def linear(
     ridge: float,
     radius: float,
     bound: float | None = None,
-    origin: Float[np.ndarray, " D"] | None = None,
+    nu: Float[np.ndarray, " D"] | None = None,
     rows: int = 4096,
     mesh: Mesh | None = None,
     dtype: Any = np.float32,
+    preference: PreferenceModel = bradley_terry,
 ) -> Reward:
     """Linear reward with its confidence ellipsoid.
 
@@ -89,14 +91,15 @@ def linear(
         ridge: lambda, of the fit and of Sigma.
         radius: beta, the scale of the uncertainty in units of reward (:func:`bounds.radius`).
         bound: B, the largest norm of theta; None: the ridge alone.
-        origin: nu. None: the mean feature of the responses that were compared.
+        nu: what uncertainty is measured from. None: the mean feature of the responses compared.
         rows: comparisons whose features are computed, and of which Sigma is summed, at one time;
             of each only the difference [D] is kept, for the fit.
         mesh: rows lie over its devices; one device without.
         dtype: of the fit and of Sigma, whose factor is sound to (largest eigenvalue) / ridge of
             about 1 / (D eps).
+        preference: what labels mean.
     """
-    empty = _empty(dim, ridge, origin, dtype)
+    empty = _empty(dim, ridge, nu, dtype)
     lower = _Last(_factor)
 
     def fit(
@@ -115,8 +118,9 @@ def linear(
             bound=bound,
             rows=rows,
             mesh=mesh,
+            preference=preference,
         )
-        return state._replace(origin=jnp.asarray(centre, dtype) if origin is None else empty.origin)
+        return state._replace(nu=jnp.asarray(centre, dtype) if nu is None else empty.nu)
 
     def score(belief: Any, policies: Policies, prompts: Ragged, responses: Ragged) -> Scored:
         del policies
@@ -153,8 +157,9 @@ def estimate(
     bound: float | None = None,
     rows: int = 4096,
     mesh: Mesh | None = None,
+    preference: PreferenceModel = bradley_terry,
 ) -> Linear:
-    """theta_hat and Sigma of feature differences, with the origin at 0.
+    """theta_hat and Sigma of feature differences, with nu at 0.
 
     Rows are filled up with rows of weight 0 to one of a few sizes, so that a growing data set does
     not compile anew each round.
@@ -169,7 +174,7 @@ def estimate(
         mesh,
     )
     fit, update = _programs(mesh)
-    found = fit(*laid, ridge, bound)
+    found = fit(*laid, preference, ridge, bound)
     state = ellipsoid.init(dim, ridge=ridge, dtype=dtype)
     piece = -(-min(rows, size) // parts) * parts
     for begin in range(0, count, piece):
@@ -188,9 +193,18 @@ def _programs(mesh: Mesh | None) -> tuple[Callable[..., Any], Callable[..., Any]
     """The core's fit and update, compiled for rows that lie over a mesh."""
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
-    @partial(jax.jit, static_argnums=(3, 4), out_shardings=whole)
-    def fit(differences: Array, label: Array, weight: Array, ridge: float, bound: Any) -> Any:
-        return estimation.fit(differences, label, ridge=ridge, bound=bound, weights=weight)
+    @partial(jax.jit, static_argnums=(4, 5), out_shardings=whole)
+    def fit(
+        differences: Array,
+        label: Array,
+        weight: Array,
+        preference: PreferenceModel,
+        ridge: float,
+        bound: Any,
+    ) -> Any:
+        return estimation.fit(
+            differences, label, ridge=ridge, bound=bound, weights=weight, link=preference
+        )
 
     @partial(jax.jit, out_shardings=whole)
     def update(state: Ellipsoid, directions: Array, weight: Array) -> Ellipsoid:
@@ -218,19 +232,19 @@ _factor = jax.jit(ellipsoid.factor)
 @jax.jit
 def _score(belief: Linear, lower: Array, features: Array, radius: Array) -> tuple[Array, Array]:
     reward = jnp.einsum("bkd,d->bk", features, belief.theta)
-    shift = features - belief.origin[None, None, :]
+    shift = features - belief.nu[None, None, :]
     scale = jnp.asarray(radius, features.dtype)
     flat = shift.reshape(-1, shift.shape[-1])
     white = jax.lax.linalg.triangular_solve(lower, flat.T, left_side=True, lower=True)
     return reward, scale * white.T.reshape(shift.shape)
 
 
-def _empty(dim: int, ridge: float, origin: Any, dtype: Any) -> Linear:
+def _empty(dim: int, ridge: float, nu: Any, dtype: Any) -> Linear:
     zero = jnp.zeros(dim, dtype)
     return Linear(
         zero,
         ellipsoid.init(dim, ridge=ridge, dtype=dtype),
-        zero if origin is None else jnp.asarray(origin, dtype),
+        zero if nu is None else jnp.asarray(nu, dtype),
         jnp.array(True),
     )
 

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from jax_klrlhf.core import policy_gradient, regression
-from jax_klrlhf.core.group_losses import Loss
+from jax_klrlhf.core.group_losses import GroupLoss
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
@@ -42,7 +42,7 @@ from jax_klrlhf.training.state import cast_floating
 def on_policy(
     model: LanguageModel,
     draw: Draw,
-    loss: Loss,
+    loss: GroupLoss,
     *,
     fitting: Fitting,
     iterations: int,

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Key
 from jax_klrlhf.core import targets
 from jax_klrlhf.core.choices import Choices
 from jax_klrlhf.core.preferences import PreferenceModel, bradley_terry
+from jax_klrlhf.core.scores import Loss
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.core.targets import Target
 from jax_klrlhf.models import scoring
@@ -27,7 +28,7 @@ from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.results import mean
 from jax_klrlhf.training import tasks
 from jax_klrlhf.training.rounds import coefficient, pairing
-from jax_klrlhf.training.rounds.coefficient import Loss, LossAt
+from jax_klrlhf.training.rounds.coefficient import LossAt
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.fitting import Deal, Fitted, Fitting, comparisons_deal, deal
 from jax_klrlhf.training.rounds.parts import (
@@ -44,12 +45,12 @@ from jax_klrlhf.training.state import cast_floating
 from jax_klrlhf.training.tasks import Batch
 
 
-def preference(
+def preference_optimization(
     model: LanguageModel,
     loss: Loss,
     *,
     fitting: Fitting,
-    kl_coef: float = 1.0,
+    report_coef: float = 1.0,
     explores: int | None = None,
     preference: PreferenceModel = bradley_terry,
     rows: int = 64,
@@ -61,7 +62,7 @@ def preference(
         loss: of :mod:`core.objectives`, on :class:`Scores`, for example
             ``functools.partial(objectives.sigmoid, kl_coef=0.1)``.
         fitting: optimizer and sizes.
-        kl_coef: scale of the *reported* rewards; the loss has its own.
+        report_coef: of the reported rewards, usually the loss's ``kl_coef``; it trains nothing.
         explores: the number of the response of each pair that explored, for
             ``objectives.exploratory``: 1 is XPO, where the second is drawn from pi0 (the sampler
             ``against_base``).
@@ -69,7 +70,9 @@ def preference(
         rows: comparisons that the reference scores at one time.
     """
     fit = fitting.compile(
-        tasks.preference(model, loss, kl_coef=kl_coef, explores=explores, preference=preference)
+        tasks.preference(
+            model, loss, report_coef=report_coef, explores=explores, preference=preference
+        )
     )
     reference = reference_log_prob(model, fitting, rows=rows)
 
@@ -81,7 +84,7 @@ def preference(
 
 
 def dpo(model: LanguageModel, *, kl_coef: float, fitting: Fitting, rows: int = 64) -> Improve:
-    """:func:`preference` with the DPO loss (arXiv 2305.18290, eq. 7).
+    """:func:`preference_optimization` with the DPO loss (arXiv 2305.18290, eq. 7).
 
     All coefficients of one ``fitting`` are one compiled program.
     """
@@ -134,7 +137,7 @@ def fit_at(model: LanguageModel, loss: LossAt, *, fitting: Fitting) -> Callable[
     The rows must hold ``ref_log_prob``. Shared by all who ask with this loss and fitting.
     """
     step = fitting.shared(
-        ("fit_at", model, loss), lambda: fitting.compile(coefficient.preference(model, loss))
+        ("fit_at", model, loss), lambda: fitting.compile(coefficient.task(model, loss))
     )
 
     def fit(key: Any, params: Any, deal: Deal, *, kl_coef: float, **where: Any) -> Fitted:
@@ -240,7 +243,7 @@ def single_responses(prompts: Ragged, responses: Ragged, weight: Any) -> Batch:
     )
 
 
-class BestOf(NamedTuple):
+class Best(NamedTuple):
     """The best of n responses to each prompt."""
 
     responses: Ragged
@@ -250,9 +253,7 @@ class BestOf(NamedTuple):
     """log n - (n - 1) / n: at least the KL of this policy to the one that was drawn from."""
 
 
-def best_of_n(
-    key: Key[Array, ""], draw: Draw, params: Any, judge: Judge, prompts: Ragged
-) -> BestOf:
+def best_of_n(key: Key[Array, ""], draw: Draw, params: Any, judge: Judge, prompts: Ragged) -> Best:
     """Answer each prompt by the best of n = ``draw.samples`` responses, at inference.
 
     ``judge(prompts, responses) -> [B, K]``, for example ``outcome.judge`` of a run.
@@ -262,4 +263,4 @@ def best_of_n(
     index = np.argmax(reward, 1)[:, None]
     n = reward.shape[1]
     found = np.take_along_axis(reward, index, 1)[:, 0]
-    return BestOf(pick(responses, index), found, math.log(n) - (n - 1) / n)
+    return Best(pick(responses, index), found, math.log(n) - (n - 1) / n)

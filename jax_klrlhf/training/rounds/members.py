@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jax_klrlhf.core import saddle
+from jax_klrlhf.core.preferences import PreferenceModel, bradley_terry
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import heads as many
 from jax_klrlhf.models import reward as rewards
@@ -62,10 +63,13 @@ def heads_task(
     reward: Callable[[Any, Ragged, Ragged], Float[Array, "M B K"]],
     *,
     centring: float = 0.0,
+    preference: PreferenceModel = bradley_terry,
     resample: bool = False,
 ) -> Task:
     """:func:`tasks.bradley_terry_reward` of every head, on weights of its own with ``resample``."""
-    single = tasks.bradley_terry_reward(lambda *_: jnp.zeros((0, 2)), centring=centring)
+    single = tasks.bradley_terry_reward(
+        lambda *_: jnp.zeros((0, 2)), centring=centring, preference=preference
+    )
 
     def score(params: Any, ref_params: Any, batch: Any) -> Heads:
         del ref_params
@@ -95,6 +99,7 @@ def heads(
     origin: Origin | None = None,
     pooling: Callable[[Array, Array, Array], Array] = rewards.last,
     centring: float = 0.01,
+    preference: PreferenceModel = bradley_terry,
     resample: bool = True,
     rows: int = 64,
 ) -> Reward:
@@ -117,7 +122,9 @@ def heads(
     def reward(params: Any, prompts: Ragged, responses: Ragged) -> Array:
         return many.rewards(model, params, prompts, responses, pooling=pooling)
 
-    step = fitting.compile(heads_task(reward, centring=centring, resample=resample))
+    step = fitting.compile(
+        heads_task(reward, centring=centring, preference=preference, resample=resample)
+    )
     program = mapped(
         lambda *given: jnp.moveaxis(reward(*given), 0, 1), rows=rows, mesh=fitting.mesh
     )
