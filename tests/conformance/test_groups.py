@@ -19,6 +19,7 @@ from jax_klrlhf.training.rounds.parts import ragged
 from tests.training import rounds_world as world
 
 GIVEN = {
+    "copo": {"threshold": 0.5, "sharpness": 4.0},
     "dr_grpo": {"size": 1},
     "clipped": {
         "advantage": catalogue.CHOICES["advantage"]["by_std"],
@@ -47,9 +48,8 @@ def both():
     }
     prompts = jax.tree.map(jnp.asarray, world.PROMPTS)
     every = enumerated.responses(vocab_size=world.VOCAB, max_new_tokens=1, stop=(world.STOP,))
-    tables = {
-        name: enumerated.log_prob(world.MODEL, p, prompts, every) for name, p in params.items()
-    }
+    law = jax.jit(lambda p: enumerated.log_prob(world.MODEL, p, prompts, every))
+    tables = {name: law(p) for name, p in params.items()}
     count = len(prompts.lengths)
     actions = rng.integers(0, world.VOCAB, (count, 4))
     reward = jnp.asarray(rng.normal(size=(count, 4)), "float32")
@@ -68,13 +68,13 @@ def both():
         at(tables["old"])[..., None],
     )
     task = group.group(world.MODEL, bound("rloo"))
-    of_model = task.score(params["policy"], None, batch)
+    of_model = jax.jit(task.score)(params["policy"], None, batch)
     return [one._replace(classes=classes) for one in (of_bandit, of_model)]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_both_worlds_minimize_the_same_number(both, name):
-    loss = bound(name)
+    loss = jax.jit(bound(name))
     of_bandit, of_model = (np.asarray(loss(one)) for one in both)
     assert of_bandit.shape == (len(world.PROMPTS.lengths),)
     np.testing.assert_allclose(of_model, of_bandit, rtol=1e-4, atol=1e-5)

@@ -132,7 +132,7 @@ REWARDS = {
 def test_a_reward_of_rewards_and_its_optimum(world, name):
     function, by_hand = REWARDS[name]
     want = by_hand(world)
-    np.testing.assert_allclose(function(world.given), want, atol=2e-5)
+    np.testing.assert_allclose(jax.jit(function)(world.given), want, atol=2e-5)
     law = world.pi0 * np.exp(want / worlds.ETA)
     law = law / law.sum(-1, keepdims=True)
 
@@ -140,10 +140,10 @@ def test_a_reward_of_rewards_and_its_optimum(world, name):
         given = given._replace(rewards=world.given.rewards)
         return targets.optimum(given._replace(reward=function(given)), kl_coef=worlds.ETA)
 
-    np.testing.assert_allclose(np.exp(target(world.given)), law, atol=1e-5)
+    np.testing.assert_allclose(np.exp(jax.jit(target)(world.given)), law, atol=1e-5)
     if world.phi is worlds.PHI:  # as a learner of the bandit deploys it
         learner = bandit.from_target(target)
-        deployed = learner.policy(worlds.problem().setting, worlds.estimate())
+        deployed = jax.jit(learner.policy)(worlds.problem().setting, worlds.estimate())
         np.testing.assert_allclose(np.exp(deployed), law, atol=1e-5)
     # The control: the reward it was made of has another optimum, unless it was only shifted.
     plain = world.pi0 * np.exp(world.reward / worlds.ETA)

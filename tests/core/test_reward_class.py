@@ -1,5 +1,7 @@
 """Classes of rewards: the linear one is the core's fit; a network against NumPy, at its optimum."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,10 +42,11 @@ def test_the_linear_class_is_the_core_fit(x64):
     z = jnp.array(BOTH[:, 0] - BOTH[:, 1])
     given = {"ridge": 0.7, "weights": jnp.array(WEIGHTS)}
     labels = jnp.array(LABELS).at[:5].set(0.5)
+    general = jax.jit(partial(reward_class.fit, **given))
     for link in (preferences.bradley_terry, preferences.rao_kupper(0.5)):
-        want = estimation.fit(z, labels, link=link, **given)
+        want = jax.jit(partial(estimation.fit, **given))(z, labels, link=link)
         for one in (reward_class.linear, own):
-            found = reward_class.fit(one, jnp.array(BOTH), labels, link=link, **given)
+            found = general(one, jnp.array(BOTH), labels, link=link)
             assert bool(found.converged)
             np.testing.assert_allclose(found.theta, want.theta, atol=1e-7)
             sigma = reward_class.confidence(one, found.theta, jnp.array(BOTH), **given)
@@ -90,7 +93,8 @@ def test_weight_zero_is_deletion_and_a_worse_start_is_not_taken(x64):
     given["weights"] = jnp.array(WEIGHTS[keep])
     some = (jnp.array(BOTH[keep]), jnp.array(LABELS[keep]))
     fewer = reward_class.fit(one, *some, **given)
-    np.testing.assert_allclose(all_rows.theta, fewer.theta, atol=1e-9)
+    # Descent ends at a decrement of the square root of the rounding.
+    np.testing.assert_allclose(all_rows.theta, fewer.theta, atol=1e-6)
     far = reward_class.fit(one, *some, init=jnp.full_like(fewer.theta, 40.0), **given)
     np.testing.assert_allclose(far.theta, fewer.theta, atol=1e-12)
     near = reward_class.fit(one, *some, init=fewer.theta, **given)
