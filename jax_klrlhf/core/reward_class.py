@@ -34,7 +34,7 @@ from jax_klrlhf.core import descent, ellipsoid, numerics, preferences
 from jax_klrlhf.core.ellipsoid import Ellipsoid
 from jax_klrlhf.core.estimation import Fit
 from jax_klrlhf.core.numerics import Scalar
-from jax_klrlhf.core.preferences import Link
+from jax_klrlhf.core.preferences import PreferenceModel
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -107,7 +107,7 @@ def fit(
     ridge: Scalar,
     weights: Shaped[Array, " n"] | None = None,
     init: Float[Array, " parameters"] | None = None,
-    link: Link = preferences.bradley_terry,
+    link: PreferenceModel = preferences.bradley_terry,
     iterations: int = 100,
 ) -> Fit:
     r"""Maximum likelihood in a class of rewards, by Gauss-Newton steps (:mod:`.descent`).
