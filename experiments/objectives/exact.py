@@ -43,7 +43,7 @@ def train(
     kl_coef: Array,
     world: World,
     *,
-    make: Callable[[Array], group_losses.Loss],
+    make: Callable[[Array], group_losses.GroupLoss],
     samples: int,
     steps: int,
     learning_rate: float,

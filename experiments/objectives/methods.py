@@ -17,10 +17,10 @@ from jaxtyping import Array, Float
 
 from jax_klrlhf.core import fdivergence, group_losses, links, objectives, sets
 from jax_klrlhf.core import policy_gradient as gradients
-from jax_klrlhf.core.group_losses import Group, Loss
+from jax_klrlhf.core.group_losses import Group, GroupLoss
 from jax_klrlhf.core.scores import Scores
 
-Make = Callable[[Array], Loss]
+Make = Callable[[Array], GroupLoss]
 """From the coefficient to a loss."""
 
 
@@ -35,7 +35,7 @@ class Method(NamedTuple):
 def pairwise(loss: Callable[..., Array]) -> Make:
     """A loss on pairs, of the group's draws 2i and 2i + 1, under its expected label."""
 
-    def make(kl_coef: Array) -> Loss:
+    def make(kl_coef: Array) -> GroupLoss:
         def of(group: Group) -> Array:
             pair = lambda x: x[..., : x.shape[-1] // 2 * 2].reshape(*x.shape[:-1], -1, 2)  # noqa: E731
             scores = Scores(pair(group.log_prob), pair(group.ref_log_prob), pair(group.length))
@@ -49,7 +49,7 @@ def pairwise(loss: Callable[..., Array]) -> Make:
     return make
 
 
-def win_rates(kl_coef: Array) -> Loss:
+def win_rates(kl_coef: Array) -> GroupLoss:
     """Log-ratios to pi0 regressed on win rates against the group's others."""
     loss = group_losses.regression(kl_coef=kl_coef)
 
@@ -63,7 +63,7 @@ def win_rates(kl_coef: Array) -> Loss:
     return of
 
 
-def best_of_set(kl_coef: Array) -> Loss:
+def best_of_set(kl_coef: Array) -> GroupLoss:
     """Leave-one-out weights of the group's best reward (pass@K), each response's KL priced."""
 
     def of(group: Group) -> Array:
@@ -79,7 +79,7 @@ def best_of_set(kl_coef: Array) -> Loss:
 def best(penalty: bool) -> Make:
     """Likelihood of the group's best response; with k2 beside it (SuperHF) or without (RAFT)."""
 
-    def make(kl_coef: Array) -> Loss:
+    def make(kl_coef: Array) -> GroupLoss:
         def of(group: Group) -> Array:
             top = jnp.argmax(group.reward, -1, keepdims=True)
             found = -jnp.take_along_axis(group.log_prob, top, -1)[..., 0]

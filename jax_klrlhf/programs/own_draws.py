@@ -19,7 +19,7 @@ from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds.parts import Improve
 
 
-def group_loss(improve: Any, *, kl_coef: float, length: int) -> tuple[group_losses.Loss, bool]:
+def group_loss(improve: Any, *, kl_coef: float, length: int) -> tuple[group_losses.GroupLoss, bool]:
     """The loss on groups of ``improve.method`` with ``improve.options``, and whether it has a KL.
 
     ``length``, the most tokens of a response, is Dr. GRPO's constant unless the options name one.

@@ -68,7 +68,7 @@ def both():
         at(tables["old"])[..., None],
     )
     task = group.group(world.MODEL, bound("rloo"))
-    of_model = jax.jit(task.score)(params["policy"], None, batch)
+    of_model = jax.jit(task.score)(params["policy"], None, batch).group
     return [one._replace(classes=classes) for one in (of_bandit, of_model)]
 
 

@@ -78,7 +78,7 @@ def test_prdp_vargrad_and_rloo_are_one_gradient_sample_by_sample():
         delta = regression.residual(log_prob - ref, reward, kl_coef=ETA)
         both = where[:, :, None] & where[:, None] & ~jnp.eye(6, dtype=bool)[None]
         square = jnp.where(both, (delta[:, :, None] - delta[:, None]) ** 2, 0)
-        return (square.sum((1, 2)) / both.sum((1, 2))).sum() / 4
+        return (square.sum((1, 2)) / both.sum((1, 2), dtype=square.dtype)).sum() / 4
 
     first, second, third = (jax.grad(f)(log_prob) for f in (rloo, vargrad, prdp))
     np.testing.assert_allclose(first, second, atol=1e-12)
