@@ -17,7 +17,11 @@ from jax_klrlhf.results import Metric
 if TYPE_CHECKING:
     from experiments.chat.cells import Lab, Name
 
-SHOWN = ("kl", "gold_gain", "proxy_gain", "wins", "length", "refusals", "distinct_2")
+SHOWN = {
+    "kl": "KL", "gold_gain": "gold", "proxy_gain": "proxy", "wins": "wins", "length": "tokens",
+    "refusals": "refused", "distinct_2": "pairs",
+}  # fmt: skip
+"""Columns of the table by metric; the last is the share of distinct pairs of tokens."""
 TEN = 10
 """Pairs of answers on the page's first screen and in ``pairs.md``."""
 CLAIMS = (
@@ -49,7 +53,7 @@ def write(lab: "Lab", names: Iterable["Name"], output: Path, console: Console) -
             measured = {
                 metric: _over(found, method, coefficient, place, metric) for metric in SHOWN
             }
-            rows[row] = measured
+            rows[row] = {SHOWN[metric]: value for metric, value in measured.items()}
             metrics |= {f"{place}/{row}/{metric}": m for metric, m in measured.items()}
         results.print_table(f"Policies, {place}", rows, console=console, caption=_caption(found))
     metrics |= _curves(found, console)

@@ -79,7 +79,7 @@ class Config:
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     """Learning rates: each training objective takes the one of the least training loss."""
     small: bool = False
-    """A run of about ten minutes on two cores: one seed, one coefficient, few of everything."""
+    """A run of a quarter of an hour on two cores: one seed, one coefficient, few of everything."""
     sizes: Sizes = Sizes()
 
     def resized(self) -> "Config":
@@ -113,8 +113,8 @@ SMALL = {
     "coefficients": (0.1,),
     "rates": (3e-4, 1e-3),
     "sizes": Sizes(
-        labels=32, rounds=2, train_prompts=16, held_out=12, human=96, judged=64, prompt_tokens=56,
-        human_tokens=32, new_tokens=24, explore=4, eval_samples=2, draws=8, steps=4, batch=8,
+        labels=32, rounds=2, train_prompts=16, held_out=12, human=48, judged=32, prompt_tokens=56,
+        human_tokens=64, new_tokens=24, explore=4, eval_samples=2, draws=8, steps=4, batch=8,
         gold_components=48, proxy_components=16, members=4,
     ),
 }  # fmt: skip
