@@ -28,6 +28,7 @@ from experiments import plotting, study
 from experiments.exact_lm import world as exact_lm
 from experiments.objectives import exact, worlds
 from experiments.objectives.methods import METHODS
+from experiments.progress import Told
 from jax_klrlhf import results
 from jax_klrlhf.core import choices, targets
 from jax_klrlhf.errors import InputError
@@ -181,7 +182,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     here = study.begin("objectives", config, console=console)
     config = here.config
     panels: dict[str, tuple[tuple[float, ...], Panel]] = {}
-    with Progress(console=here.console) as progress:
+    with Told(here.console) as progress:
         build = worlds.linear(
             contexts=config.contexts, actions=config.actions, dim=config.dim, bound=config.bound,
             coverage=config.coverage,
