@@ -401,11 +401,11 @@ def test_nu_is_used_where_it_is_given(learned, each):
         weight = np.where(where, np.exp(s.ref_log_prob + bent / s.kl_coef), 0)
         return weight / weight.sum(-1, keepdims=True)
 
-    best = np.where(where, reward - 3 * bonus, -np.inf).argmax(-1)
+    best = np.where(where, reward - 30 * bonus, -np.inf).argmax(-1)
     wanted = {
         bandit.offline_gshf_two: (1.0, gibbs(reward - bonus)),
         bandit.kl_ucb: (1.0, gibbs(reward + bonus)),
-        bandit.pessimistic_mle: (3.0, np.eye(4)[best]),
+        bandit.pessimistic_mle: (30.0, np.eye(4)[best]),
     }
     for make, (radius, law) in wanted.items():
         found, usual = (
