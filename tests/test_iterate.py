@@ -458,7 +458,8 @@ def test_every_choice_builds_its_part(case, place, tmp_path, monkeypatch):
 ADAPTED = {"lora.rank": 2, "fit.learning-rate": 0.1, "fit.steps": 2}
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
 def test_an_adapter_is_trained_alone_and_the_base_is_written_once(
     devices, place, tmp_path, monkeypatch
 ):

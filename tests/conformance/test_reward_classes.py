@@ -147,7 +147,10 @@ def test_a_linear_learner_is_left_behind_where_gold_is_no_linear_function():
 
         keys = jax.random.split(jax.random.key(4), 4)
         gaps[name] = np.asarray(jax.jit(jax.vmap(gap))(keys))
-    assert (gaps["network"] < gaps["linear"] / 2).all()
+    less = gaps["linear"] - gaps["network"]
+    # Paired over four seeds; beyond three standard errors by chance in 3 of 100.
+    assert less.mean() > 3 * less.std(ddof=1) / 2
+    assert (less > 0).all()
 
 
 def test_what_a_class_cannot_be_used_for_is_refused():
