@@ -39,9 +39,9 @@ SPECS = {
 STEPS = 4
 
 
-# Devices 0 to 3 are those of the first process, 4 to 7 those of the second.
 pytestmark = pytest.mark.slow
 
+# Devices 0 to 3 are those of the first process, 4 to 7 those of the second.
 LAYOUTS = {
     "host by host": (range(8), {"fsdp": 8}),
     "permuted": ((0, 4, 5, 1, 2, 6, 3, 7), {"fsdp": 8}),
