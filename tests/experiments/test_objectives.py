@@ -52,8 +52,10 @@ def test_the_ridge_is_an_axis(tmp_path):
     path = ridge.main(ridge.Config(smoke=True, output=tmp_path), console=Console(quiet=True))
     metrics = json.loads(path.read_text())["metrics"]
     gaps = {name: m["value"] for name, m in metrics.items() if name.endswith("/gap")}
+    # Of nobody's ridge: the posterior mean.
+    best = gaps.pop("any ridge/offline, posterior mean/gap")
     assert len(gaps) == 2 * 7
-    assert min(gaps.values()) > 0
+    assert min(best, *gaps.values()) > 0
     # The ridge reaches the estimate: no method has one gap at both.
     for name in (name.split("/")[1] for name in gaps):
         assert gaps[f"ridge=0.1/{name}/gap"] != gaps[f"ridge=1/{name}/gap"]
