@@ -31,7 +31,6 @@ from jax_klrlhf.training.rounds.improve import (
     weighted_likelihood,
 )
 from jax_klrlhf.training.rounds.members import heads, worst_mixture
-from jax_klrlhf.training.rounds.parametric import parametric
 from jax_klrlhf.training.rounds.parts import (
     Chosen,
     Comparisons,
@@ -48,6 +47,7 @@ from jax_klrlhf.training.rounds.parts import (
     recorded,
 )
 from jax_klrlhf.training.rounds.rejection import rejection_sampling, rso
+from jax_klrlhf.training.rounds.reward_class import parametric
 from jax_klrlhf.training.rounds.run import Outcome, collect, iterate, pi0, previous
 from jax_klrlhf.training.rounds.samplers import (
     Agent,
