@@ -115,7 +115,10 @@ def test_one_object_is_fitted_alike_in_both_worlds():
     assert bool(held.converged)
     assert np.abs(held.theta - belief.init.theta).max() > 0.1
     np.testing.assert_allclose(held.theta, state.theta, atol=2e-3)
-    np.testing.assert_allclose(held.ellipsoid.precision, state.ellipsoid.precision, atol=2e-2)
+    # Sums of squared gradients at parameters that are equal to the solver's accuracy alone.
+    np.testing.assert_allclose(
+        held.ellipsoid.precision, state.ellipsoid.precision, rtol=2e-2, atol=2e-2
+    )
     # And what it says: uncertainty from the mean gradient of what was compared.
     scored = belief.score(held, world.policies(), prompts, every)
     np.testing.assert_allclose(scored.reward, setting.reward(state.theta), atol=2e-3)
