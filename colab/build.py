@@ -52,16 +52,10 @@ def convert(source: Path) -> Any:
     """The notebook of a source, not executed; nothing in it depends on when or where."""
     notebook = jupytext.read(source, fmt="py:percent")
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})
-    if 'find_spec("jax_klrlhf")' in "".join(cell.source for cell in notebook.cells):
-        return _numbered(notebook)  # it has a badge and a cell of its own
     here = {"repository": REPOSITORY, "name": source.stem}
     title, line, rest = notebook.cells[0].source.partition("\n")
     notebook.cells[0].source = title + _BADGE.replace("\\\n", "").format(**here) + line + rest
     notebook.cells.insert(1, nbformat.v4.new_code_cell(_INSTALL.format(**here)))
-    return _numbered(notebook)
-
-
-def _numbered(notebook: Any) -> Any:
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02d}"
         cell.metadata = nbformat.from_dict({})

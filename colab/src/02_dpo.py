@@ -1,20 +1,9 @@
 # %% [markdown]
 # # DPO on a small model
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jax-klrlhf/jax_klrlhf/blob/main/colab/02_dpo.ipynb)
-#
 # A language model learns from comparisons of its own responses, by the bandit's likelihood: the
 # implicit reward $\eta \log \pi / \pi_0$ takes the place of $\langle\theta, \phi\rangle$. The model
 # is trained here; nothing is downloaded, and a CPU will do.
-
-# %%
-import importlib.util
-import subprocess
-import sys
-
-SOURCE = "jax-klrlhf @ git+https://github.com/jax-klrlhf/jax_klrlhf"
-if importlib.util.find_spec("jax_klrlhf") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", SOURCE], check=True)
 
 # %%
 import os

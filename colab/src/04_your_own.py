@@ -1,8 +1,6 @@
 # %% [markdown]
 # # Write your own algorithm
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jax-klrlhf/jax_klrlhf/blob/main/colab/04_your_own.ipynb)
-#
 # An algorithm is a composition of values: a **loss** (a function of `Scores`), a **pair rule** (of
 # a key and a choice set), a **divergence**, a **preference model**, a **target** of improvement, a
 # **class of rewards**.
@@ -18,15 +16,6 @@
 # | learner, by what it deploys | 4 | `bandit.from_target(target)` | `rounds.weighted_likelihood` |
 # | class of rewards | 6 | a problem's `reward_class=mine` | `rounds.parametric(features, mine)` |
 # | learner, by whom it compares | 5 | `bandit.reward_learner(propose, policy)` | as a rule |
-
-# %%
-import importlib.util
-import subprocess
-import sys
-
-SOURCE = "jax-klrlhf @ git+https://github.com/jax-klrlhf/jax_klrlhf"
-if importlib.util.find_spec("jax_klrlhf") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", SOURCE], check=True)
 
 # %%
 import os

@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 from rich.console import Console
-from rich.progress import Progress
 
 from experiments import ideal, plotting, sphere, study
+from experiments.progress import Told
 from jax_klrlhf import bandit, results
 from jax_klrlhf.bandit import pessimism
 from jax_klrlhf.core import bounds
@@ -243,7 +243,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     played: dict[Panel, dict[float, Outcome]] = {}
     panels = [(hidden, kl_coef) for hidden in config.hidden for kl_coef in config.kl_coefs]
     metrics: dict[str, results.Metric] = {}
-    with Progress(console=here.console) as progress:
+    with Told(here.console) as progress:
         total = len(panels) * len(config.coverages) * (len(estimates(config)) + 1)
         task = progress.add_task("coverage", total=total)
         for hidden in config.hidden:

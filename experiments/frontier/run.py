@@ -11,18 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from experiments import divided, study
 from experiments.frontier import cells, laboratory, report
 from experiments.frontier.options import Config
+from experiments.progress import Told
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.training.health import Stopped
 
@@ -39,7 +33,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
             divided.over_processes(_rates, parts, workers=config.workers)
         parts = [dataclasses.replace(config, first_seed=seed, seeds=1) for seed in seeds]
         divided.over_processes(_cells, parts, workers=config.workers)
-    with _progress(here.console) as progress:
+    with Told(here.console) as progress:
         place = laboratory.place(config, progress)
         found = run(
             config,
@@ -121,17 +115,6 @@ def run(
         if seed != seeds[-1]:
             after_seed(found)
     return found
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 cli = study.entry(main, Config, __doc__)

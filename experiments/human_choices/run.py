@@ -28,6 +28,7 @@ from rich.progress import Progress
 
 from experiments import choices as recorded
 from experiments import plotting, study
+from experiments.progress import Told
 from jax_klrlhf import bandit, results
 from jax_klrlhf.bandit import human, pessimism
 from jax_klrlhf.core import ellipsoid, gibbs
@@ -222,7 +223,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     config, output, console = here.config, here.output, here.console
     worlds = {name: open_world(name, config) for name in config.datasets}
     found: dict[str, dict[tuple[int, str, float], list[ByPerson]]] = {}
-    with Progress(console=console) as progress:
+    with Told(console) as progress:
         for name, world in worlds.items():
             found[name] = _splits(config, name, world, progress)
     metrics: dict[str, results.Metric] = {}

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 from rich.console import Console
-from rich.progress import Progress
 
 from experiments import ideal, plotting, sphere, study
+from experiments.progress import Told
 from jax_klrlhf import bandit, results
 from jax_klrlhf.core.numerics import Scalar
 from jax_klrlhf.errors import InputError
@@ -220,7 +220,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     bests: dict[str, np.ndarray] = {}
     races: dict[float, Race] = {ridge: {} for ridge in config.race_ridges}
     metrics: dict[str, results.Metric] = {}
-    with Progress(console=console) as progress:
+    with Told(console) as progress:
         task = progress.add_task("regret of all learners", total=len(config.learners))
         for name in config.learners:
             curves[name] = _over_axis(keys, name, config, **regret_size)

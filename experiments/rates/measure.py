@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 from rich.console import Console
-from rich.progress import Progress
 
+from experiments.progress import Told
 from jax_klrlhf import bandit
 from jax_klrlhf.bandit import pessimism
 from jax_klrlhf.core import bounds, ellipsoid, uncertainty
@@ -193,7 +193,7 @@ def sweep(config: Config, *, console: Console) -> tuple[dict[int, Measured], dic
     deltas = jnp.asarray(config.deltas)
     by_dim, by_bound = {}, {}
     programs = {}
-    with Progress(console=console) as progress:
+    with Told(console) as progress:
         task = progress.add_task("rates", total=len(config.dims) + len(config.bounds))
 
         def run(dim: int, bound: float) -> Measured:

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 from rich.console import Console
-from rich.progress import Progress
 
 from experiments import ideal, plotting, sphere, study
+from experiments.progress import Told
 from experiments.quickstart import theory
 from jax_klrlhf import bandit, results
 from jax_klrlhf.errors import InputError
@@ -123,7 +123,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     ridges = jnp.asarray(config.ridges)
     found: dict[str, np.ndarray] = {}
     names = list(methods(config, ridges[0]))
-    with Progress(console=here.console) as progress:
+    with Told(here.console) as progress:
         task = progress.add_task("ridge", total=len(names))
         for name in names:
             one = functools.partial(gap, name=name, config=config)

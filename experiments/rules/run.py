@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 from rich.console import Console
-from rich.progress import Progress
 
 from experiments import sphere, study
+from experiments.progress import Told
 from jax_klrlhf import bandit, results
 from jax_klrlhf.core import bradley_terry, enhancer, pairs
 from jax_klrlhf.errors import InputError
@@ -110,7 +110,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
     made = learners(config)
     gaps: dict[str, np.ndarray] = {}
-    with Progress(console=console) as progress:
+    with Told(console) as progress:
         task = progress.add_task("rules", total=len(made))
         for name, make in made.items():
             one = functools.partial(gap, learner=make(), config=config)

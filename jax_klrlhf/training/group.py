@@ -35,12 +35,10 @@ class GroupBatch(NamedTuple):
     ref_log_prob: Float[Array, "B K C"] | None = None
     """Of each token under the reference."""
     old_log_prob: Float[Array, "B K C"] | None = None
-    """Of each token under the policy that drew, as scoring gives it."""
+    """Of each token under the policy that drew, as scoring gives it; None beside
+    ``sampled_log_prob``: the policy that drew is the one that is scored."""
     sampled_log_prob: Float[Array, "B K"] | None = None
-    """Of each response, as the sampler gave it, in the place of ``old_log_prob``: the policy that
-    drew is the one that is scored."""
-    importance: Float[Array, "B K"] | None = None
-    """Weight of each response where the sampler's law was not the scored one's."""
+    """Of each response, as the sampler gave it."""
     where: Bool[Array, "B K"] | None = None
     """True at the responses that count."""
 
@@ -55,7 +53,7 @@ class GroupReport(NamedTuple):
     drift: Float[Array, " B"] | None
     """Mean distance of a response's log-probability from that under the policy that drew."""
     mismatch: Float[Array, " B"] | None
-    """Mean distance of the sampler's log-probability of a response from scoring's."""
+    """Mean distance of the sampler's log-probability of a response from scoring's at the draw."""
     length: Float[Array, " B"]
 
 
@@ -97,10 +95,10 @@ def group(
     def score(params: Any, ref_params: Any, batch: GroupBatch) -> _Scored:
         del ref_params
         token = scoring.token_log_prob(model, params, batch.prompts, batch.responses, chunk=chunk)
-        old, importance, sampled = batch.old_log_prob, batch.importance, batch.sampled_log_prob
+        old, sampled, importance = batch.old_log_prob, batch.sampled_log_prob, None
         if sampled is not None:
-            # The first step after a draw: a forward pass of its own would say the same again.
-            old = lax.stop_gradient(token)
+            # At the first step after a draw another forward pass would say the same again.
+            old = lax.stop_gradient(token) if old is None else old
             if importance_limit is not None:
                 ratio = policy_gradient.ratio(old.sum(-1), sampled)
                 importance = policy_gradient.truncated(ratio, limit=importance_limit)
@@ -136,7 +134,7 @@ def _report(scored: _Scored) -> GroupReport:
         drift = over(jnp.abs(group.log_prob - group.old_log_prob))
     mismatch = None
     if scored.sampled is not None:
-        mismatch = over(jnp.abs(group.log_prob - scored.sampled))
+        mismatch = over(jnp.abs(group.old_log_prob - scored.sampled))
     log_ratio = None if group.ref_token_log_prob is None else over(group.log_ratio)
     stopped = lax.stop_gradient((log_ratio, drift, mismatch))
     return GroupReport(mean, jnp.sqrt(spread), *stopped, over(group.length.astype(mean.dtype)))

@@ -34,10 +34,10 @@ from experiments.frontier.cells import Name
 from experiments.frontier.statements import Curve
 from experiments.quickstart import grammar
 from experiments.quickstart import world as quickstart
-from jax_klrlhf import models
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.training.rounds.parts import ragged
+from tests.experiments import small
 from tests.models import toy
 
 SIZES = options.Sizes(
@@ -273,17 +273,7 @@ def test_a_run_cut_short_is_balanced_and_goes_on(finished, monkeypatch):
 
 @pytest.mark.slow
 def test_seeds_are_divided_over_processes(tmp_path, monkeypatch):
-    rows = grammar.stories(60, seed=0)
-    tokenizer = tokenize.train_tokenizer(
-        (a + b for a, b in rows), vocab_size=300, folder=tmp_path / "tokenizer"
-    )
-    config = models.ModelConfig(
-        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, layers=1, heads=2,
-        kv_heads=2, head_dim=4, max_length=64,
-    )  # fmt: skip
-    params = models.language_model(config).init(jax.random.key(0))
-    models.save(tmp_path / "model", config, params, tokenizer)
-    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(a.strip() + b for a, b in rows))
+    rows = small.story_model(tmp_path)
     (tmp_path / "gold").mkdir()
     (tmp_path / "gold" / "positive.txt").write_text("a happy day\nshe smiled\n")
     (tmp_path / "gold" / "negative.txt").write_text("a sad day\nshe cried\n")

@@ -8,10 +8,8 @@ import pytest
 from rich.console import Console
 
 from experiments.benchmarks import grpo, preparing
-from experiments.quickstart import grammar
 from experiments.rules import run as rules
-from jax_klrlhf import models
-from jax_klrlhf.data import tokenize
+from tests.experiments import small
 
 QUIET = Console(quiet=True)
 
@@ -34,17 +32,7 @@ def test_every_rule_of_the_study_runs(tmp_path):
 def small_model(tmp_path_factory):
     """A folder with a model, and a text file of stories."""
     folder = tmp_path_factory.mktemp("small")
-    rows = grammar.stories(60, seed=0)
-    tokenizer = tokenize.train_tokenizer(
-        (a + b for a, b in rows), vocab_size=300, folder=folder / "tokenizer"
-    )
-    config = models.ModelConfig(
-        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, layers=1, heads=2,
-        kv_heads=2, head_dim=4, max_length=64,
-    )  # fmt: skip
-    params = models.language_model(config).init(jax.random.key(0))
-    models.save(folder / "model", config, params, tokenizer)
-    (folder / "stories.txt").write_text("\n<|endoftext|>\n".join(a.strip() + b for a, b in rows))
+    small.story_model(folder)
     return folder / "model", folder / "stories.txt"
 
 

@@ -4,24 +4,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
-from jax_klrlhf.core import ellipsoid, estimation, preferences
+from jax_klrlhf.core import ellipsoid, estimation, preferences, reward_class
 from jax_klrlhf.models import reward
 from jax_klrlhf.training import rounds, tasks
 from jax_klrlhf.training.rounds import features, members
+from jax_klrlhf.training.rounds import reward_class as parametric
 from jax_klrlhf.training.rounds.parts import Comparisons, ragged
 from tests.training import rounds_world as world
 
+MADE = {
+    "linear": (features, features.linear),
+    "in a class": (
+        parametric,
+        lambda counts, **given: rounds.parametric(counts, reward_class.linear, **given),
+    ),
+}
 
-def test_a_belief_is_factorized_once_and_scores_as_the_ellipsoid_does(monkeypatch):
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_belief_is_factorized_once_and_scores_as_the_ellipsoid_does(kind, monkeypatch):
+    module, make = MADE[kind]
     calls = []
 
     def counted(state):
         calls.append(1)
         return ellipsoid.factor(state)
 
-    monkeypatch.setattr(features, "_factor", counted)
-    belief = features.linear(world.counts, dim=world.VOCAB, ridge=0.5, radius=2.0)
+    monkeypatch.setattr(module, "factor", counted)
+    belief = make(world.counts, dim=world.VOCAB, ridge=0.5, radius=2.0)
     directions = jax.random.normal(jax.random.key(0), (7, world.VOCAB))
     state = ellipsoid.update(belief.init.ellipsoid, directions)
     other = ellipsoid.update(state, directions)

@@ -60,29 +60,34 @@ def test_the_task_is_the_core_loss_on_the_models_log_probabilities():
 
 
 def test_the_step_after_a_draw_takes_its_own_scores_for_the_drawing_policys():
-    """Loss and gradient of what was scored apart, weights of a sampler that is off included."""
+    """Loss and gradient of what was scored apart; and the weights of a sampler that is off."""
     made = jax.tree.map(jnp.asarray, batch())
     loss, off = group_losses.grpo(kl_coef=0.2), jnp.linspace(-1.0, 1.0, 24).reshape(6, 4)
-    assert made.reward.shape == off.shape
     assert made.old_log_prob is not None
-    sampled = made.old_log_prob.sum(-1) - off
-    fresh = group(world.MODEL, loss, importance_limit=1.5)
-    apart = group(world.MODEL, loss)
+    apart = made._replace(sampled_log_prob=made.old_log_prob.sum(-1) - off)
+    fresh = apart._replace(old_log_prob=None)
+    task = group(world.MODEL, loss, importance_limit=1.5)
 
-    def value(task, given):
+    def weighed(params):
+        """By hand: the group with the weights put in."""
+        found = group(world.MODEL, loss).score(params, None, made).group
+        return loss(found._replace(importance=jnp.minimum(jnp.exp(off), 1.5))).sum()
+
+    def value(given, task=task):
         return lambda params: task.loss(task.score(params, None, given)).sum()
 
-    given = made._replace(old_log_prob=None, sampled_log_prob=sampled)
-    weighed = made._replace(importance=jnp.minimum(jnp.exp(off), 1.5))
-    got, want = (
-        jax.value_and_grad(value(*pair))(world.PARAMS)
-        for pair in ((fresh, given), (apart, weighed))
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
-    unweighed = jax.grad(value(apart, made))(world.PARAMS)
-    difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), got[1], unweighed)
+    want = jax.value_and_grad(weighed)(world.PARAMS)
+    for given in (fresh, apart):
+        got = jax.value_and_grad(value(given))(world.PARAMS)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+        report = task.report(task.score(world.PARAMS, None, given))
+        np.testing.assert_allclose(report.mismatch, np.abs(off).mean(1), rtol=1e-4)
+    unweighed = jax.grad(value(apart, group(world.MODEL, loss)))(world.PARAMS)
+    difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), want[1], unweighed)
     assert max(jax.tree.leaves(difference)) > 1e-2  # the weights are in it
-    report = fresh.report(fresh.score(world.PARAMS, None, given))
+    # Away from the parameters that drew, the one that was scored then is the one that counts.
+    moved = jax.tree.map(lambda x: 1.1 * x, world.PARAMS)
+    report = task.report(task.score(moved, None, apart))
     np.testing.assert_allclose(report.mismatch, np.abs(off).mean(1), rtol=1e-4)
 
 

@@ -103,6 +103,7 @@ def reward_model(
         return rewards.reward(model, params, prompts, responses, pooling=pooling)
 
     step = fitting.shared(
+        # What is kept holds the preference model, so that its id is nobody else's.
         ("reward_model", model, pooling, centring, id(preference)),
         lambda: fitting.compile(
             tasks.bradley_terry_reward(reward, centring=centring, preference=preference)

@@ -11,7 +11,7 @@ Source: arXiv 2312.11456, section 2 and Algorithm 1 (Option II).
 Axes: ``B`` prompts, ``K`` responses, ``N`` comparisons, ``D`` features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from jax_klrlhf import placement
 from jax_klrlhf.core import ellipsoid, estimation
 from jax_klrlhf.core.ellipsoid import Ellipsoid
+from jax_klrlhf.core.numerics import Scalar
 from jax_klrlhf.core.preferences import PreferenceModel, bradley_terry
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import reward as rewards
@@ -100,7 +101,7 @@ def linear(
         preference: what labels mean.
     """
     empty = _empty(dim, ridge, nu, dtype)
-    lower = _Last(_factor)
+    lower = Last(factor)
 
     def fit(
         key: Any, belief: Any, comparisons: Sequence[Comparisons], policies: Policies
@@ -125,14 +126,25 @@ def linear(
     def score(belief: Any, policies: Policies, prompts: Ragged, responses: Ragged) -> Scored:
         del policies
         found = jnp.asarray(features(prompts, responses), dtype)
-        reward, white = _score(belief, lower(belief.ellipsoid), found, radius)
-        return Scored(
-            np.asarray(reward),
-            np.asarray(jnp.sqrt(jnp.sum(white**2, -1))),
-            np.asarray(white),
-        )
+        return as_scored(*_score(belief, lower(belief.ellipsoid), found, radius))
 
     return Reward(init=empty, fit=fit, score=score)
+
+
+def as_scored(reward: Float[Array, "B K"], white: Float[Array, "B K P"]) -> Scored:
+    """Rewards and whitened directions as a belief gives them."""
+    return Scored(
+        np.asarray(reward), np.asarray(jnp.sqrt(jnp.sum(white**2, -1))), np.asarray(white)
+    )
+
+
+def pieces(
+    features: Features, data: Comparisons, *, rows: int, dtype: Any
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Features ``[n, 2, D]`` of the comparisons, and their weights, ``rows`` at a time."""
+    for begin in range(0, len(data.weight), rows):
+        piece = jax.tree.map(lambda x, at=begin: x[at : at + rows], data)
+        yield np.asarray(features(piece.prompts, piece.responses), dtype), piece.weight
 
 
 def _differences(
@@ -140,11 +152,9 @@ def _differences(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Feature differences ``[N, D]``, and the weighted mean feature of the responses compared."""
     found, total = [], np.zeros(())
-    for begin in range(0, len(data.weight), rows):
-        piece = jax.tree.map(lambda x, at=begin: x[at : at + rows], data)
-        both = np.asarray(features(piece.prompts, piece.responses), dtype)
+    for both, weight in pieces(features, data, rows=rows, dtype=dtype):
         found.append(both[:, 0] - both[:, 1])
-        total = total + np.einsum("nkd,n->d", both.astype(np.float64), piece.weight)
+        total = total + np.einsum("nkd,n->d", both.astype(np.float64), weight)
     return np.concatenate(found), total / (2 * max(float(data.weight.sum()), 1e-9))
 
 
@@ -213,7 +223,7 @@ def _programs(mesh: Mesh | None) -> tuple[Callable[..., Any], Callable[..., Any]
     return fit, update
 
 
-class _Last:
+class Last:
     """A function that remembers its last value: a belief scores many batches, and is factorized
     once."""
 
@@ -221,22 +231,29 @@ class _Last:
         self._function, self._of, self._value = function, None, None
 
     def __call__(self, state: Ellipsoid) -> Any:
+        """The value, computed anew where the precision is another array."""
         if self._of is not state.precision:
             self._of, self._value = state.precision, self._function(state)
         return self._value
 
 
-_factor = jax.jit(ellipsoid.factor)
+factor = jax.jit(ellipsoid.factor)
 
 
 @jax.jit
 def _score(belief: Linear, lower: Array, features: Array, radius: Array) -> tuple[Array, Array]:
     reward = jnp.einsum("bkd,d->bk", features, belief.theta)
-    shift = features - belief.nu[None, None, :]
-    scale = jnp.asarray(radius, features.dtype)
+    return reward, whitened(lower, features - belief.nu[None, None, :], radius)
+
+
+def whitened(
+    lower: Float[Array, "P P"], shift: Float[Array, "B K P"], radius: Scalar
+) -> Float[Array, "B K P"]:
+    """``radius L^-1 shift``, whose norm is the uncertainty: L is Sigma's :data:`factor`."""
+    scale = jnp.asarray(radius, shift.dtype)
     flat = shift.reshape(-1, shift.shape[-1])
     white = jax.lax.linalg.triangular_solve(lower, flat.T, left_side=True, lower=True)
-    return reward, scale * white.T.reshape(shift.shape)
+    return scale * white.T.reshape(shift.shape)
 
 
 def _empty(dim: int, ridge: float, nu: Any, dtype: Any) -> Linear:

@@ -70,8 +70,8 @@ def on_policy(
             reference (QRPO).
         rows: prompts that are scored at one time.
 
-    Reports the last steps' metrics (:data:`.group.NAMES`), and of the last draw ``reward/drawn``,
-    ``groups/informative`` and ``drawn/sampler_scorer_mismatch``.
+    Reports the last steps' metrics (:data:`.group.NAMES`), and of the last draw ``reward/drawn``
+    and ``groups/informative``.
 
     A fit with a folder is saved after the first draw's steps that end ``fitting.save_every`` steps
     after the last save, and goes on from there to the same bits.
@@ -92,9 +92,7 @@ def on_policy(
         )
     if importance_limit is not None and not importance_limit > 0:
         raise ValueError(f"importance_limit must be positive, got {importance_limit}")
-    # The one step after a draw is at the parameters that drew: what it scores is what they scored.
-    first = fitting.steps == 1
-    task = group(model, loss, importance_limit=importance_limit if first else None)
+    task = group(model, loss, importance_limit=importance_limit)
     begin = fitting.begin(task)
 
     def tokens(params: Any, prompts: Ragged, responses: Ragged) -> Array:
@@ -127,22 +125,15 @@ def on_policy(
         weight: Any = (
             useful.astype(np.float32) if informative_only else np.ones(len(reward), np.float32)
         )
-        batch = GroupBatch(asked, responses, weight, reward, ref_log_prob=ref)
-        found = {
+        # The one step after a draw is at the parameters that drew, and scores them itself.
+        old: Any = None if fitting.steps == 1 else np.asarray(score(params, asked, responses))
+        batch = GroupBatch(
+            asked, responses, weight, reward,
+            ref_log_prob=ref, old_log_prob=old, sampled_log_prob=sampled,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
+        return batch, {
             "reward/drawn": mean(reward.mean(1)),
             "groups/informative": mean(useful.astype(np.float64)),
-        }
-        if first:
-            return batch._replace(sampled_log_prob=sampled), found
-        old: Any = np.asarray(score(params, asked, responses))
-        gap = old.sum(-1) - np.asarray(sampled)
-        importance: Any = None
-        if importance_limit is not None:
-            ratio = policy_gradient.ratio(jnp.asarray(gap), jnp.zeros(gap.shape, gap.dtype))
-            importance = np.asarray(policy_gradient.truncated(ratio, limit=importance_limit))
-        return batch._replace(old_log_prob=old, importance=importance), {
-            **found,
-            "drawn/sampler_scorer_mismatch": mean(np.abs(gap).mean(1)),
         }
 
     def improve(key: Key[Array, ""], situation: Situation) -> Improved:

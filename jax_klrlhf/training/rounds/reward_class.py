@@ -24,7 +24,15 @@ from jax_klrlhf.core.reward_class import RewardClass
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import sampling
 from jax_klrlhf.training.rounds.compute import fill
-from jax_klrlhf.training.rounds.features import Features, Linear
+from jax_klrlhf.training.rounds.features import (
+    Features,
+    Last,
+    Linear,
+    as_scored,
+    factor,
+    pieces,
+    whitened,
+)
 from jax_klrlhf.training.rounds.parts import Comparisons, Policies, Reward, Scored, join
 
 
@@ -91,10 +99,7 @@ def parametric(
         if not comparisons:
             return empty
         data = join(comparisons)
-        both = []
-        for begin in range(0, len(data.weight), rows):
-            piece = jax.tree.map(lambda x, at=begin: x[at : at + rows], data)
-            both.append(np.asarray(features(piece.prompts, piece.responses), theta.dtype))
+        both = [x for x, _ in pieces(features, data, rows=rows, dtype=theta.dtype)]
         # Filled up to one of a few sizes, so that growing data do not compile anew each round.
         size = sampling.bucket(len(data.weight))
         both, label = (fill(x, size) for x in (np.concatenate(both), data.label))
@@ -102,16 +107,17 @@ def parametric(
         arrays = (jnp.asarray(x, theta.dtype) for x in (both, label, weight))
         return program(belief.theta, *arrays)
 
+    lower = Last(factor)
+
     @jax.jit
-    def scored(belief: Linear, found: Array) -> tuple[Array, Array]:
+    def scored(belief: Linear, lower: Array, found: Array) -> tuple[Array, Array]:
         reward = rewards.reward(belief.theta, found)
         shift = rewards.gradient(belief.theta, found) - belief.nu[None, None, :]
-        return reward, radius * ellipsoid.whiten(belief.ellipsoid, shift)
+        return reward, whitened(lower, shift, radius)
 
     def score(belief: Any, policies: Policies, prompts: Ragged, responses: Ragged) -> Scored:
         del policies
-        reward, white = scored(belief, jnp.asarray(features(prompts, responses), theta.dtype))
-        width = jnp.sqrt(jnp.sum(white**2, -1))
-        return Scored(*map(np.asarray, (reward, width, white)))
+        found = jnp.asarray(features(prompts, responses), theta.dtype)
+        return as_scored(*scored(belief, lower(belief.ellipsoid), found))
 
     return Reward(init=empty, fit=fit, score=score)
