@@ -328,10 +328,9 @@ def clipped(
         if kl_coef is not None and kl == "loss":
             ref = jnp.where(group.token_where, group.reference, 0)
             term = term + kl_coef * penalty.surrogate(current - ref)
-        keep = group.token_where
-        if group.where is not None:
-            keep = keep & group.where[..., None]
-        return gradients.over_tokens(term, keep, mean=mean, size=size)
+        return gradients.over_tokens(
+            term, group.token_where, mean=mean, size=size, responses=group.where
+        )
 
     return loss
 
@@ -440,14 +439,14 @@ def copo(
                 "copo compares answers, and Group.classes is None: hand in whole numbers that are "
                 "equal where two responses give the same answer"
             )
-        shared = gradients.consistency(group.reward, group.classes)
+        shared = gradients.consistency(group.reward, group.classes, where=group.where)
         over = (shared - jnp.mean(shared)) / (jnp.std(shared) + eps)
         same = jnp.broadcast_to(over[..., None], group.reward.shape)
 
         def part(advantage: Advantage) -> Array:
             return clipped(advantage=advantage, low=clip, high=clip, mean="response")(group)
 
-        entropy = gradients.answer_entropy(group.classes).astype(shared.dtype)
+        entropy = gradients.answer_entropy(group.classes, where=group.where).astype(shared.dtype)
         share = jax.nn.sigmoid(sharpness * (entropy - threshold))
         return share * part(local) + (1 - share) * part(lambda reward, where=None: same)
 

@@ -269,6 +269,7 @@ def over_tokens(
     *,
     mean: Literal["response", "group", "constant"],
     size: Scalar | None = None,
+    responses: Bool[Array, "*batch responses"] | None = None,
 ) -> Float[Array, "*batch"]:
     """From per-token terms to one number a prompt; where the mean is taken is a choice of law.
 
@@ -276,20 +277,22 @@ def over_tokens(
     as a loss beside it, this is a *length bonus* (see the table). ``group``: one mean over all
     tokens of the prompt's responses (DAPO): long responses weigh more. ``constant``: the sum over
     tokens divided by ``size``, the same for all (Dr. GRPO): the gradient of the sequence's own
-    log-probability.
+    log-probability. ``responses`` is True at those that count, an empty one among them too; by
+    default all do.
 
     ValueError where ``size`` is given without ``constant``, or missing with it.
     """
     if (mean == "constant") != (size is not None):
         raise ValueError(f"size goes with mean='constant' and with nothing else, got {mean!r}")
-    kept = jnp.where(where, value, 0)
+    if responses is not None:
+        where = where & responses[..., None]
     tokens = jnp.sum(where, -1).astype(value.dtype)
-    summed = jnp.sum(kept, -1)
-    if mean == "response":
-        return jnp.mean(summed / jnp.maximum(tokens, 1), -1)
+    summed = jnp.sum(jnp.where(where, value, 0), -1)
     if mean == "group":
         return jnp.sum(summed, -1) / jnp.maximum(jnp.sum(tokens, -1), 1)
-    return jnp.mean(summed / jnp.asarray(size, value.dtype), -1)
+    each = summed / (jnp.maximum(tokens, 1) if size is None else jnp.asarray(size, value.dtype))
+    count = jnp.maximum(jnp.sum(_kept(each, responses), -1), 1).astype(value.dtype)
+    return jnp.sum(each, -1) / count
 
 
 def consistency(
@@ -297,6 +300,7 @@ def consistency(
     classes: Shaped[Array, "*batch responses"],
     *,
     coef: Scalar | None = None,
+    where: Bool[Array, "*batch responses"] | None = None,
 ) -> Float[Array, "*batch"]:
     r"""COPO's group reward: the mean reward, less by how much the answers disagree.
 
@@ -309,23 +313,30 @@ def consistency(
     >>> float(consistency(jnp.array([1.0, 1.0]), jnp.array([3, 3])))
     1.0
     """
-    samples = reward.shape[-1]
-    entropy = answer_entropy(classes)
+    keep = _kept(reward, where)
+    entropy = answer_entropy(classes, where=where).astype(reward.dtype)
+    count = jnp.maximum(jnp.sum(keep, -1), 1).astype(reward.dtype)
     if coef is None:
-        coef = (1 - 1 / samples) / jnp.log2(jnp.asarray(max(samples, 2), entropy.dtype))
-    return jnp.mean(reward, -1) * (1 - coef * entropy.astype(reward.dtype))
+        coef = (1 - 1 / count) / jnp.log2(jnp.maximum(count, 2))
+    return jnp.sum(jnp.where(keep, reward, 0), -1) / count * (1 - coef * entropy)
 
 
-def answer_entropy(classes: Shaped[Array, "*batch responses"]) -> Float[Array, "*batch"]:
-    """Entropy, in bits, of the classes among a group's responses.
+def answer_entropy(
+    classes: Shaped[Array, "*batch responses"],
+    *,
+    where: Bool[Array, "*batch responses"] | None = None,
+) -> Float[Array, "*batch"]:
+    """Entropy, in bits, of the classes among a group's kept responses.
 
     >>> float(answer_entropy(jnp.array([0, 0, 1, 1])))
     1.0
     """
     same = classes[..., :, None] == classes[..., None, :]
-    share = jnp.mean(same, -1, dtype=jnp.result_type(float))
+    keep = _kept(classes, where)
+    count = jnp.maximum(jnp.sum(keep, -1), 1).astype(jnp.result_type(float))
+    share = jnp.sum(same & keep[..., None, :], -1).astype(count.dtype) / count[..., None]
     # Each response carries 1/K of the mass of its class, so a mean over responses is the sum.
-    return -jnp.mean(jnp.log2(share), -1)
+    return -jnp.sum(jnp.log2(jnp.where(keep, share, 1)), -1) / count
 
 
 def _kept(x: Array, where: Array | None) -> Array:

@@ -112,16 +112,28 @@ def test_rloo_is_the_regression_times_its_coefficient():
 
 
 def test_masked_responses_are_deleted():
+    """In every loss: a mean over responses divides by those that count."""
     keep = np.array([True, False, True, True])
-    fewer = jax.tree.map(lambda x: x[:, keep], group())
+    classes = jnp.asarray([[0, 1, 0, 1], [0, 2, 1, 2], [3, 3, 3, 3]])
+    every = group(classes=classes, importance=jnp.asarray(RNG.uniform(0.5, 2.0, SHAPE[:2])))
+    fewer = jax.tree.map(lambda x: x[:, keep], every)
     where = jnp.broadcast_to(jnp.asarray(keep), SHAPE[:2])
     for loss in (
         groups.regression(kl_coef=0.3),
+        groups.regression(kl_coef=0.3, divergence=fdivergence.forward_kl, clip=0.5),
         groups.rloo(kl_coef=0.3),
+        groups.rebel(kl_coef=0.3),
+        groups.f_dpg(kl_coef=0.3),
+        groups.gdc(kl_coef=0.3),
         groups.qrpo(kl_coef=0.3),
+        groups.grpo(kl_coef=0.3),
+        groups.dr_grpo(size=5, kl_coef=0.3),
+        groups.reinforce_pp(kl_coef=0.3),
         groups.dapo(),
+        groups.gspo(),
+        groups.copo(threshold=0.8, sharpness=2.0),
     ):
-        np.testing.assert_allclose(loss(group(where=where)), loss(fewer), rtol=1e-9)
+        np.testing.assert_allclose(loss(every._replace(where=where)), loss(fewer), rtol=1e-9)
 
 
 def _fixed_point(loss, at, reward, ref, samples):
