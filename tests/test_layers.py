@@ -117,12 +117,14 @@ def defined(name: str) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "where"),
     [
+        ("Batch", "models.batch"),
         ("Choices", "core.choices"),
         ("Comparisons", "training.rounds.parts"),
         ("Enhancer", "core.enhancer"),
         ("Fit", "core.estimation"),
         ("GroupLoss", "core.group_losses"),
         ("Loss", "core.scores"),
+        ("PackedBatch", "models.batch"),
         ("PairRule", "core.pairs"),
         ("RewardClass", "core.reward_class"),
         ("Saddle", "core.saddle"),

@@ -22,11 +22,11 @@ from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import ModelConfig, language_model
 from jax_klrlhf.models import enumerate as enumerated
 from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.models.batch import Batch
 from jax_klrlhf.training import rounds, tasks
 from jax_klrlhf.training.rounds import fitting
 from jax_klrlhf.training.rounds.features import Features
 from jax_klrlhf.training.rounds.parts import ragged
-from jax_klrlhf.training.tasks import Batch
 
 STOP = 0
 

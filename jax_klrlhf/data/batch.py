@@ -22,28 +22,10 @@ from jax_klrlhf.data import buckets
 from jax_klrlhf.data.buckets import Shape
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
+from jax_klrlhf.models.batch import Batch
 
 Own = Callable[[int], Int[np.ndarray, " own"]]
 """``own(count)``: which rows of a global batch of ``count`` are this process's."""
-
-
-class Batch(NamedTuple):
-    """A prompt once and K responses to it, best first; NumPy arrays on the host."""
-
-    prompts: Ragged
-    """``ids [B, P]``"""
-    responses: Ragged
-    """``ids [B, K, C]``; a row with fewer responses has length 0 for the others."""
-    label: Float[np.ndarray, " B"]
-    """Probability that the first response is preferred to the second."""
-    weight: Float[np.ndarray, " B"]
-    """0: a fill row, which must not count."""
-    scores: Float[np.ndarray, "B K"]
-    """Higher is better; a pair without scores has 1 and 0."""
-    row: Int[np.ndarray, " B"]
-    """Row number in the data set, for caches; a fill row has that of the row it copies."""
-    ref_log_prob: Float[np.ndarray, "B K"] | None = None
-    """Log-probability of the responses under pi0 (nats), once a cache has filled it in."""
 
 
 class Lengths(NamedTuple):

@@ -18,33 +18,19 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import buckets
-from jax_klrlhf.data.batch import Batch, Lengths, Own, collate
+from jax_klrlhf.data.batch import Lengths, Own, collate
 from jax_klrlhf.data.buckets import Shape
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
+from jax_klrlhf.models.batch import Batch, PackedBatch
 from jax_klrlhf.models.packed import Packed
 
 _JITTER = 0.1
 _TRIALS = 4  # dealings that the slots are made for; the first stands in where a later fits not
-
-
-class PackedBatch(NamedTuple):
-    """Examples in streams; NumPy arrays on the host, rows in the order of ``models.packed.rows``.
-
-    Axes: ``B`` examples of this process's streams, absent ones counted; ``K`` responses.
-    """
-
-    packed: Packed
-    label: Float[np.ndarray, " B"]
-    weight: Float[np.ndarray, " B"]
-    """0: absent, and must not count."""
-    scores: Float[np.ndarray, "B K"]
-    row: Int[np.ndarray, " B"]
-    """Row number in the data set; an absent example has that of another."""
 
 
 class Layout(NamedTuple):
@@ -353,7 +339,7 @@ def pack(parts: Sequence[Batch], *, streams: int, tokens: int, answers: int) -> 
         joined = np.concatenate(split, axis=1)
         return joined.reshape(-1, *joined.shape[2:])
 
-    return PackedBatch(packed, *(rows(n) for n in ("label", "weight", "scores", "row")))
+    return PackedBatch(packed, **{n: rows(n) for n in ("label", "weight", "scores", "row")})
 
 
 def _mask(ragged: Ragged, streams: int) -> np.ndarray:

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from jax_klrlhf.columns import Columns
 from jax_klrlhf.data import rows, tokenize
-from jax_klrlhf.data.batch import Batch, collate
+from jax_klrlhf.data.batch import collate
 from jax_klrlhf.data.buckets import Shape
 from jax_klrlhf.data.examples import Content, parse
 from jax_klrlhf.errors import InputError
+from jax_klrlhf.models.batch import Batch
 
 
 def batch_of_texts(

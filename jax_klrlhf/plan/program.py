@@ -24,6 +24,7 @@ from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import lora, partition, sampling, scoring
 from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.models.batch import Batch
 from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.models.logits import Warp
 from jax_klrlhf.models.transformer import language_model
@@ -31,7 +32,6 @@ from jax_klrlhf.plan.chips import Slice
 from jax_klrlhf.training import make_train_step, reference
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import state as states
-from jax_klrlhf.training.tasks import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Batches of a split: as the loaders have them, and as the training step takes them."""
+"""Batches of a split: as the loaders have them, and what of them the training step takes."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -14,9 +14,9 @@ from jax_klrlhf.data.packing import PackedLoader
 from jax_klrlhf.data.prepare import Prepared
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.errors import InputError
+from jax_klrlhf.models.batch import Batch, PackedBatch
 from jax_klrlhf.programs.config import TrainingConfig
 from jax_klrlhf.programs.run import Run
-from jax_klrlhf.training.tasks import Batch, PackedBatch
 
 
 def loader(run: Run, data: Prepared, *, seed: int | None) -> Loader:
@@ -113,21 +113,18 @@ def first_prompts(loaded: Loader, count: int) -> Prompts:
     return Prompts(batches, where, longest)
 
 
-def pairs(batch: Any, table: np.ndarray | None = None) -> Batch:
-    """A data batch for the training step: its best and its last response, and pi0's ``table``.
+def pairs(batch: Batch, table: np.ndarray | None = None) -> Batch:
+    """A batch for the training step: its best and its last response, with pi0's ``table``.
 
     Of K > 2 responses to a prompt the best and the worst are the pair.
     """
-    take = best_and_worst(batch.responses.lengths)
+    take = best_and_worst(np.asarray(batch.responses.lengths))
     rows = np.arange(len(take))[:, None]
-    ref_log_prob: Any = None if table is None else table[batch.row[:, None], take]
-    return Batch(
-        prompts=batch.prompts,
+    return batch._replace(
         responses=Ragged(batch.responses.ids[rows, take], batch.responses.lengths[rows, take]),
-        weight=batch.weight,
-        label=batch.label,
-        ref_log_prob=ref_log_prob,
         scores=batch.scores[rows, take],
+        ref_log_prob=None if table is None else table[batch.row[:, None], take],
+        row=None,
     )
 
 
@@ -142,25 +139,21 @@ def best(lengths: np.ndarray) -> np.ndarray:
     return np.zeros((len(lengths), 1), np.int64)
 
 
-def packed(batch: packing.PackedBatch, table: np.ndarray | None = None) -> PackedBatch:
-    """A packed data batch for the training step, and pi0's ``table`` of the responses in it."""
-    given: Any = batch
+def packed(batch: PackedBatch, table: np.ndarray | None = None) -> PackedBatch:
+    """A packed batch for the training step, with pi0's ``table`` of the responses in it."""
     ref_log_prob: Any = None if table is None else table[batch.row]
-    return PackedBatch(given.packed, given.weight, given.label, ref_log_prob, given.scores)
+    return batch._replace(ref_log_prob=ref_log_prob, row=None)
 
 
-def firsts(batch: Any, table: np.ndarray | None = None) -> Batch:
-    """A data batch for supervised training: its best response alone."""
+def firsts(batch: Batch, table: np.ndarray | None = None) -> Batch:
+    """A batch for supervised training: its best response alone."""
     del table
-    return Batch(
-        prompts=batch.prompts,
-        responses=Ragged(batch.responses.ids[:, :1], batch.responses.lengths[:, :1]),
-        weight=batch.weight,
-    )
+    first = Ragged(batch.responses.ids[:, :1], batch.responses.lengths[:, :1])
+    return batch._replace(responses=first, label=None, scores=None, row=None)
 
 
 class Feed:
-    """A stream of data batches, made into training batches; its position is the stream's."""
+    """A stream of loaded batches, made into training batches; its position is the stream's."""
 
     def __init__(self, stream: Stream, convert: Any):
         self._stream, self._convert = stream, convert

@@ -1,5 +1,6 @@
 """Training: one step for every loss, on one device or a mesh, with checkpoints and metrics."""
 
+from jax_klrlhf.models.batch import Batch, PackedBatch
 from jax_klrlhf.training import (
     checkpoint,
     evaluate,
@@ -14,7 +15,7 @@ from jax_klrlhf.training import (
 )
 from jax_klrlhf.training.state import TrainState
 from jax_klrlhf.training.step import Info, TrainStep, make_step, make_train_step
-from jax_klrlhf.training.tasks import Batch, PackedBatch, Task
+from jax_klrlhf.training.tasks import Task
 
 __all__ = [
     "Batch",

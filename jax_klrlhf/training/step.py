@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_klrlhf.core.scores import Scores
 from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.models.batch import PackedBatch
 from jax_klrlhf.training import compiler, tasks
 from jax_klrlhf.training import reference as references
 from jax_klrlhf.training.mesh import batch_sharding, rows
@@ -290,7 +291,7 @@ def _cut(batch: Any, micro_batches: int, parts: int) -> Any:
     its examples): each device keeps its own.
     """
     kind, count = "rows", batch.weight.shape[0]
-    if isinstance(batch, tasks.PackedBatch):
+    if isinstance(batch, PackedBatch):
         kind, count = "streams", batch.packed.stream.shape[0]
     if count % (micro_batches * parts):
         raise ValueError(

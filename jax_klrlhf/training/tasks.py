@@ -22,48 +22,8 @@ from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import packed as packing
 from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
-from jax_klrlhf.models.packed import Packed
+from jax_klrlhf.models.batch import PackedBatch
 from jax_klrlhf.training import reference as references
-
-
-class Batch(NamedTuple):
-    """Rows of a training batch; every array's first axis is ``B``."""
-
-    prompts: Ragged
-    """ids ``[B, P]``."""
-    responses: Ragged
-    """ids ``[B, K, C]``; of a preference, chosen at index 0 and rejected at 1."""
-    weight: Float[Array, " B"]
-    """Weight of each row in the loss; 0 for a row that only fills the batch."""
-    label: Float[Array, " B"] | None = None
-    """Probability that the first response is preferred; None is 1."""
-    ref_log_prob: Float[Array, "B K"] | None = None
-    """Log-probability of the responses under pi0, where it was computed before."""
-    scores: Float[Array, "B K"] | None = None
-    """How good each response was said to be, for a reward model with margins."""
-
-
-class PackedBatch(NamedTuple):
-    """Rows of a training batch in streams without padding; fields as in :class:`Batch`.
-
-    Rows are in the order of :func:`models.packed.rows`. A model without ``pack`` cannot score it.
-    """
-
-    packed: Packed
-    weight: Float[Array, " B"]
-    label: Float[Array, " B"] | None = None
-    ref_log_prob: Float[Array, "B K"] | None = None
-    scores: Float[Array, "B K"] | None = None
-
-    @property
-    def prompts(self) -> Ragged:
-        """ids ``[B, P]``, P of the largest rectangle."""
-        return packing.padded(self.packed, self.packed.prompts)
-
-    @property
-    def responses(self) -> Ragged:
-        """ids ``[B, K, C]``, C of the largest rectangle."""
-        return packing.padded(self.packed, self.packed.responses)
 
 
 def slots(batch: Any) -> int:

@@ -15,9 +15,9 @@ import pytest
 from jax_klrlhf import models
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import packing, tokenize
-from jax_klrlhf.data.batch import Batch
 from jax_klrlhf.models import lora, packed, pretrained, sampling, scoring
 from jax_klrlhf.models import reward as rewards
+from jax_klrlhf.models.batch import Batch
 
 CHAT = Path(os.environ.get("KLRLHF_SMOLLM2", Path(__file__).parents[3] / "smollm2_135m"))
 pytestmark = pytest.mark.skipif(

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from jax_klrlhf import placement
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import packing
-from jax_klrlhf.data.batch import Batch
 from jax_klrlhf.models import ModelConfig, language_model, packed, partition, scoring
+from jax_klrlhf.models.batch import Batch
 from jax_klrlhf.training import mesh as meshes
 from tests.models import toy
 

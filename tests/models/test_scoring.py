@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from jax_klrlhf.core.diversity import Top
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import scoring
+from jax_klrlhf.models.batch import Batch
 from jax_klrlhf.training import reference
-from jax_klrlhf.training.tasks import Batch
 from tests.models import toy
 
 B, K, P, C, V = 3, 2, 5, 6, 7

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from jax_klrlhf.core.sequence import Ragged
+from jax_klrlhf.models.batch import Batch
 from jax_klrlhf.results import Metric
 from jax_klrlhf.training import health
-from jax_klrlhf.training.tasks import Batch
 
 BEGIN, END = 1, 2
 LIMITS = health.Limits(patience=20)

@@ -14,6 +14,7 @@ from jax_klrlhf.data import batch as padded
 from jax_klrlhf.data import packing
 from jax_klrlhf.data.rows import Row
 from jax_klrlhf.models import ModelConfig, language_model, partition
+from jax_klrlhf.models.batch import Batch, PackedBatch
 from jax_klrlhf.training import health, reference, state, step, tasks
 from jax_klrlhf.training import mesh as meshes
 
@@ -58,12 +59,8 @@ def batches():
     given = loader[0]
     assert (given.weight == 0).any()
     table = -rng.uniform(5.0, 15.0, (len(rows), 2)).astype(np.float32)
-    streams = tasks.PackedBatch(
-        given.packed, given.weight, given.label, table[given.row], given.scores
-    )
-    plain = tasks.Batch(
-        streams.prompts, streams.responses, given.weight, given.label, table[given.row]
-    )
+    streams = PackedBatch(given.packed, given.weight, given.label, table[given.row], given.scores)
+    plain = Batch(streams.prompts, streams.responses, given.weight, given.label, table[given.row])
     return streams, plain
 
 

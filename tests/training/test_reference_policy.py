@@ -12,6 +12,7 @@ from rich.console import Console
 from jax_klrlhf.data.prepare import Prepared
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import scoring
+from jax_klrlhf.models.batch import Batch
 from jax_klrlhf.programs import batches, train
 from jax_klrlhf.programs import run as runs
 from jax_klrlhf.training import reference
@@ -19,7 +20,6 @@ from jax_klrlhf.training.rounds import Policies, improve
 from jax_klrlhf.training.rounds.fitting import deal
 from jax_klrlhf.training.rounds.parts import Mixture, Situation, ragged
 from jax_klrlhf.training.state import cast_floating
-from jax_klrlhf.training.tasks import Batch
 from tests.training import rounds_world as world
 from tests.training import toy
 

@@ -11,6 +11,7 @@ from jax_klrlhf.core import saddle
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import heads as many
 from jax_klrlhf.models import reward as single
+from jax_klrlhf.models.batch import Batch
 from jax_klrlhf.training import rounds, tasks
 from jax_klrlhf.training.rounds import members, oracle
 from jax_klrlhf.training.rounds.parts import Comparisons, pick
@@ -35,7 +36,7 @@ def start():
 
 def batch(comparisons):
     device = lambda r: Ragged(jnp.asarray(r.ids), jnp.asarray(r.lengths))  # noqa: E731
-    return tasks.Batch(
+    return Batch(
         device(comparisons.prompts),
         device(comparisons.responses),
         jnp.asarray(comparisons.weight),

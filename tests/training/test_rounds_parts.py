@@ -21,11 +21,11 @@ from jax_klrlhf.core import (
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import ModelConfig, language_model, scoring
 from jax_klrlhf.models import reward as rewards
+from jax_klrlhf.models.batch import Batch
 from jax_klrlhf.training import mesh, rounds
 from jax_klrlhf.training.rounds import fitting, oracle, pairing, settings
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.parts import Comparisons, pick, ragged
-from jax_klrlhf.training.tasks import Batch
 from tests.training import rounds_world as world
 
 

@@ -11,6 +11,7 @@ import pytest
 from jax_klrlhf.core import objectives, preferences
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models import scoring
+from jax_klrlhf.models.batch import Batch
 from jax_klrlhf.training import reference, state, step, tasks
 from tests.training import toy
 
@@ -146,7 +147,7 @@ def test_reward_training_recovers_the_reward_that_labelled():
     truth = theta[ids].sum(-1)
     first = rng.uniform(size=rows) < sigmoid(truth[:, 0] - truth[:, 1])
     ids = np.where(first[:, None, None], ids, ids[:, ::-1])
-    batch = tasks.Batch(
+    batch = Batch(
         Ragged(np.zeros((rows, 1), np.int32), np.ones(rows, np.int32)),
         Ragged(ids, np.full((rows, 2), length, np.int32)),
         np.ones(rows, np.float32),

@@ -8,8 +8,8 @@ import numpy as np
 
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models.base import LanguageModel, Prefix
+from jax_klrlhf.models.batch import Batch
 from jax_klrlhf.placement import BATCH
-from jax_klrlhf.training.tasks import Batch
 
 VOCAB = 16
 

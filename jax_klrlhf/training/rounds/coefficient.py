@@ -17,9 +17,10 @@ from jax_klrlhf.core.numerics import Scalar
 from jax_klrlhf.core.scores import Loss
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.models.batch import Batch
 from jax_klrlhf.training import tasks
 from jax_klrlhf.training.rounds.fitting import Deal
-from jax_klrlhf.training.tasks import Batch, Preference, Task
+from jax_klrlhf.training.tasks import Preference, Task
 
 LossAt = Callable[[Scalar], Loss]
 """``loss(kl_coef)(scores) -> [B]``, with ``kl_coef [B]`` traced: every loss of

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jax_klrlhf import placement
+from jax_klrlhf.models.batch import Batch
 from jax_klrlhf.training import health, loop, step
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import state as states
@@ -24,7 +25,7 @@ from jax_klrlhf.training.metrics import Metrics
 from jax_klrlhf.training.rounds.compute import narrowed
 from jax_klrlhf.training.rounds.parts import Comparisons, Mixture, widen
 from jax_klrlhf.training.state import TrainState
-from jax_klrlhf.training.tasks import Batch, Task
+from jax_klrlhf.training.tasks import Task
 
 
 class Fitted(NamedTuple):

@@ -25,6 +25,7 @@ from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.core.targets import Target
 from jax_klrlhf.models import scoring
 from jax_klrlhf.models.base import LanguageModel
+from jax_klrlhf.models.batch import Batch
 from jax_klrlhf.results import mean
 from jax_klrlhf.training import tasks
 from jax_klrlhf.training.rounds import coefficient, pairing
@@ -42,7 +43,6 @@ from jax_klrlhf.training.rounds.parts import (
 )
 from jax_klrlhf.training.rounds.samplers import Draw
 from jax_klrlhf.training.state import cast_floating
-from jax_klrlhf.training.tasks import Batch
 
 
 def preference_optimization(
