@@ -113,7 +113,7 @@ def first_prompts(loaded: Loader, count: int) -> Prompts:
     return Prompts(batches, where, longest)
 
 
-def pairs(batch: Batch, table: np.ndarray | None = None) -> Batch:
+def pairs(batch: Any, table: np.ndarray | None = None) -> Batch:
     """A batch for the training step: its best and its last response, with pi0's ``table``.
 
     Of K > 2 responses to a prompt the best and the worst are the pair.
