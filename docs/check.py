@@ -19,18 +19,29 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 NARROW = 390
 """Pixels of a telephone's screen."""
-SHOWN = (
-    "index.html", "start/install.html", "start/five_minutes.html", "start/own_result.html",
-    "concepts/objective.html", "concepts/objectives.html", "howto/label.html",
-    "howto/rewards.html", "howto/faults.html", "gallery/index.html", "gallery/frontier.html",
-    "atlas.html", "compared.html", "tutorials/01_theory.html", "tutorials/05_human_feedback.html",
-    "api/jax_klrlhf.core.html", "api/jax_klrlhf.core.gibbs.html",
-)  # fmt: skip
-"""Pages that are opened in the browser."""
 TYPESET = ("concepts/objective.html", "tutorials/01_theory.html", "api/jax_klrlhf.core.gibbs.html")
-"""Pages with formulas."""
-SOUGHT = {"ellipsoid": "core.ellipsoid", "most_uncertain": "core.pairs", "label": "howto/label"}
+"""Pages that must have formulas; on every page those that there are must be typeset."""
+SOUGHT = {
+    "ellipsoid": "core.ellipsoid",
+    "most_uncertain": "core.pairs",
+    "label": "howto/label",
+    "iterate": "training.rounds",
+    "over-optimization": "gallery/goodhart",
+}
 """What is looked for, and part of the address of one page that must be found."""
+_WRONG = """async () => {
+    if (window.MathJax?.startup?.promise) await window.MathJax.startup.promise;
+    const pictures = [...document.images].filter(x => x.complete && !x.naturalWidth);
+    const formulas = [...document.querySelectorAll("article .math")];
+    const errors = document.querySelectorAll("mjx-merror, [data-mjx-error]");
+    return {
+        pictures: pictures.map(x => x.src),
+        seen: document.querySelectorAll("article img").length,
+        formulas: formulas.length,
+        plain: formulas.filter(x => !x.querySelector("mjx-container")).map(x => x.textContent),
+        errors: [...errors].map(x => x.getAttribute("data-mjx-error") ?? x.textContent),
+    };
+}"""
 
 
 class _Page(html.parser.HTMLParser):
@@ -97,13 +108,21 @@ def browse(folder: Path) -> list[str]:
             raise NoBrowser(str(error).splitlines()[0]) from None
         wrong: list[str] = []
         try:
-            _visit(browser.new_page(), root, wrong)
+            _visit(browser.new_page(), root, pages_of(folder), wrong)
         finally:
             browser.close()
     return wrong
 
 
-def _visit(page: Any, root: str, wrong: list[str]) -> None:
+def pages_of(folder: Path) -> list[str]:
+    """Every page but those of source code, which all are made alike: of them the first."""
+    found = [path.relative_to(folder) for path in sorted(folder.rglob("*.html"))]
+    found = [path for path in found if "_static" not in path.parts]
+    sources = [path for path in found if "_modules" in path.parts]
+    return [path.as_posix() for path in found if path not in sources[1:]]
+
+
+def _visit(page: Any, root: str, pages: list[str], wrong: list[str]) -> None:
     at = [""]
 
     def complain(text: str) -> None:
@@ -117,28 +136,26 @@ def _visit(page: Any, root: str, wrong: list[str]) -> None:
             asked.url.startswith((root, "data:", "blob:")) or complain(f"asks {asked.url}")
         ),
     )
-    for name in SHOWN:
+    for name in pages:
         at[0] = name
         page.set_viewport_size({"width": 1280, "height": 900})
         page.goto(f"{root}/{name}", wait_until="load")
-        broken = page.evaluate(
-            "[...document.images].filter(x => x.complete && !x.naturalWidth).map(x => x.src)"
-        )
-        for source in broken:
+        seen = page.evaluate(_WRONG)
+        for source in seen["pictures"]:
             complain(f"no picture at {source}")
-        if name == "index.html" and not page.locator("article img").count():
+        for text in seen["plain"]:
+            complain(f"a formula is not typeset: {text.strip()[:80]}")
+        for text in seen["errors"]:
+            complain(f"a formula has an error: {text.strip()[:80]}")
+        if name in TYPESET and not seen["formulas"]:
+            complain("there is no formula")
+        if name == "index.html" and not seen["seen"]:
             complain("the front page has no picture")
-        if name in TYPESET:
-            try:
-                page.wait_for_selector("mjx-container", timeout=20_000)
-            except Exception:
-                complain("no formula is typeset")
-            if page.locator("mjx-merror, [data-mjx-error]").count():
-                complain("a formula has an error")
-        page.set_viewport_size({"width": NARROW, "height": 800})
-        wide = page.evaluate("document.documentElement.scrollWidth")
-        if wide > NARROW:
-            complain(f"{wide} pixels wide on a screen of {NARROW}")
+        for width in (NARROW, 1280):
+            page.set_viewport_size({"width": width, "height": 800})
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            if wide > width:
+                complain(f"{wide} pixels wide on a screen of {width}")
     for words, place in SOUGHT.items():
         at[0] = f"search.html?q={words}"
         page.set_viewport_size({"width": 1280, "height": 900})

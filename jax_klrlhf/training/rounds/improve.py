@@ -204,7 +204,7 @@ def weighted_likelihood(
     if (kl_coef is None) == (target is None):
         raise ValueError("weighted_likelihood takes kl_coef= or target=, one of them.")
     aim = target or partial(targets.optimum, kl_coef=kl_coef)  # pyright: ignore[reportArgumentType]
-    fit = fitting.compile(tasks.likelihood(model))
+    fit = fitting.shared(("likelihood", model), lambda: fitting.compile(tasks.likelihood(model)))
 
     @jax.jit
     def weigh(given: Choices) -> tuple[Array, Array]:
