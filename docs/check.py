@@ -26,7 +26,7 @@ SOUGHT = {
     "most_uncertain": "core.pairs",
     "label": "howto/label",
     "iterate": "training.rounds",
-    "over-optimization": "gallery/goodhart",
+    "goodhart": "gallery/goodhart",
 }
 """What is looked for, and part of the address of one page that must be found."""
 _WRONG = """async () => {

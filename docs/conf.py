@@ -64,6 +64,7 @@ exclude_patterns = ["_build", "_generated", "*.py", "**/.ipynb_checkpoints", "ap
 html_theme = "sphinx_book_theme"
 html_title = "jax_klrlhf"
 html_static_path = ["_static"]
+html_css_files = ["narrow.css"]
 html_favicon = "_static/worlds.svg"  # else every browser asks for one that is not there
 html_context = {"default_mode": "auto"}  # else the theme complains in the console
 html_theme_options = {
@@ -79,11 +80,15 @@ suppress_warnings = ["mystnb.unknown_mime_type", "ref.python"]
 
 
 def _notebooks() -> None:
-    """The notebooks of ``colab/``, with the outputs they were built with."""
+    """The notebooks of ``colab/``, with the outputs they were built with.
+
+    Less the badge: its picture is on another host, and a page here asks none.
+    """
     target = HERE / "tutorials"
     target.mkdir(exist_ok=True)
     for path in sorted((ROOT / "colab").glob("*.ipynb")):
-        shutil.copy(path, target / path.name)
+        text = re.sub(r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)", "", path.read_text())
+        (target / path.name).write_text(text)
 
 
 def _readmes() -> None:

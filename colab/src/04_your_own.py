@@ -162,7 +162,7 @@ def problem_of(key, coverage=0.03):
 
 problem = problem_of(jax.random.key(1))
 reward, ref = problem.reward, problem.setting.ref_log_prob
-given = choices.enumerated(ref, reward=reward)
+given = choices.enumerated(ref, ref_log_prob=ref, reward=reward)
 TARGETS = {
     "KL's optimum": targets.optimum,
     "ours: two-sided optimum": its_optimum,
