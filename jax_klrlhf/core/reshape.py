@@ -70,7 +70,8 @@ def standardize(
     law = law - jax.nn.logsumexp(law, axis=-1, keepdims=True, where=keep)
     spread = numerics.safe_sqrt(numerics.expectation(law, centred**2, where=keep))[..., None]
     # A constant reward leaves rounding, which must not become a deviation of 1.
-    flat = spread <= 8 * jnp.finfo(reward.dtype).eps * jnp.max(jnp.abs(reward), -1, keepdims=True)
+    largest = jnp.max(jnp.where(keep, jnp.abs(reward), 0), -1, keepdims=True)
+    flat = spread <= 8 * jnp.finfo(reward.dtype).eps * largest
     return jnp.where(flat, 0, centred / jnp.where(flat, 1, spread))
 
 

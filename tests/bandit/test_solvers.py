@@ -51,6 +51,27 @@ def test_refit_is_the_core_fit(learned):
     assert np.isfinite(separable.theta).all()
 
 
+def test_sigma_of_active_learning_is_the_hessian_and_of_a_confidence_set_counts_each_whole(learned):
+    """In NumPy, after two batches: the first is weighted anew by the second estimate."""
+    problem, data, _ = learned
+    setting, x = problem.setting, np.asarray(problem.setting.features)
+    z = x[data.context, data.first] - x[data.context, data.second]
+    halves = [jax.tree.map(lambda leaf, at=at: leaf[at], data) for at in np.split(np.arange(30), 2)]
+    found = {}
+    for learner in (bandit.most_uncertain(ridge=0.7), bandit.greedy_against_reference(ridge=0.7)):
+        state = learner.init(setting, capacity=30)
+        for half in halves:
+            state = learner.update(setting, state, half)
+        found[len(found)] = np.asarray(state.ellipsoid.precision)
+        chance = 1 / (1 + np.exp(-z @ np.asarray(state.theta)))
+    hessian, whole = (
+        0.7 * np.eye(3) + np.einsum("n,ni,nj->ij", w, z, z)
+        for w in (chance * (1 - chance), np.ones(30))
+    )
+    np.testing.assert_allclose(found[0], hessian, atol=1e-9)
+    np.testing.assert_allclose(found[1], whole, atol=1e-9)
+
+
 def test_bound_is_the_core_bound(learned):
     problem, data, _ = learned
     setting = problem.setting

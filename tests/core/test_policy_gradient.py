@@ -312,6 +312,15 @@ def test_at_the_old_policy_every_ratio_gives_the_policy_gradient():
     np.testing.assert_array_equal(np.asarray(moved) == 0, REWARD > 0)
 
 
+def test_who_drew_is_a_constant_to_the_gradient():
+    """Of the policy's own scores, handed in for those of the one that drew: 1, and not 0."""
+    log_prob, length = jnp.asarray(np.log(PI)), jnp.asarray(LENGTH)
+    slope = jax.grad(lambda p: policy_gradient.ratio(p, p).sum())(log_prob)
+    np.testing.assert_allclose(slope, 1, rtol=1e-12)
+    slope = jax.grad(lambda p: policy_gradient.sequence_ratio(p, p, length).sum())(log_prob)
+    np.testing.assert_allclose(slope, 1 / LENGTH, rtol=1e-12)
+
+
 def test_truncated_weights_are_constants_to_the_gradient():
     ratio = jnp.array([0.5, 3.0])
     np.testing.assert_allclose(policy_gradient.truncated(ratio, limit=2.0), [0.5, 2.0])

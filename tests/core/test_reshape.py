@@ -46,6 +46,25 @@ def test_standardizing_clipping_and_a_ceiling(world):
     np.testing.assert_allclose(capped, np.minimum(reward, high[:, None]))
 
 
+def test_masked_actions_are_deleted(world):
+    reward, ref = world
+    reward = reward.at[:, 2].set(-jnp.inf)
+    keep = np.array([True, True, False, True, True, True])
+    where = jnp.broadcast_to(jnp.asarray(keep), reward.shape)
+    few = jax.nn.log_softmax(ref[:, keep])
+    for transform in (reshape.centre, reshape.standardize, reshape.win_rate):
+        found = transform(reward, ref, where=where)[:, keep]
+        np.testing.assert_allclose(found, transform(reward[:, keep], few), rtol=1e-10)
+    for level in (0.0, 0.4, 1.0):
+        found = reshape.quantile(reward, ref, level=level, where=where)
+        np.testing.assert_array_equal(found, reshape.quantile(reward[:, keep], few, level=level))
+    # An action that pi0 does not take stays out of a fixed point, undamped too.
+    never = jax.nn.log_softmax(jnp.where(where, ref, -jnp.inf))
+    found = reshape.fixed_point(lambda _: reward, never, kl_coef=0.5, damping=1.0, steps=2)
+    expected = gibbs.log_prob(reward, never, kl_coef=0.5)
+    np.testing.assert_allclose(np.exp(found.log_prob), np.exp(expected), rtol=1e-12)
+
+
 def test_log_sigmoid_at_coefficient_one_is_pi0_given_good_and_a_sum_is_and(world):
     reward, ref = world
     other = jnp.flip(reward, -1)
