@@ -142,6 +142,18 @@ def test_weights_are_those_of_the_tilted_law(monkeypatch):
     np.testing.assert_allclose(weight, 4 * raw / raw.sum(1, keepdims=True), rtol=1e-5)
 
 
+def test_all_targets_of_a_fitting_are_one_program(monkeypatch):
+    made = []
+    whole = rounds.Fitting.compile
+    monkeypatch.setattr(
+        rounds.Fitting, "compile", lambda self, task: made.append(task) or whole(self, task)
+    )
+    fitting = rounds.Fitting(optimizer=world.FITTING.optimizer, steps=1, batch_size=4)
+    for given in ({"kl_coef": 0.25}, {"target": lambda choices: choices.log_mass}):
+        rounds.weighted_likelihood(world.MODEL, world.DRAW, fitting=fitting, **given)
+    assert len(made) == 1
+
+
 def test_an_improvement_may_explore(comparisons):
     """XPO in the loop of rounds: a step of SGD is one on DPO plus the bonus of the second."""
     one_step = rounds.Fitting(optimizer=optax.sgd(0.1), steps=1, batch_size=16)
