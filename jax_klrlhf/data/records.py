@@ -32,11 +32,11 @@ class Writer:
 
     def add(self, split: str, row: Row) -> None:
         """One more row of a split."""
-        import array_record.python.array_record_module as compiled
-
-        module: Any = compiled
         shards = self._shards[split]
         if split not in self._files:
+            import array_record.python.array_record_module as compiled
+
+            module: Any = compiled
             path = self._folder / f"{DATASET}-{split}.{_FORMAT}-{len(shards):05d}"
             self._files[split] = module.ArrayRecordWriter(str(path), _WRITTEN)
             shards.append(0)
@@ -108,11 +108,8 @@ def to_bytes(row: Row) -> bytes:
     feature["responses"].int64_list.SetInParent()  # an empty list is there, too
     feature["response_lengths"].int64_list.value.extend(map(len, row.responses))
     feature["response_lengths"].int64_list.SetInParent()
-    feature["scores"].float_list.value.extend(row.scores)
-    feature["scores"].float_list.SetInParent()
-    feature["label"].float_list.value.append(row.label)
-    feature["weight"].float_list.value.append(row.weight)
     feature["number"].int64_list.value.append(row.number)
+    example.MergeFromString(_rest(tuple(row.scores), row.label, row.weight))
     return example.SerializeToString()
 
 
@@ -132,6 +129,18 @@ def from_bytes(content: bytes) -> Row:
         weight=feature["weight"].float_list.value[0],
         number=feature["number"].int64_list.value[0],
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _rest(scores: tuple[float, ...], label: float, weight: float) -> bytes:
+    """What most rows have in common, serialized."""
+    example = _example_type()()
+    feature = example.features.feature
+    feature["scores"].float_list.value.extend(scores)
+    feature["scores"].float_list.SetInParent()
+    feature["label"].float_list.value.append(label)
+    feature["weight"].float_list.value.append(weight)
+    return example.SerializeToString()
 
 
 @functools.cache

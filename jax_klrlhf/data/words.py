@@ -82,17 +82,19 @@ class Words:
         found: list[list[int]] = [[]] * len(texts)
         left: Sequence[int] = range(len(texts))
         for cut in (_quickly, _carefully):
+            waiting = ((number, cut(texts[number])) for number in left)
             for _ in range(2):  # the second time with what the first was missing
                 unknown = []
-                for number in left:
-                    packed = self._packed(cut(texts[number]))
+                for number, pieces in waiting:
+                    packed = self._packed(pieces)
                     if packed is None:
-                        unknown.append(number)
+                        unknown.append((number, pieces))
                     else:
                         found[number] = array("i", packed).tolist()
-                left = unknown
+                waiting = unknown
                 self._first.learn(self._added)
                 self._later.learn(self._added)
+            left = [number for number, _ in waiting]
         for number, ids in zip(left, _asked(self._whole, [texts[n] for n in left]), strict=True):
             found[number] = ids  # an added token is in it
         self._first.forget()
