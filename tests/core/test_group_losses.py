@@ -278,6 +278,16 @@ def test_gdc_nears_the_forward_kl_as_the_group_grows():
     np.testing.assert_allclose(expected(groups.gdc(kl_coef=ETA), 1), PI - DRAWER, atol=1e-12)
 
 
+def test_an_importance_of_two_is_a_second_copy():
+    """To GDC, whose weights are normalized over the group."""
+    twice = jnp.asarray([0, 0, 1, 2, 3])
+    copies = jax.tree.map(lambda x: x[:, twice], group())
+    weight = jnp.broadcast_to(jnp.asarray([2.0, 1.0, 1.0, 1.0]), SHAPE[:2])
+    loss = groups.gdc(kl_coef=ETA)
+    np.testing.assert_allclose(loss(group(importance=weight)), loss(copies), rtol=1e-12)
+    assert np.abs(loss(group()) - loss(copies)).min() > 1e-4
+
+
 def test_one_exact_step_of_rebel_is_mirror_ascent_from_who_drew():
     step = DRAWER * np.exp(WORTH / ETA)
     made = groups.from_actions(
@@ -289,21 +299,23 @@ def test_one_exact_step_of_rebel_is_mirror_ascent_from_who_drew():
 
 
 def test_kl_in_the_reward_is_priced_before_the_advantage():
-    """REINFORCE++ on one-token groups at the drawing policy, by hand."""
+    """REINFORCE++ on one-token groups near the drawing policy, whose price it is, by hand."""
     rng = np.random.default_rng(3)
     reward, log_prob, ref = rng.normal(size=(3, 4)), *(-rng.exponential(size=(2, 3, 4)))
-    priced = reward - ETA * (log_prob - ref)
+    old = log_prob + rng.uniform(-0.3, 0.3, (3, 4))
+    priced = reward - ETA * (old - ref)
     centred = priced - priced.mean(-1, keepdims=True)
     advantage = centred / (np.sqrt(np.mean(centred**2)) + 1e-4)
 
     def total(x):
         made = groups.from_actions(
             x, jnp.asarray(reward), ref_log_prob=jnp.asarray(ref),
-            old_log_prob=jnp.asarray(log_prob),
+            old_log_prob=jnp.asarray(old),
         )  # fmt: skip
-        return groups.reinforce_pp(kl_coef=ETA)(made).sum()
+        return groups.reinforce_pp(kl_coef=ETA, clip=0.5)(made).sum()
 
-    np.testing.assert_allclose(jax.grad(total)(jnp.asarray(log_prob)), -advantage / 4, atol=1e-12)
+    wanted = -np.exp(log_prob - old) * advantage / 4
+    np.testing.assert_allclose(jax.grad(total)(jnp.asarray(log_prob)), wanted, atol=1e-12)
 
 
 def test_copo_blends_by_how_much_answers_differ():

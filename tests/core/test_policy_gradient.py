@@ -313,8 +313,12 @@ def test_at_the_old_policy_every_ratio_gives_the_policy_gradient():
 
 
 def test_who_drew_is_a_constant_to_the_gradient():
-    """Of the policy's own scores, handed in for those of the one that drew: 1, and not 0."""
+    """Of the policy's own scores, handed in for those of the one that drew: 1, and not 0. And the
+    price of a divergence, which is a part of the reward."""
     log_prob, length = jnp.asarray(np.log(PI)), jnp.asarray(LENGTH)
+    reward = jnp.asarray(REWARD)
+    price = lambda p: policy_gradient.regularized(reward, p, kl_coef=ETA).sum()  # noqa: E731
+    assert not np.any(jax.grad(price)(log_prob))
     slope = jax.grad(lambda p: policy_gradient.ratio(p, p).sum())(log_prob)
     np.testing.assert_allclose(slope, 1, rtol=1e-12)
     slope = jax.grad(lambda p: policy_gradient.sequence_ratio(p, p, length).sum())(log_prob)

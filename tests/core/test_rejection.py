@@ -311,6 +311,13 @@ def test_acceptance_of_a_choice_set_is_of_its_draws_and_of_its_law():
         there = ((np.asarray(left.number) == action) & np.asarray(left.where)).any(1).mean()
         want = 1 - (1 - p) ** 4
         assert abs(there - want) < 5 * np.sqrt(want * (1 - want) / 20_000)
+    # What an earlier step left out stays out, whatever its chance now.
+    once = choices.drawn(
+        jnp.array([[0], [1], [0]]), where=jnp.array([True, False, True]), reward=jnp.ones(3)
+    )
+    again = rejection.accepted_choices(jax.random.key(0), once, reward_bound=1.0, kl_coef=0.5)
+    assert again.where.tolist() == [True, False, False]
+    assert again.mass.tolist() == [1, 0, 0]
     with pytest.raises(ValueError, match="needs reward_bound="):
         rejection.accepted_choices(jax.random.key(0), every, kl_coef=0.5)
     three = rejection.accepted_choices(jax.random.key(0), drawn, kl_coef=0.5, count=2)
