@@ -1,5 +1,6 @@
 """Named losses on groups: by hand, by the families' own pieces, and by their laws."""
 
+import functools
 import itertools
 
 import jax
@@ -259,6 +260,17 @@ def test_f_dpg_off_policy_is_the_gradient_of_its_divergence(name):
         np.testing.assert_allclose(expected(loss, samples), of(members[name]), atol=1e-12)
     other = "forward_kl" if name == "reverse_kl" else "reverse_kl"
     assert np.abs(of(members[name]) - of(members[other])).max() > 1e-2
+
+
+def test_f_dpg_takes_its_normalizer_from_the_mean_over_the_group():
+    one = jax.tree.map(lambda x: x[:1], group())
+    weight = REWARD / ETA + _summed(REF) - _summed(OLD)
+    log_z = float(np.log(np.exp(weight[0]).mean()))
+    for member in (fdivergence.forward_kl, fdivergence.jensen_shannon):
+        loss = functools.partial(groups.f_dpg, kl_coef=ETA, divergence=member)
+        known = loss(log_normalizer=log_z)(one)
+        np.testing.assert_allclose(loss()(one), known, rtol=1e-10)
+        assert abs(loss(log_normalizer=log_z + 1)(one) - known) > 1e-3
 
 
 def test_f_dpg_of_reverse_kl_on_policy_is_rloo_over_eta():

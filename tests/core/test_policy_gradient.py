@@ -319,6 +319,11 @@ def test_who_drew_is_a_constant_to_the_gradient():
     reward = jnp.asarray(REWARD)
     price = lambda p: policy_gradient.regularized(reward, p, kl_coef=ETA).sum()  # noqa: E731
     assert not np.any(jax.grad(price)(log_prob))
+    for loss in (
+        lambda w: policy_gradient.surrogate(log_prob, w),
+        lambda w: policy_gradient.clipped(jnp.exp(log_prob), w, low=0.2, high=0.2).sum(),
+    ):
+        assert not np.any(jax.grad(loss)(reward))
     slope = jax.grad(lambda p: policy_gradient.ratio(p, p).sum())(log_prob)
     np.testing.assert_allclose(slope, 1, rtol=1e-12)
     slope = jax.grad(lambda p: policy_gradient.sequence_ratio(p, p, length).sum())(log_prob)

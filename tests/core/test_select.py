@@ -26,7 +26,8 @@ def choices():
         reward=jnp.array(3 * rng.normal(size=(2, 5))),
         features=jnp.array(features),
         ellipsoid=Ellipsoid(jnp.array(square @ square.T + np.eye(3)), jnp.array(1.0)),
-        rewards=jnp.array(rng.normal(size=(2, 2, 5))),
+        # What is masked would beat all others.
+        rewards=jnp.array(rng.normal(size=(2, 2, 5))).at[:, 0, 1].set(9.0),
     )
 
 
@@ -50,6 +51,10 @@ def test_the_pair_is_the_best_by_its_score(choices, score):
         for k in range(8)
     }
     assert len(orders) == 2
+    worth = np.asarray(select.value(choices, score=score))
+    np.testing.assert_allclose(worth, np.swapaxes(worth, -1, -2), rtol=1e-9)
+    assert not worth[0, 1].any()
+    assert not worth[0, :, 1].any()
     same = choices._replace(features=jnp.zeros((2, 5, 3)))
     assert not select.most_informative(jax.random.key(0), same, score=score).valid.any()
 
@@ -76,8 +81,9 @@ def test_contexts_annotators_fronts_and_trees(choices):
                 (points[j] >= points[i]).all() and (points[j] > points[i]).any() for j in kept
             )
             assert front[row, i] == (i in kept and not beaten)
-    ids = jnp.array([[1, 2, 3], [1, 2, 4], [1, 3, 3], [1, 2, 0]])
-    pairs = select.shared_prefix(ids, jnp.array([3, 3, 3, 1]), depth=2)
+    # As long as the prefix is enough.
+    ids = jnp.array([[1, 2, 3], [1, 2, 0], [1, 3, 3], [1, 2, 0]])
+    pairs = select.shared_prefix(ids, jnp.array([3, 2, 3, 1]), depth=2)
     assert np.argwhere(pairs).tolist() == [[0, 1], [1, 0]]
 
 
