@@ -164,6 +164,8 @@ def test_agents_answer_with_their_own_policies_whatever_the_batch():
     key = jax.random.key(4)
     found = sampler(key, policies, world.PROMPTS)
     assert found.agent[0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    for back, params in enumerate((other, oldest, oldest)):
+        assert rounds.earlier(back)(policies) is params
     for number, params in enumerate((other, world.PARAMS, oldest)):
         all_at_once = rounds.Draw(**{**DRAWING, "rows": 100})
         alone = all_at_once(jax.random.fold_in(key, number), params, world.PROMPTS)
@@ -287,6 +289,9 @@ def test_every_batch_holds_each_sources_share_and_an_epoch_each_row_once():
     again = fitting.deal(groups, [0.5, 0.3, 0.2]).stream(jax.random.key(0), batch_size=10)
     again.restore(4)
     jax.tree.map(np.testing.assert_array_equal, next(again), batches[4])
+    # Of what is left over the largest remainders: 4, 2.4 and 1.6 of 8.
+    fewer = next(fitting.deal(groups, [0.5, 0.3, 0.2]).stream(jax.random.key(0), batch_size=8))
+    assert np.bincount(fewer.prompts.ids[:, 0], minlength=4).tolist() == [0, 4, 2, 2]
     pooled = fitting.deal(groups).stream(jax.random.key(0), batch_size=10)
     np.testing.assert_array_equal(
         np.sort(next(pooled).prompts.ids[:, 0]), [1] * 3 + [2] * 5 + [3] * 2

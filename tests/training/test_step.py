@@ -1,5 +1,6 @@
 """The training step: what it minimizes, whatever the cut, the mesh and the precision."""
 
+import dataclasses
 import functools
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import optax
 import pytest
 
 from jax_klrlhf.core import objectives
-from jax_klrlhf.training import reference, state, step
+from jax_klrlhf.training import reference, state, step, tasks
 from tests.training import toy
 
 MODEL = toy.language_model()
@@ -118,6 +119,21 @@ def test_rows_without_weight_are_as_if_deleted_even_when_degenerate():
     deleted, _ = train(fresh(), jax.tree.map(lambda x: x[:-1], batch))
     assert bool(info.finite)
     close(parameters(kept), parameters(deleted), rtol=1e-5, atol=1e-6)
+
+
+def test_a_tasks_own_weight_is_a_constant_to_the_gradient():
+    batch, params = jax.tree.map(jnp.asarray, toy.batch(0)), MODEL.init(jax.random.key(0))
+    plain = tasks.likelihood(MODEL)
+    tilted = dataclasses.replace(plain, weight=lambda s: jnp.exp(s.chosen_log_prob / 9))
+    carried = fresh()
+    scored = plain.score(params, None, batch)
+    weight = batch.weight * jnp.exp(scored.chosen_log_prob / 9)
+
+    def held(params):
+        return jnp.sum(weight * plain.loss(plain.score(params, None, batch)))
+
+    found = jax.grad(lambda p: step.weighted_sums(tilted, carried, None, p, batch)[0])(params)
+    close(found, jax.grad(held)(params), rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_of_no_weight_moves_nothing():

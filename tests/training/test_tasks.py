@@ -74,6 +74,9 @@ def test_chosen_in_the_report_is_what_the_label_chose(params):
     batch = jax.tree.map(jnp.asarray, toy.batch(0))
     task = tasks.preference(MODEL, LOSS)
     first = task.score(params, None, batch._replace(label=jnp.ones(16)))
+    chosen, rejected = first.scores.log_prob.T
+    np.testing.assert_array_equal(task.report(first).chosen_log_prob, chosen)
+    np.testing.assert_array_equal(task.report(first).rejected_log_prob, rejected)
     turned = jax.tree.map(lambda x: x[:, ::-1], first.scores)
     second = tasks.Preference(turned, jnp.zeros(16))
     for one, other in zip(task.report(first), task.report(second), strict=True):
