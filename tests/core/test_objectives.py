@@ -585,6 +585,14 @@ def test_numbers_without_a_meaning_are_refused(call, says):
         call(scores_of(jnp.zeros(2), jnp.zeros(2)))
 
 
+def test_a_weight_is_a_constant_to_the_gradient():
+    log_prob, ref = jnp.array([[-3.0, -4.0]]), jnp.array([[-3.5, -3.0]])
+    at = lambda p: Scores(p, ref, jnp.array([[2, 3]]))  # noqa: E731
+    assert not np.any(jax.grad(lambda p: objectives.wpo_weight(at(p)).sum())(log_prob))
+    loss = objectives.sigmoid(at(log_prob), kl_coef=ETA)
+    assert not np.any(jax.grad(lambda w: objectives.weighted(loss, w).sum())(jnp.ones(1)))
+
+
 def test_orpo_by_hand_and_finite_where_a_response_is_certain():
     """Odds of the geometric mean of the tokens' probabilities."""
     scores = Scores(jnp.array([-4.0, -6.0]), None, jnp.array([4, 10]))
