@@ -103,18 +103,24 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     """
     import tyro
 
+    from jax_klrlhf.programs import options as declared
+
     kind = _found(COMMANDS[name].config)
     path, rest = _take_config(list(arguments))
     options: dict[str, Any] = {
         "prog": f"klrlhf {name}",
         "args": rest,
         "description": f"{inspect.getdoc(kind)}\n\n{_CONFIG}",
+        "registry": declared.flat(),
     }
     if path is not None:
         from jax_klrlhf.programs.config import read
 
         options["default"] = read(path, kind, command=name)
-    return tyro.cli(kind, **options)
+    try:
+        return tyro.cli(kind, **options)
+    except declared.Unread as error:
+        raise InputError(str(error)) from None
 
 
 def program(name: str) -> Callable[[Any], Any]:

@@ -334,8 +334,11 @@ BAD = {
     "lora": (["--lora.rank", "2", "--lora.targets", "all"], "targets=('all',)"),
     "no adapter": (["--lora.no-merged"], "--lora.no-merged: of an adapter; give --lora.rank"),
     "steps": (["--steps", "0"], "steps is 0"),
-    "warmup": (["--warmup", "1"], "a share of the steps"),
-    "decay": (["--optimizer", "adafactor", "--weight-decay", "0.1"], "adafactor has none"),
+    "warmup": (["--warmup", "1"], "--warmup is 1.0; it is a share in [0, 1)"),
+    "decay": (
+        ["--optimizer", "adafactor", "--weight-decay", "0.1"],
+        "--weight-decay is read by no run with --optimizer adafactor; leave it out",
+    ),
     "mesh": (["--mesh.fsdp", "3"], "mesh data=8, fsdp=3, tensor=1"),
     "kl": (["--kl-coef", "0"], "--kl-coef is 0.0; it must be positive"),
     "negative kl": (["--kl-coef", "-0.1"], "--kl-coef is -0.1; it must be positive"),

@@ -12,7 +12,7 @@ from jax_klrlhf.label.pool import Pool, model_features
 from jax_klrlhf.label.server import serve
 from jax_klrlhf.label.session import Session, agreement
 from jax_klrlhf.labelling import LABELS
-from jax_klrlhf.programs.config import check_seed, positive
+from jax_klrlhf.programs import options
 from jax_klrlhf.programs.label_config import LabelConfig
 from jax_klrlhf.programs.losses import load_function
 from jax_klrlhf.results import output_folder
@@ -44,13 +44,9 @@ def label(config: LabelConfig, *, console: Console | None = None) -> None:
     Raises:
         InputError: naming what is wrong with options, answers or folder.
     """
-    for name in ("count", "ridge", "each"):
-        positive(name, getattr(config, name))
-    if not 0 <= config.repeats < 1:
-        raise InputError(f"--repeats is {config.repeats}; it is a share in [0, 1).")
+    options.check(config)
     if not 0 <= config.port < 2**16:
         raise InputError(f"--port is {config.port}; it is a number from 0 to 65535.")
-    check_seed(config.seed)
     rule = make_rule(config.rule)
     if config.answers is None:
         for name in ("rule", "split", "columns", "count", "each"):

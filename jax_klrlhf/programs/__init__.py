@@ -7,7 +7,8 @@ What ``klrlhf dpo --model ... --data ... --output run`` does, from Python::
 
     dpo(DpoConfig(model="path/to/model", data="pairs.jsonl", output=Path("run"), kl_coef=0.1))
 
-Modules named ``..._config`` and ``config`` import nothing heavy: ``--help`` reads them alone.
+Modules named ``..._config``, ``config`` and ``options`` import nothing heavy: ``--help`` reads them
+alone.
 """
 
 from typing import TYPE_CHECKING, Any

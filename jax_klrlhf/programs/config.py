@@ -10,14 +10,29 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jax_klrlhf import defaults
 from jax_klrlhf.columns import Columns
 from jax_klrlhf.errors import InputError, meant
+from jax_klrlhf.programs import options
+from jax_klrlhf.programs.options import (
+    Count,
+    Number,
+    Seed,
+    Share,
+    Unread,
+    Weight,
+    When,
+    choose,
+    default,
+    family,
+    not_negative,
+)
 
 Config = TypeVar("Config")
 Layout = Literal["bucketed", "packed"]
+_ADAMW = When("optimizer", "adamw")
 
 
 # What may change between a run and its continuation: how often it reports, and on what it runs.
@@ -63,11 +78,11 @@ class TrainingConfig:
 
     split: str | None = None
     """Split of the source, where it has several."""
-    test_fraction: float = 0.05
+    test_fraction: Share = 0.05
     """Share of the prompts held out for evaluation; 0 for none."""
-    max_prompt_length: int = 512
+    max_prompt_length: Count = 512
     """Tokens; a longer prompt loses its beginning."""
-    max_response_length: int = 512
+    max_response_length: Count = 512
     """Tokens; a longer response loses its end. Where both together exceed the model's context, the
     prompt gives first."""
     control_tokens: bool = False
@@ -75,47 +90,47 @@ class TrainingConfig:
     that were put in a chat template before."""
     columns: Columns = field(default_factory=Columns)
     """What the columns are called."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Rows of a batch, over all devices."""
-    token_budget: int | None = None
+    token_budget: Count | None = None
     """Token slots of a batch instead: short rows then come in larger batches."""
-    max_shapes: int = 8
+    max_shapes: Count = 8
     """Bound on the batch shapes, each of which is compiled."""
-    micro_batches: int = 1
+    micro_batches: Count = 1
     """Pieces that a batch is cut into, one in memory at a time."""
 
-    epochs: float = 1.0
-    steps: int | None = None
+    epochs: Number = 1.0
+    steps: Count | None = None
     """Steps instead of epochs."""
-    learning_rate: float = 1e-6
+    learning_rate: Number = 1e-6
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = 0.1
+    warmup: Share = 0.1
     """Share of the steps in which the learning rate rises."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
-    weight_decay: float = 0.0
+    weight_decay: Annotated[Weight, _ADAMW] = 0.0
     """Of adamw."""
-    moments: Literal["float32", "bfloat16"] = "float32"
+    moments: Annotated[Literal["float32", "bfloat16"], _ADAMW] = "float32"
     """Of adamw, the first ones; the second, which change by a thousandth a step, stay float32."""
-    clip: float | None = 1.0
+    clip: Number | None = 1.0
     """Largest norm of the gradient."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; master parameters and moments are float32."""
     remat: str | None = defaults.REMAT
     """What the backward pass recomputes: full, a policy of jax.checkpoint_policies, or None."""
-    chunk: int | None = None
+    chunk: Count | None = None
     """Tokens projected on the vocabulary at one time, over all devices; by default what fills
     128 MiB of logits on each, 1024 at most."""
     mesh: MeshSizes = MeshSizes()
     processes: Processes = Processes()
 
-    seed: int = 0
-    log_every: int = 10
-    save_every: int = 200
-    evaluate_every: int = 200
-    keep: int = 2
+    seed: Seed = 0
+    log_every: Count = 10
+    save_every: Count = 200
+    evaluate_every: Count = 200
+    keep: Count = 2
     """Checkpoints kept."""
-    max_skipped: int = 5
+    max_skipped: Count = 5
     """Updates in a row whose loss or gradient is not finite: so many stop the run."""
     tensorboard: bool = False
     wandb: str | None = None
@@ -134,7 +149,7 @@ class Adapter:
 
     rank: int = 0
     """0 trains all parameters."""
-    alpha: float = 16.0
+    alpha: Number = 16.0
     targets: tuple[str, ...] = ("query", "key", "value", "out", "up", "gate", "down")
     merged: bool = True
     """Beside the adapter, write the whole model with the adapter in it: what every other command
@@ -149,7 +164,7 @@ class DpoConfig(TrainingConfig):
     """Name of a loss in jax_klrlhf.core.objectives: sigmoid, ipo, hinge, simpo, ...; or
     module:function of your own, whose positional arguments are named like those of the losses there
     (chosen_log_ratio [B], ..., or scores), and which returns a loss [B]."""
-    kl_coef: float = 0.1
+    kl_coef: Number = 0.1
     """Strength of the KL regularization (beta of DPO, eta of Xiong et al.)."""
     options: dict[str, float] = field(default_factory=dict)
     """Further numbers of the objective, such as label_smoothing 0.1."""
@@ -161,7 +176,7 @@ class DpoConfig(TrainingConfig):
     """packed: streams of tokens with next to no padding, a shape for each of max_shapes lengths;
     batch_size is then an average. bucketed: prompts and responses padded to max_shapes shapes."""
     lora: Adapter = Adapter()
-    kl_prompts: int = 32
+    kl_prompts: Annotated[int, not_negative] = 32
     """Held-out prompts from which KL(policy || reference) is estimated; 0 for none."""
     kl_samples: int = 2
     """Responses drawn for each."""
@@ -171,7 +186,7 @@ class DpoConfig(TrainingConfig):
 class SftConfig(TrainingConfig):
     """Supervised training on the first (chosen) response of each row."""
 
-    learning_rate: float = 1e-5
+    learning_rate: Number = 1e-5
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` takes of the model's folder its config.json and tokenizer alone."""
     layout: Layout = "bucketed"
@@ -183,10 +198,10 @@ class SftConfig(TrainingConfig):
 class RewardConfig(TrainingConfig):
     """Bradley-Terry reward model on preference pairs."""
 
-    learning_rate: float = 1e-5
-    margin_coef: float = 0.0
+    learning_rate: Number = 1e-5
+    margin_coef: Weight = 0.0
     """Margin asked for per point of difference in the data's scores."""
-    centring: float = 0.0
+    centring: Weight = 0.0
     """Weight of the square of a pair's summed rewards; 0.01 is usual."""
 
 
@@ -225,6 +240,11 @@ def _build(found: Any, kind: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(found, Mapping):
             raise InputError(f"{where}: expected an object with keys, found {found!r}.")
+        if (of := family(kind)) is not None:
+            try:
+                kind, found = choose(of, found)
+            except Unread as error:
+                raise InputError(f"{where}: {error}") from None
         hints = get_type_hints(kind)
         fields = {f.name: f for f in dataclasses.fields(kind)}
         for key in found:
@@ -264,31 +284,11 @@ def _build(found: Any, kind: Any, where: str) -> Any:
 
 def check(config: TrainingConfig) -> None:
     """What no type says. Raises ``InputError`` naming the option."""
-    counts = ("batch_size", "micro_batches", "max_shapes", "log_every", "save_every", "keep")
-    for name in (*counts, "evaluate_every", "chunk", "max_skipped", "steps", "token_budget",
-                 "max_prompt_length", "max_response_length"):  # fmt: skip
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"{flag(name)} is {value}; it must be at least 1.")
-    for name in ("epochs", "learning_rate", "kl_coef", "clip"):
-        positive(name, getattr(config, name, None))
-    for name in ("weight_decay", "margin_coef", "centring", "kl_prompts"):
-        value = getattr(config, name, 0)
-        if not 0 <= value < math.inf:
-            raise InputError(f"{flag(name)} is {value}; it is a number of at least 0.")
+    options.check(config)
     if getattr(config, "kl_samples", 1) < 1:
         raise InputError("--kl-samples must be at least 1; --kl-prompts 0 leaves the KL out.")
-    if not 0 <= config.warmup < 1:
-        raise InputError(f"--warmup is {config.warmup}; it is a share of the steps in [0, 1).")
-    if not 0 <= config.test_fraction < 1:
-        raise InputError(f"--test-fraction is {config.test_fraction}; it is a share in [0, 1).")
     if config.steps is not None and config.epochs != default_of(type(config), "epochs"):
         raise InputError("--epochs: --steps says how long the run is; leave one of them out.")
-    if config.optimizer != "adamw" and config.weight_decay:
-        raise InputError(f"--weight-decay: {config.optimizer} has none; leave it 0.")
-    if config.optimizer != "adamw" and config.moments != "float32":
-        raise InputError(f"--moments: {config.optimizer} has no first moments; leave it out.")
-    check_seed(config.seed)
     check_adapter(getattr(config, "lora", Adapter()))
 
 
@@ -296,36 +296,15 @@ def check_adapter(adapter: Adapter) -> None:
     """Raises ``InputError`` where an option of an adapter is out of range or read by nobody."""
     if adapter.rank < 0:
         raise InputError(f"--lora.rank is {adapter.rank}; 0 trains all parameters.")
-    positive("lora.alpha", adapter.alpha)
     for entry in dataclasses.fields(Adapter):
         if adapter.rank == 0 and getattr(adapter, entry.name) != entry.default:
             name = "no-merged" if entry.name == "merged" else entry.name
             raise InputError(f"--lora.{name}: of an adapter; give --lora.rank, or leave it out.")
 
 
-def positive(name: str, value: int | float | None) -> None:
-    """Raises ``InputError`` where a number that is given is not positive and finite."""
-    if value is not None and not 0 < value < math.inf:
-        raise InputError(f"{flag(name)} is {value}; it must be positive, and finite.")
-
-
-def check_seed(seed: int) -> None:
-    """Raises ``InputError`` where a seed is none."""
-    if not 0 <= seed < 2**32:
-        raise InputError(f"--seed is {seed}; it is a whole number from 0 to 2^32 - 1.")
-
-
-def flag(name: str) -> str:
-    """An option as the shell has it."""
-    return "--" + name.replace("_", "-")
-
-
 def default_of(kind: Any, name: str) -> Any:
     """The default of a configuration's field."""
-    found = next(f for f in dataclasses.fields(kind) if f.name == name)
-    if found.default_factory is not dataclasses.MISSING:
-        return found.default_factory()
-    return found.default
+    return default(next(f for f in dataclasses.fields(kind) if f.name == name))
 
 
 def steps_of(config: TrainingConfig, steps_per_epoch: int) -> int:

@@ -36,9 +36,8 @@ from jax_klrlhf.data.rows import Row, encode
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import pretrained
 from jax_klrlhf.models import reward as rewards
-from jax_klrlhf.programs import policies
+from jax_klrlhf.programs import options, policies
 from jax_klrlhf.programs import run as runs
-from jax_klrlhf.programs.config import check_seed, positive
 from jax_klrlhf.programs.evaluate_config import EvalConfig
 from jax_klrlhf.programs.evaluate_proxy import by_proxy
 from jax_klrlhf.programs.gold import CLASSES, fit_sentiment
@@ -69,9 +68,7 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> dict[str,
         InputError: naming what is wrong with options, models, prompts or judge.
     """
     began = time.perf_counter()
-    for name in ("count", "samples", "max_prompt_length", "max_response_length", "rows"):
-        positive(name, getattr(config, name))
-    check_seed(config.seed)
+    options.check(config)
     console = console or Console()
     output = None if config.output is None else results.output_folder(config.output)
     asked = policies.read_prompts(config.prompts, config, count=config.count)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from jax_klrlhf.columns import Columns
 from jax_klrlhf.programs.config import MeshSizes
+from jax_klrlhf.programs.options import Count, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +37,20 @@ class EvalConfig:
     """Split of --prompts, where it has several."""
     columns: Columns = field(default_factory=Columns)
     """What its columns are called."""
-    count: int | None = 256
+    count: Count | None = 256
     """The first so many prompts."""
     chat: bool = False
     """Prompts that are text are a user's message, put in the tokenizer's chat template."""
-    samples: int = 4
+    samples: Count = 4
     """Answers of each policy to each prompt, at temperature 1."""
-    max_prompt_length: int = 512
+    max_prompt_length: Count = 512
     """Tokens; a longer prompt loses its beginning."""
-    max_response_length: int = 256
+    max_response_length: Count = 256
     """Tokens of an answer at most."""
     stop: tuple[str, ...] | None = None
     """Tokens that end an answer, or their ids; by default as in `klrlhf iterate`."""
-    rows: int = 64
+    rows: Count = 64
     """Prompts answered at one time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: MeshSizes = field(default_factory=MeshSizes)
-    seed: int = 0
+    seed: Seed = 0

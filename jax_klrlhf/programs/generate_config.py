@@ -6,7 +6,9 @@ from typing import Literal
 
 from jax_klrlhf.columns import Columns
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.programs.config import MeshSizes, check_seed, flag, positive
+from jax_klrlhf.programs import options
+from jax_klrlhf.programs.config import MeshSizes
+from jax_klrlhf.programs.options import Count, Probability, Seed, Weight, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,39 +33,36 @@ class GenerateConfig:
     """Split of --prompts, where it has several."""
     columns: Columns = field(default_factory=Columns)
     """What its columns are called."""
-    count: int | None = None
+    count: Count | None = None
     """The first so many prompts alone."""
     chat: bool = False
     """Prompts that are text are a user's message, put in the tokenizer's chat template."""
     output: Path | None = None
     """File of answers, a JSON object on each line: prompt, model, answers, tokens."""
-    samples: int = 1
+    samples: Count = 1
     """Answers to each prompt."""
-    temperature: float = 1.0
+    temperature: Weight = 1.0
     """0: the likeliest token each time."""
-    top_k: int | None = None
-    top_p: float | None = None
-    max_prompt_length: int = 512
+    top_k: Count | None = None
+    top_p: Probability | None = None
+    max_prompt_length: Count = 512
     """Tokens; a longer prompt loses its beginning, a longer conversation its first turns."""
-    max_response_length: int = 256
+    max_response_length: Count = 256
     """Tokens of an answer at most."""
     stop: tuple[str, ...] | None = None
     """Tokens that end an answer, or their ids; by default as in `klrlhf iterate`."""
-    rows: int = 64
+    rows: Count = 64
     """Prompts answered at one time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: MeshSizes = field(default_factory=MeshSizes)
-    seed: int = 0
+    seed: Seed = 0
 
 
 def check(config: GenerateConfig) -> None:
     """What no type says. Raises ``InputError`` naming the option."""
     if not config.models:
         raise InputError("--models is missing: a folder or hub id of a model that answers.")
-    for name in ("samples", "top_k", "max_prompt_length", "max_response_length", "rows", "count"):
-        positive(name, getattr(config, name))
-    if not 0 <= config.temperature < float("inf"):
-        raise InputError(f"--temperature is {config.temperature}; it is 0 or more, and finite.")
+    options.check(config)
     if config.temperature == 0:
         for name in ("top_k", "top_p"):
             if getattr(config, name) is not None:
@@ -72,13 +71,10 @@ def check(config: GenerateConfig) -> None:
                 )
         if config.samples > 1:
             raise InputError("--samples: at --temperature 0 all answers are one; leave it out.")
-    if config.top_p is not None and not 0 < config.top_p <= 1:
-        raise InputError(f"--top-p is {config.top_p}; it is a probability in (0, 1].")
     if config.text and config.prompts is not None:
         raise InputError("--text and --prompts: prompts come from one of them.")
     if config.prompts is None and (config.split is not None or config.columns != Columns()):
         raise InputError("--split and --columns are of --prompts, which is not given.")
-    check_seed(config.seed)
     if not config.text and config.prompts is None:
         if not config.chat:
             raise InputError("no prompt: give --text, --prompts, or --chat for a conversation.")

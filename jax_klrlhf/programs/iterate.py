@@ -28,7 +28,8 @@ from jax_klrlhf.programs import adapters
 from jax_klrlhf.programs import iterate_parts as parts
 from jax_klrlhf.programs import rows as sources
 from jax_klrlhf.programs import run as runs
-from jax_klrlhf.programs.iterate_config import FREE, MODELS, IterateConfig, check
+from jax_klrlhf.programs.belief_config import Fitted
+from jax_klrlhf.programs.iterate_config import FREE, IterateConfig, check
 from jax_klrlhf.programs.iterate_parts import Place
 from jax_klrlhf.programs.policies import context_of, folder_of, stop_of, within_context
 from jax_klrlhf.results import mean, output_folder, print_table, write_results
@@ -92,7 +93,7 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     data = _read(config, encoder)
     options = {} if config.remat is None else {"remat": config.remat}
     # A base that nothing trains needs no float32 masters.
-    frozen = config.lora.rank > 0 and config.belief.kind not in MODELS
+    frozen = config.lora.rank > 0 and not isinstance(config.belief, Fitted)
     masters = jnp.dtype(config.dtype) if frozen else jnp.float32
     loaded = models.load(
         found, mesh=mesh, param_dtype=masters, dtype=jnp.dtype(config.dtype), **options
@@ -124,7 +125,7 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
             "pi0": states.fingerprint_text(states.digest(params)),
         },
     )
-    belief = parts.make_belief(purpose["belief"], place, judge, whole)
+    belief = config.belief.make(place, purpose["belief"], judge, whole)
     comparisons = None
     if data.rows is not None and (not config.recorded or config.setting == "offline"):
         comparisons = sources.as_comparisons(data.rows, str(config.data))
@@ -143,7 +144,7 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
         measure = _Evaluation(place, judge, sources.padded(data.held_out), purpose["judge"], before)
         base = measure.base
         console.print(f"pi0  {_line(base)}", highlight=False)
-    improve = parts.make_improve(place)
+    improve = config.improve.make(place)
     if adapter is not None:
         improve = adapters.alone(improve)
     write = sinks.json_lines(folder / "metrics.jsonl") if placement.leader() else None
@@ -161,7 +162,7 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
         prompts=lambda number: _portion(whole, number, len(data.prompts) if number == 0 else count),
         sampler=sampler,
         reward=belief,
-        pair_rule=parts.make_pair_rule(config),
+        pair_rule=config.pairs.make(place),
         oracle=parts.make_oracle(place, judge, known),
         improve=improve if measure is None else _measured(improve, measure),
         rounds=0 if config.setting == "offline" else config.rounds,

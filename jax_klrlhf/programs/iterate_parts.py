@@ -17,19 +17,16 @@ from jaxtyping import Array, Key
 from rich.console import Console
 
 from jax_klrlhf import models, placement
-from jax_klrlhf.core import pairs
-from jax_klrlhf.core.pairs import PairRule
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import heads, lora, partition, pretrained
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models.reward import RewardParams
-from jax_klrlhf.programs import adapters, own_draws
+from jax_klrlhf.programs import adapters
 from jax_klrlhf.programs.gold import CLASSES, fit_sentiment
-from jax_klrlhf.programs.improvement_config import OWN_DRAWS
 from jax_klrlhf.programs.iterate_config import FitConfig, IterateConfig
-from jax_klrlhf.programs.losses import load_function, objective
+from jax_klrlhf.programs.losses import load_function
 from jax_klrlhf.training import health, optimizers, rounds
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training.rounds import oracle, settings
@@ -124,6 +121,78 @@ class Place:
             console=self.console,
         )
 
+    def strength(self) -> dict[str, Any]:
+        """What methods on the KL-regularized objective have in common."""
+        return {"kl_coef": self.config.kl_coef, "fitting": self.policy_fitting()}
+
+    def reward_models(self, belief: Any, keys: Sequence[Key[Array, ""]]) -> list[Reward]:
+        """Reward models on pi0's trunk with random heads, which share their programs."""
+        dim = self.loaded.config.hidden_size
+        starts = [self._on_trunk(rewards.init_head(key, dim=dim)) for key in keys]
+        given = self._belief_fitting(belief, starts[0])
+        return [rounds.reward_model(self.loaded.model, start, **given) for start in starts]
+
+    def heads(self, belief: Any, key: Key[Array, ""], combine: rounds.Combine) -> Reward:
+        """Random heads on one trunk of pi0's."""
+        dim = self.loaded.config.hidden_size
+        start = self._on_trunk(heads.init(key, members=belief.members, dim=dim))
+        given = self._belief_fitting(belief, start)
+        return rounds.heads(self.loaded.model, start, combine=combine, **given)
+
+    def _on_trunk(self, head: Any) -> RewardParams:
+        if self.mesh is not None:
+            head = jax.device_put(np.asarray(head), jax.NamedSharding(self.mesh, jax.P()))
+        return RewardParams(self.loaded.params, head)
+
+    def _belief_fitting(self, belief: Any, params: RewardParams) -> dict[str, Any]:
+        """How a reward model is fitted, and how it pools."""
+        ours = self.config.fit
+        fit = FitConfig(
+            steps=belief.steps,
+            learning_rate=belief.learning_rate,
+            batch_size=ours.batch_size,
+            micro_batches=ours.micro_batches,
+            log_every=ours.log_every,
+        )
+        pooling = rewards.mean if belief.pooling == "mean" else rewards.last
+        fitting = self.fitting(fit, params)
+        return {"fitting": fitting, "pooling": pooling, "rows": self.config.rows}
+
+    def features(self, key: Key[Array, ""], prompts: Ragged, pool: Any) -> Features:
+        """pi0's pooled hidden states, centred at the mean and scaled by the largest norm of those
+        of its own responses; what lies outside of the unit ball is drawn back to it."""
+        loaded = self.loaded
+        pooling = rewards.last if pool == "last" else rewards.mean
+
+        def pooled(params: Any, prompts: Ragged, responses: Ragged) -> Array:
+            return rewards.features(loaded.model, params, prompts, responses, pooling=pooling)
+
+        program = mapped(pooled, rows=self.config.rows, mesh=self.mesh)
+        some = ragged(prompts.ids[:256], prompts.lengths[:256])
+        drawn = self.draw(2)(key, self.policy.params, some)
+        seen = np.asarray(program(loaded.params, some, drawn), np.float64)
+        centre = seen.mean((0, 1))
+        scale = float(np.linalg.norm(seen - centre, axis=-1).max()) or 1.0
+
+        def features(prompts: Ragged, responses: Ragged) -> np.ndarray:
+            found = (program(loaded.params, prompts, responses) - centre) / scale
+            norm = np.linalg.norm(found, axis=-1, keepdims=True)
+            return (found / np.maximum(norm, 1)).astype(np.float32)
+
+        return features
+
+    def model_judge(self, path: str) -> Judge:
+        """A trained reward model, which reads the policy's ids or their text."""
+        folder = pretrained.find(Path(path).expanduser() if Path(path).is_dir() else path)
+        tokenizer, translate = pretrained.load_tokenizer(folder), None
+        if tokenizer is not None:
+            theirs = tokenize.encoder(tokenizer).continuation.get_vocab()
+            # Tokens that it has besides (a pad token, say) do not change what it reads.
+            if not self.encoder.continuation.get_vocab().items() <= theirs.items():
+                translate = translation(self.encoder, tokenize.encoder(tokenizer))
+        rows, mesh = self.config.rows, self.mesh
+        return oracle.reward_model(folder, rows=rows, mesh=mesh, translate=translate)
+
 
 def make_judge(place: Place) -> Judge | None:
     """The reward that the annotator has in mind; None where labels are recorded or people's.
@@ -146,19 +215,8 @@ def make_judge(place: Place) -> Judge | None:
             f"{folder}: neither a reward model (config.json) nor positive.txt and negative.txt."
         )
     else:
-        judge = _model_judge(place, config.reward)
+        judge = place.model_judge(config.reward)
     return lambda prompts, responses: scale * judge(prompts, responses)
-
-
-def _model_judge(place: Place, path: str) -> Judge:
-    folder = pretrained.find(Path(path).expanduser() if Path(path).is_dir() else path)
-    tokenizer, translate = pretrained.load_tokenizer(folder), None
-    if tokenizer is not None:
-        theirs = tokenize.encoder(tokenizer).continuation.get_vocab()
-        # Tokens that it has besides (a pad token, say) do not change what it reads.
-        if not place.encoder.continuation.get_vocab().items() <= theirs.items():
-            translate = translation(place.encoder, tokenize.encoder(tokenizer))
-    return oracle.reward_model(folder, rows=place.config.rows, mesh=place.mesh, translate=translate)
 
 
 def translation(ours: tokenize.Encoder, theirs: tokenize.Encoder) -> oracle.Translate:
@@ -211,176 +269,7 @@ def make_sampler(place: Place) -> Sampler:
     )
 
 
-def make_pair_rule(config: IterateConfig) -> PairRule:
-    """Which two are compared."""
-    if config.pairs.rule == "enhancer":
-        return pairs.enhancer(kl_coef=config.kl_coef)
-    if config.pairs.rule == "between":
-        picks = {"any": pairs.any_one, "best": pairs.best, "worst": pairs.worst}
-        return pairs.between_agents(
-            first=picks[config.pairs.first], second=picks[config.pairs.second]
-        )
-    rule = getattr(pairs, config.pairs.rule.replace("-", "_"))
-    # A belief that ranks nothing yet has no best; it begins with two draws.
-    ranks = config.pairs.rule in ("best-worst", "best-second", "best-random")
-    return pairs.otherwise(rule, pairs.sampled) if ranks else rule
-
-
-def make_belief(key: Key[Array, ""], place: Place, judge: Judge | None, prompts: Ragged) -> Reward:
-    """What the learner believes; ``prompts`` serve to centre and scale features."""
-    config, belief = place.config, place.config.belief
-    if belief.kind == "annotator":
-        assert judge is not None  # the configuration was checked
-        found = rounds.known(judge)
-    elif belief.kind == "given":
-        found = rounds.known(_model_judge(place, str(belief.model)))
-    elif belief.kind == "implicit":
-        found = rounds.implicit(
-            place.policy.model, kl_coef=config.kl_coef, rows=config.rows, mesh=place.mesh
-        )
-    elif belief.kind == "linear":
-        features = _features(key, place, prompts)
-        found = rounds.linear(
-            features,
-            dim=place.loaded.config.hidden_size,
-            ridge=belief.ridge,
-            radius=belief.radius,
-            bound=belief.bound,
-            mesh=place.mesh,
-        )
-    elif belief.kind in ("ensemble", "heads"):
-        combine = {
-            "mean": rounds.mean,
-            "worst": rounds.worst,
-            "variance": rounds.uncertainty_weighted(belief.variance_coef),
-        }[belief.combine]
-        if belief.kind == "heads":
-            found = _heads(key, place, combine)
-        else:
-            keys = [jax.random.fold_in(key, number) for number in range(belief.members)]
-            members = [rounds.resampled(member) for member in _reward_models(keys, place)]
-            found = rounds.ensemble(members, combine=combine)
-    else:
-        (found,) = _reward_models([key], place)
-    if belief.length_penalty:
-        found = rounds.length_penalty(found, belief.length_penalty)
-    if belief.transform != "none":
-        change = {"centred": rounds.centred, "log-sigmoid": rounds.log_sigmoid()}
-        found = rounds.transformed(found, change[belief.transform])
-    return found
-
-
-def _reward_models(keys: Sequence[Key[Array, ""]], place: Place) -> list[Reward]:
-    """Reward models on pi0's trunk with random heads, which share their programs."""
-    dim = place.loaded.config.hidden_size
-    starts = [_on_trunk(rewards.init_head(key, dim=dim), place) for key in keys]
-    fitting, pooling = _belief_fitting(starts[0], place)
-    return [
-        rounds.reward_model(
-            place.loaded.model, params, fitting=fitting, pooling=pooling, rows=place.config.rows
-        )
-        for params in starts
-    ]
-
-
-def _heads(key: Key[Array, ""], place: Place, combine: rounds.Combine) -> Reward:
-    """Random heads on one trunk of pi0's."""
-    members, dim = place.config.belief.members, place.loaded.config.hidden_size
-    start = _on_trunk(heads.init(key, members=members, dim=dim), place)
-    fitting, pooling = _belief_fitting(start, place)
-    return rounds.heads(
-        place.loaded.model, start, fitting=fitting, combine=combine, pooling=pooling,
-        rows=place.config.rows,
-    )  # fmt: skip
-
-
-def _on_trunk(head: Any, place: Place) -> RewardParams:
-    if place.mesh is not None:
-        head = jax.device_put(np.asarray(head), jax.NamedSharding(place.mesh, jax.P()))
-    return RewardParams(place.loaded.params, head)
-
-
-def _belief_fitting(params: RewardParams, place: Place) -> tuple[rounds.Fitting, Any]:
-    """How a reward model is fitted, and how it pools."""
-    belief, config = place.config.belief, place.config
-    fit = FitConfig(
-        steps=belief.steps,
-        learning_rate=belief.learning_rate,
-        batch_size=config.fit.batch_size,
-        micro_batches=config.fit.micro_batches,
-        log_every=config.fit.log_every,
-    )
-    pooling = rewards.mean if belief.pooling == "mean" else rewards.last
-    return place.fitting(fit, params), pooling
-
-
-def _features(key: Key[Array, ""], place: Place, prompts: Ragged) -> Features:
-    """pi0's pooled hidden states, centred at the mean and scaled by the largest norm of those of
-    its own responses; what lies outside of the unit ball is drawn back to it."""
-    loaded, config = place.loaded, place.config
-    pooling = rewards.last if config.belief.pooling == "last" else rewards.mean
-
-    def pooled(params: Any, prompts: Ragged, responses: Ragged) -> Array:
-        return rewards.features(loaded.model, params, prompts, responses, pooling=pooling)
-
-    program = mapped(pooled, rows=config.rows, mesh=place.mesh)
-    some = ragged(prompts.ids[:256], prompts.lengths[:256])
-    drawn = place.draw(2)(key, place.policy.params, some)
-    seen = np.asarray(program(loaded.params, some, drawn), np.float64)
-    centre = seen.mean((0, 1))
-    scale = float(np.linalg.norm(seen - centre, axis=-1).max()) or 1.0
-
-    def features(prompts: Ragged, responses: Ragged) -> np.ndarray:
-        found = (program(loaded.params, prompts, responses) - centre) / scale
-        norm = np.linalg.norm(found, axis=-1, keepdims=True)
-        return (found / np.maximum(norm, 1)).astype(np.float32)
-
-    return features
-
-
-def make_improve(place: Place) -> Improve:
-    """From comparisons to a policy."""
-    config, improve, model = place.config, place.config.improve, place.policy.model
-    fitting = place.policy_fitting()
-    if improve.method == "preference":
-        loss, _ = objective(improve.objective, kl_coef=config.kl_coef, options=improve.options)
-        return _preferred_first(
-            rounds.preference_optimization(
-                model, loss, fitting=fitting, report_coef=config.kl_coef, rows=config.rows
-            )
-        )
-    shared: dict[str, Any] = {"kl_coef": config.kl_coef, "fitting": fitting}
-    if improve.method == "pessimistic":
-        return _preferred_first(rounds.pessimistic_dpo(model, rows=config.rows, **shared))
-    if improve.method in OWN_DRAWS:
-        return own_draws.improvement(place)
-    draw = place.draw(improve.proposals or config.samples)
-    if improve.method == "weighted":
-        return rounds.weighted_likelihood(model, draw, **shared)
-    if improve.method == "rso":
-        return rounds.rso(
-            model,
-            draw,
-            steps=improve.chain,
-            keep=improve.keep,
-            reward_bound=improve.reward_bound,
-            passes=improve.passes,
-            rule=pairs.first_round if improve.ranking == "first-round" else pairs.tournament,
-            labelling=rounds.rejection.LABELLINGS[improve.labels],
-            **shared,
-        )
-    return rounds.rejection_sampling(
-        draw,
-        rounds.rejection.likelihood(model, fitting=fitting),
-        kl_coef=config.kl_coef,
-        steps=improve.chain,
-        keep=improve.keep,
-        reward_bound=improve.reward_bound,
-        passes=improve.passes,
-    )
-
-
-def _preferred_first(improve: Improve) -> Improve:
+def preferred_first(improve: Improve) -> Improve:
     """``improve`` on pairs turned so that the first is the preferred one: the losses are the same,
     and the margins and accuracies that are reported are towards the label."""
 

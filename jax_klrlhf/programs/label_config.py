@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from jax_klrlhf.columns import Columns
+from jax_klrlhf.programs.options import Count, Number, Seed, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class LabelConfig:
     """Split of --answers, where it has several."""
     columns: Columns = field(default_factory=Columns)
     """What its columns are called."""
-    count: int | None = None
+    count: Count | None = None
     """The first so many prompts of --answers."""
     rule: str = "most-uncertain"
     """Which pairs of --answers are shown: most-uncertain under the ellipsoid of what was labelled,
@@ -40,11 +41,11 @@ class LabelConfig:
     model: str | None = None
     """Folder or hub id of a model whose hidden states are the features of answers; by default their
     words are, and no model is needed."""
-    ridge: float = 0.1
+    ridge: Number = 0.1
     """Of the fit and of the ellipsoid, as in `klrlhf iterate` (lambda)."""
-    each: int | None = None
+    each: Count | None = None
     """People asked of each pair of --answers, 1 by default; a run says it itself."""
-    repeats: float = 0.1
+    repeats: Share = 0.1
     """Share of a person's answers that are to pairs shown a second time, sides exchanged, to see
     whether one agrees with oneself."""
     host: str = "127.0.0.1"
@@ -53,5 +54,5 @@ class LabelConfig:
     """0: any that is free."""
     token: Literal["auto", "always"] = "auto"
     """always: a token on the loopback address too, for a machine that others use."""
-    seed: int = 0
+    seed: Seed = 0
     """Of sides and order."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax_klrlhf.core import group_losses
 from jax_klrlhf.core.catalogue import CHOICES, METHODS, WEIGHED
 from jax_klrlhf.errors import InputError
+from jax_klrlhf.programs.config import default_of
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds.parts import Improve
 
@@ -65,16 +66,17 @@ def group_loss(improve: Any, *, kl_coef: float, length: int) -> tuple[group_loss
     return loss, bool(strength)
 
 
-def check(config: Any, *, kl_coef: float) -> None:
-    """Refuse what is ignored or cannot be: ``kl_coef`` is the configuration's default.
+def check(config: Any) -> None:
+    """Refuse what is ignored or cannot be.
 
     Raises:
         InputError: naming the option.
     """
-    improve, steps, times = config.improve, config.fit.steps, config.draws_of_round
+    improve, steps = config.improve, config.fit.steps
+    times = improve.iterations or steps
     _, reads = group_loss(improve, kl_coef=config.kl_coef, length=config.max_response_length)
     others = config.belief.kind == "implicit" or config.pairs.rule == "enhancer"
-    if not reads and not others and config.kl_coef != kl_coef:
+    if not reads and not others and config.kl_coef != default_of(type(config), "kl_coef"):
         raise InputError(
             f"--kl-coef: --improve.method {improve.method} has no KL in it, and nothing else in "
             "this run reads it; leave it out."
@@ -88,7 +90,7 @@ def check(config: Any, *, kl_coef: float) -> None:
         raise InputError(
             f"--fit.steps {steps} cannot be divided among --improve.iterations {times} draws."
         )
-    if (improve.proposals or config.samples) < 2:
+    if improve.each(config) < 2:
         raise InputError("--improve.proposals is 1: a group has at least two responses.")
 
 
@@ -96,13 +98,13 @@ def improvement(place: Any) -> Improve:
     """A loss on groups of the policy's own responses."""
     config, improve = place.config, place.config.improve
     loss, _ = group_loss(improve, kl_coef=config.kl_coef, length=config.max_response_length)
-    times = config.draws_of_round
+    times = improve.iterations or config.fit.steps
     each = config.fit.steps // times
     # The schedule is that of all of the round's steps; a draw is followed by few of them.
     fitting = dataclasses.replace(place.policy_fitting(), steps=each)
     return rounds.on_policy(
         place.policy.model,
-        place.draw(improve.proposals or config.samples, plain=True),
+        place.draw(improve.each(config), plain=True),
         loss,
         fitting=fitting,
         iterations=times,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.programs.config import positive
+from jax_klrlhf.programs.options import positive
 
 
 @dataclass(frozen=True, kw_only=True)
