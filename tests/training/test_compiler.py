@@ -128,7 +128,7 @@ def test_first_moments_are_in_the_type_that_was_asked_for(moments):
         )
         assert adam.mu["w"].dtype == moments
         assert adam.nu["w"].dtype == jnp.float32
-    with pytest.raises(InputError, match="--moments: adafactor"):
+    with pytest.raises(InputError, match=r"--moments .*adafactor"):
         check(DpoConfig(**given | {"optimizer": "adafactor", "moments": "bfloat16"}))
 
 
