@@ -63,6 +63,10 @@ class Config:
     """In place of the configuration's mesh: fsdp=16,tensor=4."""
     sampling_tensor: int | None = None
     """In place of the configuration's."""
+    sampling_weights: Literal["float", "int8"] | None = None
+    """In place of the configuration's."""
+    sampling_kv: Literal["float", "int8"] | None = None
+    """In place of the configuration's."""
     phases: tuple[Phase, ...] = ("train", "move", "sample", "score", "reference")
     rows: int | None = None
     """In place of the configuration's rows."""
@@ -77,6 +81,8 @@ def main(config: Config) -> list[report.Plan]:
     run = dataclasses.replace(
         run,
         rows=config.rows or run.rows,
+        sampling_weights=config.sampling_weights or run.sampling_weights,
+        sampling_kv=config.sampling_kv or run.sampling_kv,
         fit=dataclasses.replace(
             run.fit, micro_batches=config.micro_batches or run.fit.micro_batches
         ),
@@ -92,10 +98,12 @@ def main(config: Config) -> list[report.Plan]:
         dtype=jnp.dtype(run.dtype),
         param_dtype=jnp.float32,
         remat=run.remat,
+        kv=run.sampling_kv,
         platform="cpu" if topology.chip is None else "tpu",
     )
     tensor = run.sampling_tensor if config.sampling_tensor is None else config.sampling_tensor
-    on = sampling_mesh(facts, mesh, topology, tensor=tensor)
+    eight = run.sampling_weights == "int8"
+    on = sampling_mesh(facts, mesh, topology, tensor=tensor, eight=eight)
     plans = []
     for phase in config.phases:
         plan = report.compile_program(_program(phase, run, facts, mesh, on), topology)
@@ -127,9 +135,10 @@ def _program(phase: Phase, run: IterateConfig, facts: ModelConfig, mesh: Any, on
             micro_batches=run.fit.micro_batches,
         )
     if phase == "move":
-        return move(facts, mesh, on)
+        return move(facts, mesh, on, eight=run.sampling_weights == "int8")
     if phase == "sample":
-        return sampler(facts, on, sizes(prompts=run.rows, responses=run.samples))
+        shapes = sizes(prompts=run.rows, responses=run.samples)
+        return sampler(facts, on, shapes, eight=run.sampling_weights == "int8")
     model = language_model(facts)
     policy = parameters(model)
     if phase == "reference":

@@ -23,8 +23,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as Spec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
+from jax_klrlhf.models import quantized
 from jax_klrlhf.models.config import wide
 
 CHUNK = 64
@@ -34,10 +35,15 @@ EVERYTHING = 2**30
 
 
 class Keys(NamedTuple):
-    """Keys and values, heads before positions: the layout that batched products want."""
+    """Keys and values, heads before positions: the layout that batched products want.
 
-    key: Float[Array, "*batch N S D"]
-    value: Float[Array, "*batch N S D"]
+    In eight bits (:func:`eight`, for decoding alone) each head has a scale at each position.
+    """
+
+    key: Float[Array, "*batch N S D"] | Int8[Array, "*batch N S D"]
+    value: Float[Array, "*batch N S D"] | Int8[Array, "*batch N S D"]
+    key_scale: Float[Array, "*batch N S"] | None = None
+    value_scale: Float[Array, "*batch N S"] | None = None
 
 
 class Prompt(NamedTuple):
@@ -312,6 +318,40 @@ def by_platform(
     return chosen(query, own, prompt, scale=scale, window=window, windows=windows, softcap=softcap)
 
 
+def eight(keys: Keys) -> Keys:
+    """``keys`` in eight bits: :func:`.quantized.quantize` of each head at each position."""
+    key, value = (quantized.quantize(x, (-1,)) for x in (keys.key, keys.value))
+    return Keys(key.values, value.values, key.scale, value.scale)
+
+
+def written(
+    cache: Keys, new: Keys, index: Int[Array, ""], layer: Int[Array, ""] | None = None
+) -> Keys:
+    """``cache [B, N, K, C, D]`` with position ``index`` replaced by ``new [B, N, K, 1, D]``; with a
+    layer, that one of a stack of caches."""
+    zero = jnp.int32(0)
+    start = (*(() if layer is None else (layer,)), zero, zero, zero, index, zero)
+
+    def put(whole, part):
+        part = part if layer is None else part[None]
+        return jax.lax.dynamic_update_slice(whole, part, start[: whole.ndim])
+
+    return jax.tree.map(put, cache, new)
+
+
+def longer(cache: Keys, *, room: int) -> Keys:
+    """``cache [..., C, D]`` with ``room`` for more positions."""
+
+    def pad(x, after):
+        if x is None:
+            return None
+        more = room - cache.key.shape[-2]
+        before = x.ndim - 1 - after
+        return jnp.pad(x, (*((0, 0),) * before, (0, more), *((0, 0),) * after))
+
+    return Keys(*(pad(x, after) for x, after in zip(cache, (1, 1, 0, 0), strict=True)))
+
+
 def step(
     query: Float[Array, "B K H D"],
     own: Keys,
@@ -336,8 +376,15 @@ def step(
     apart = query.shape[:-1]
     together = (batch, groups, -1)
 
+    def scaled(x, scale):
+        """Eight bits' scales ``[..., S]`` where ``x [..., rows, S]`` is summed over them, or is."""
+        return x if scale is None else x * scale[..., None, :].astype(x.dtype)
+
+    def product(equation, query, keys):
+        return jnp.einsum(equation, query, keys.astype(query.dtype), preferred_element_type=dtype)
+
     def scores(equation, query, keys, keep):
-        raw = jnp.einsum(equation, query, keys, preferred_element_type=dtype)
+        raw = scaled(product(equation, query, keys.key), keys.key_scale)
         if softcap is not None:
             raw = softcap * jnp.tanh(raw / softcap)
         return jnp.where(keep, raw, jnp.finfo(dtype).min)
@@ -345,18 +392,18 @@ def step(
     back = index - jnp.arange(own.key.shape[-2], dtype=jnp.int32)
     mask = ((back >= 0) & (back < window))[None, None, None, None]
     prompt_mask = _prompt_mask(prompt, index[None], window)[:, :, 0, 0]
-    mine = scores("bnkgd,bnksd->bnkgs", query, own.key, mask)
+    mine = scores("bnkgd,bnksd->bnkgs", query, own, mask)
     rows = query.reshape(*together, size)
-    shared = scores("bnrd,bnsd->bnrs", rows, prompt.keys.key, prompt_mask)
+    shared = scores("bnrd,bnsd->bnrs", rows, prompt.keys, prompt_mask)
     # One softmax over both parts, without an array that holds them side by side.
     largest = jnp.maximum(mine.max(-1), shared.max(-1).reshape(apart))
     mine = jnp.exp(mine - largest[..., None])
     shared = jnp.exp(shared - largest.reshape(together)[..., None])
     total = mine.sum(-1) + shared.sum(-1).reshape(apart)
-    settings = {"preferred_element_type": dtype}
-    out = jnp.einsum("bnkgs,bnksd->bnkgd", mine.astype(query.dtype), own.value, **settings)
-    weights = shared.astype(query.dtype)
-    common = jnp.einsum("bnrs,bnsd->bnrd", weights, prompt.keys.value, **settings)
+    mine = scaled(mine, own.value_scale).astype(query.dtype)
+    shared = scaled(shared, prompt.keys.value_scale).astype(query.dtype)
+    out = product("bnkgs,bnksd->bnkgd", mine, own.value)
+    common = product("bnrs,bnsd->bnrd", shared, prompt.keys.value)
     out = (out + common.reshape(out.shape)) / total[..., None]
     return out.swapaxes(1, 2).reshape(batch, samples, heads, size).astype(query.dtype)
 

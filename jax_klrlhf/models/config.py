@@ -108,6 +108,9 @@ class ModelConfig:
     a policy or its name in ``jax.checkpoint_policies``."""
     attention: Callable[..., jax.Array] | None = None
     """One of :mod:`~jax_klrlhf.models.attention`'s implementations; None: by platform."""
+    kv: Literal["float", "int8"] = "float"
+    """Of the keys and values that decoding keeps: as activations are, or eight bits with a scale
+    for each head and position (:mod:`~jax_klrlhf.models.quantized`)."""
     platform: str | None = None
     """What it will run on (``cpu``, ``gpu``, ``tpu``), where that is not what it is traced on: a
     program compiled ahead of time. None: JAX's default backend."""
@@ -197,7 +200,7 @@ class ModelConfig:
         return settings
 
 
-RUNTIME = ("dtype", "param_dtype", "remat", "attention")
+RUNTIME = ("dtype", "param_dtype", "remat", "attention", "kv", "platform")
 """How to compute, not what: fields that no file holds."""
 
 

@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import safetensors.numpy
 
 from jax_klrlhf import folders, placement
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.models import files, partition, weights
+from jax_klrlhf.models import files, partition, quantized, weights
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.models.files import INDEX, SINGLE, Files, read_json
@@ -67,6 +67,7 @@ def load(
     dtype: Any = None,
     param_dtype: Any = None,
     mesh: Any = None,
+    weights: Literal["float", "int8"] = "float",
     **overrides: Any,
 ) -> Loaded:
     """Model, parameters and tokenizer of a Hugging Face folder, or of a hub id.
@@ -80,9 +81,15 @@ def load(
     are constrained to match. ``overrides`` set other fields of
     :class:`~jax_klrlhf.models.config.ModelConfig`, such as ``remat``.
 
+    ``weights="int8"`` makes each parameter :mod:`~jax_klrlhf.models.quantized` as it is read, for
+    sampling and scoring alone: one of them is held at full width at a time.
+
     Raises ``InputError`` naming the folder, file, tensor or key, and the remedy.
     """
-    return read(path, dtype=dtype, param_dtype=param_dtype, mesh=mesh, heads=(), **overrides)
+    return read(
+        path, dtype=dtype, param_dtype=param_dtype, mesh=mesh, heads=(), eight=weights == "int8",
+        **overrides,
+    )  # fmt: skip
 
 
 def read(
@@ -92,6 +99,7 @@ def read(
     param_dtype: Any,
     mesh: Any,
     heads: Collection[str],
+    eight: bool = False,
     **overrides: Any,
 ) -> Loaded:
     """:func:`load`, of a folder that holds the tensors ``heads`` beside the decoder's."""
@@ -102,7 +110,7 @@ def read(
     config = ModelConfig.from_hf(settings, where=str(where), **chosen, **overrides)
     tokenizer = load_tokenizer(folder)
     generation = generation_settings(folder, settings)
-    params = read_params(config, found, mesh=mesh, heads=heads)
+    params = read_params(config, found, mesh=mesh, heads=heads, eight=eight)
     if config.dtype != found.dtype():
         log.info("%s: computed in %s; the file is %s", folder, config.dtype, found.dtype())
     return Loaded(language_model(config), params, tokenizer, config, generation)
@@ -165,9 +173,14 @@ load_tokenizer = files.find_tokenizer
 
 
 def read_params(
-    config: ModelConfig, files: Files, *, mesh: Any = None, heads: Collection[str] = ()
+    config: ModelConfig,
+    files: Files,
+    *,
+    mesh: Any = None,
+    heads: Collection[str] = (),
+    eight: bool = False,
 ) -> Any:
-    """The parameters, each shard read straight to its device.
+    """The parameters, each shard read straight to its device; with ``eight``, in eight bits.
 
     Raises ``InputError`` naming the tensor that is missing, of another shape or type, not finite,
     or left over: a tensor that nothing reads, ``heads`` aside, says that the config is not that of
@@ -221,6 +234,8 @@ def read_params(
     makers = jax.tree_util.tree_map_with_path(leaf, shapes, placed)
     _refuse_left_over(config, files, used | set(heads))
     # Every name and shape was looked at before the first byte of a weight is read.
+    if eight:
+        return quantized.weights(makers, made=lambda make: make())
     return jax.tree.map(lambda make: make(), makers)
 
 
@@ -265,8 +280,15 @@ def save(
 
     The folder appears complete or not at all: it is written beside ``path`` and renamed; one that
     was there is replaced. With several hosts every process calls this and the first writes.
+
+    Raises ``ValueError`` where the parameters are in eight bits, which are for sampling alone.
     """
     path = Path(path)
+    if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(params)):
+        raise ValueError(
+            f"{path}: the parameters are in eight bits, for sampling alone; save those that they "
+            "were made from"
+        )
     with whole_folder(path) as partial:
         write_weights(partial, config, params, max_shard_bytes=max_shard_bytes)
         if placement.leader():

@@ -26,7 +26,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jax_klrlhf.core.sequence import Ragged
-from jax_klrlhf.models import attention, packed, partition
+from jax_klrlhf.models import attention, in_place, packed, partition
 from jax_klrlhf.models.attention import EVERYTHING, Keys, Prompt
 from jax_klrlhf.models.base import LanguageModel, Prefix
 from jax_klrlhf.models.config import ModelConfig, wide
@@ -46,6 +46,15 @@ class Layer(NamedTuple):
     window: Int[Array, "*L"]
     rope: Int[Array, "*L"]
     """Which of the rotation tables the layer uses."""
+
+
+class _Cache(NamedTuple):
+    """What decoding keeps."""
+
+    own: Keys | list[Keys]
+    """Of the responses: stacked, or one for each layer."""
+    prompt: Keys | None
+    """Of the prompts, in eight bits; None: they are the prefix's."""
 
 
 class Norm(nn.Module):
@@ -78,7 +87,8 @@ class Projection(nn.Module):
     """Linear map of the last ``contract`` axes to ``features``, plus a low-rank update if given.
 
     The update ``lora_scale (x a) b`` (arXiv 2106.09685, eq. 3) is there when collection ``lora``
-    holds ``a [in, rank]`` and ``b [rank, out]`` under this module's name.
+    holds ``a [in, rank]`` and ``b [rank, out]`` under this module's name. A kernel in eight bits
+    has a ``kernel_scale`` beside it (:mod:`~jax_klrlhf.models.quantized`).
     """
 
     config: ModelConfig
@@ -96,8 +106,15 @@ class Projection(nn.Module):
         kernel = self.param("kernel", init, (*inputs, *self.features), config.param_dtype)
         axes = tuple(range(x.ndim - self.contract, x.ndim))
         dims = ((axes, tuple(range(self.contract))), ((), ()))
-        kernel = partition.gathered(f"layers/{self.name}/kernel", kernel.astype(config.dtype))
-        out = jax.lax.dot_general(x, kernel, dims)
+        path = f"layers/{self.name}/kernel"
+        if self.has_variable("params", "kernel_scale"):
+            kernel = partition.gathered(path, kernel).astype(config.dtype)
+            out = jax.lax.dot_general(x, kernel, dims, preferred_element_type=wide(config.dtype))
+            scale = self.get_variable("params", "kernel_scale").astype(out.dtype)
+            out = (out * scale[(None,) * len(lead)]).astype(config.dtype)
+        else:
+            kernel = partition.gathered(path, kernel.astype(config.dtype))
+            out = jax.lax.dot_general(x, kernel, dims)
         if self.has_variable("lora", "a"):
             a, b = (self.get_variable("lora", n).astype(config.dtype) for n in ("a", "b"))
             low = x.reshape(*lead, -1) @ a
@@ -184,7 +201,11 @@ class Decoder(nn.Module):
         table = self.param(
             "embedding", init, (config.vocab_size, config.hidden_size), config.param_dtype
         )
-        x = partition.look_up(table, ids).astype(config.dtype)
+        x = partition.look_up(table, ids)
+        if self.has_variable("params", "embedding_scale"):
+            scale = self.get_variable("params", "embedding_scale")[ids][..., None]
+            x = x.astype(scale.dtype) * scale
+        x = x.astype(config.dtype)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, config.dtype)
         if config.learned_positions:
@@ -261,22 +282,24 @@ def language_model(
 
     def advance(query, own, layer, cache, memory, shared):
         """One token of every response: written into the cache, then attended from it."""
-        lengths, index = shared
-        zero = jnp.int32(0)
-        start = (zero, zero, zero, index, zero)
+        lengths, index, prompts = shared
         own = jax.tree.map(lambda x: x.swapaxes(1, 2), own)  # [B, N, K, 1, D]
+        if config.kv == "int8":
+            own = attention.eight(own)
         if cache.key.ndim == own.key.ndim:
-            cache = jax.tree.map(
-                lambda mine, new: jax.lax.dynamic_update_slice(mine, new, start), cache, own
-            )
+            cache = attention.written(cache, own, index)
             mine = cache
         else:
             # The whole cache is carried and one token of it written: a scanned-out cache would be
             # copied at every step.
-            start = (layer.number, *start)
-            cache = jax.tree.map(
-                lambda whole, new: jax.lax.dynamic_update_slice(whole, new[None], start), cache, own
-            )
+            cache = attention.written(cache, own, index, layer.number)
+            if prompts is not None:
+                asked = Prompt(prompts, lengths)
+                out = in_place.step(
+                    query[:, :, 0], cache, asked, index, layer.number, window=layer.window,
+                    **settings,
+                )  # fmt: skip
+                return out[:, :, None], cache, None
             mine = jax.tree.map(
                 lambda whole: jax.lax.dynamic_index_in_dim(whole, layer.number, keepdims=False),
                 cache,
@@ -364,43 +387,49 @@ def language_model(
         prompt = jnp.take_along_axis(hidden[:, 0, :width], last, axis=1)[:, 0]
         return prompt, hidden[:, 0, width:].reshape(*ids.shape, -1)
 
-    def start(params, prefix: Prefix, samples: int, max_new_tokens: int) -> Keys | list[Keys]:
+    def start(params, prefix: Prefix, samples: int, max_new_tokens: int) -> _Cache:
         del params
         rows = prefix.lengths.shape[0]
         shape = (rows, config.kv_heads, samples, max_new_tokens, config.head_dim)
-        if (config.platform or jax.default_backend()) == "cpu":
+        prompt = attention.eight(prefix.cache) if config.kv == "int8" else None
+        if platform() == "cpu":
             # XLA's CPU compiler copies a layer out of a stacked cache, and a layer's prompt out of
             # the stacked prompts, at every step. Layers unrolled over arrays of their own read in
             # place; elsewhere the scan keeps the program small.
-            empty = jnp.zeros(shape, config.dtype)
-            return [Keys(empty, empty) for _ in range(config.layers)]
-        empty = jnp.zeros((config.layers, *shape), config.dtype)
-        return Keys(empty, empty)
+            return _Cache([empty(shape) for _ in range(config.layers)], prompt)
+        return _Cache(empty((config.layers, *shape)), prompt)
 
-    def grow(cache: Any, max_new_tokens: int):
-        def longer(x):
-            room = max_new_tokens - x.shape[-2]
-            return jnp.pad(x, (*((0, 0),) * (x.ndim - 2), (0, room), (0, 0)))
+    def platform():
+        return config.platform or jax.default_backend()
 
-        return jax.tree.map(longer, cache)
+    def empty(shape):
+        zeros = jnp.zeros(shape, config.dtype)
+        return attention.eight(Keys(zeros, zeros)) if config.kv == "int8" else Keys(zeros, zeros)
 
-    def decode(params, prefix: Prefix, cache: Any, ids: Int[Array, "B K"], step: Int[Array, ""]):
+    def grow(cache: _Cache, max_new_tokens: int) -> _Cache:
+        is_keys = lambda x: isinstance(x, Keys)  # noqa: E731
+        longer = functools.partial(attention.longer, room=max_new_tokens)
+        return cache._replace(own=jax.tree.map(longer, cache.own, is_leaf=is_keys))
+
+    def decode(params, prefix: Prefix, cache: _Cache, ids: Int[Array, "B K"], step: Int[Array, ""]):
         step = jnp.asarray(step, prefix.lengths.dtype)
         positions = (prefix.lengths + step)[:, None, None]
-        hidden, cache, _ = run(
-            params, advance, ids[..., None], positions, cache, prefix.cache, (prefix.lengths, step)
-        )
-        return hidden[:, :, 0], cache
+        memory, stack = prefix.cache if cache.prompt is None else cache.prompt, None
+        if not isinstance(cache.own, list) and platform() == "tpu" and in_place.fits(config, ids):
+            memory, stack = None, memory
+        shared = prefix.lengths, step, stack
+        hidden, own, _ = run(params, advance, ids[..., None], positions, cache.own, memory, shared)
+        return hidden[:, :, 0], cache._replace(own=own)
 
     def unembed(params, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         params = base(params)
-        if config.tied:
-            table, axis = params["embedding"], 1
-        else:
-            table, axis = params["unembedding"], 0
+        name, axis = ("embedding", 1) if config.tied else ("unembedding", 0)
         logits = partition.project(
-            hidden, table.astype(hidden.dtype), axis=axis, dtype=wide(config.dtype)
+            hidden, params[name].astype(hidden.dtype), axis=axis, dtype=wide(config.dtype)
         )
+        if f"{name}_scale" in params:
+            scale = params[f"{name}_scale"].astype(logits.dtype)
+            logits *= scale[(None,) * (logits.ndim - 1)]
         if config.final_softcap is not None:
             logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
         return logits

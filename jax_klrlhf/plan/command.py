@@ -42,6 +42,7 @@ def main(config: PlanConfig) -> list[report.Plan]:
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.float32,
         remat=config.remat,
+        kv=config.sampling_kv,
         platform="cpu" if topology.chip is None else "tpu",
     )
     if config.optimizer != "adamw" and config.moments != "float32":
@@ -150,6 +151,9 @@ def advice(config: PlanConfig, mesh: jax.sharding.Mesh) -> str:
         found.append("more fsdp or tensor in place of data in --mesh")
     if config.program != "train":
         found.append("fewer --samples or --pairs")
+        for option in ("sampling_weights", "sampling_kv"):
+            if getattr(config, option) == "float":
+                found.append(f"--{option.replace('_', '-')} int8")
     return f"Try {', '.join(found)}, shorter --prompt and --response, or more chips."
 
 
@@ -209,8 +213,9 @@ def _programs(
             )
         )
     if config.program in ("sample", "both"):
-        on = sampling_mesh(model, mesh, topology, tensor=config.sampling_tensor)
-        found.append(sampler(model, on, replace(shapes, responses=config.samples)))
+        eight = config.sampling_weights == "int8"
+        on = sampling_mesh(model, mesh, topology, tensor=config.sampling_tensor, eight=eight)
+        found.append(sampler(model, on, replace(shapes, responses=config.samples), eight=eight))
     return found
 
 

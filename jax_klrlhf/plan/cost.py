@@ -191,11 +191,17 @@ def _custom_call(line: Instruction, times: int, total: Cost) -> None:
     """A kernel's cost is what its author declared (``pallas_call(cost_estimate=...)``)."""
     if 'custom_call_target="tpu_custom_call"' not in line.attributes:
         return
-    found = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', line.attributes)
-    if found:
-        total.flops += times * int(found.group(1))
-    else:
+    found = _declared(line, "flops")
+    if found is None:
         total.kernels.append((line.name, times))
+    else:
+        total.flops += times * found
+
+
+def _declared(line: Instruction, what: str) -> int | None:
+    """A number of a kernel's declared cost; None where it declares none."""
+    found = re.search(rf'"cost_estimate":\{{[^}}]*"{what}":"?(\d+)', line.attributes)
+    return int(found.group(1)) if found else None
 
 
 def _collective(
@@ -295,6 +301,8 @@ def _traffic(module: Module, computation: dict[str, Instruction], line: Instruct
         return made.bytes * ((not source.on_chip) + (not made.on_chip))
     if line.opcode == "custom-call" and "AllocateBuffer" in line.attributes:
         return 0
+    if line.opcode == "custom-call" and (size := _declared(line, "bytes_accessed")) is not None:
+        return size  # Of a stack of which it reads a part, say.
     if line.opcode == "dynamic-slice":
         return 2 * _outside(line.shapes)
     if line.opcode == "dynamic-update-slice":

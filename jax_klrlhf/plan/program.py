@@ -22,7 +22,7 @@ import optax
 from jax_klrlhf.core import objectives
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.models import lora, partition, sampling, scoring
+from jax_klrlhf.models import lora, partition, quantized, sampling, scoring
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.models.batch import Batch
 from jax_klrlhf.models.config import ModelConfig
@@ -166,16 +166,20 @@ def train_step(
 
 
 def sampling_mesh(
-    config: ModelConfig, mesh: jax.sharding.Mesh, topology: Slice, *, tensor: int | None
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    topology: Slice,
+    *,
+    tensor: int | None,
+    eight: bool = False,
 ) -> jax.sharding.Mesh:
-    """The mesh that a run on ``mesh`` would sample on (:func:`training.mesh.for_sampling`).
+    """The mesh that a run on ``mesh`` would sample on (:func:`training.mesh.for_sampling`), with
+    weights in the compute dtype or, with ``eight``, in eight bits.
 
     Raises:
         InputError: where ``tensor`` does not divide the devices.
     """
-    held = jax.tree.map(
-        lambda leaf: _like(leaf, dtype=config.dtype), parameters(language_model(config))
-    )
+    held = sampled(config, eight)
     memory = None if topology.chip is None else topology.chip.memory
     try:
         return meshes.for_sampling(mesh, held, tensor=tensor, memory=memory)
@@ -183,13 +187,23 @@ def sampling_mesh(
         raise InputError(f"--sampling-tensor: {error}") from None
 
 
-def move(config: ModelConfig, mesh: jax.sharding.Mesh, on: jax.sharding.Mesh) -> Program:
+def sampled(config: ModelConfig, eight: bool) -> Any:
+    """Shapes of the parameters that are sampled with."""
+    cast = quantized.weights if eight else states.cast_floating
+    return jax.eval_shape(
+        lambda params: cast(params, config.dtype), parameters(language_model(config))
+    )
+
+
+def move(
+    config: ModelConfig, mesh: jax.sharding.Mesh, on: jax.sharding.Mesh, *, eight: bool = False
+) -> Program:
     """The largest parameter's way from the mesh of training to that of sampling, of the compute
-    dtype; parameters move one after the other."""
-    params = parameters(language_model(config))
+    dtype or, with ``eight``, in eight bits; parameters move one after the other."""
+    params = sampled(config, eight)
     leaves = jax.tree.leaves(
         jax.tree.map(
-            lambda leaf, at, to: (_like(leaf, dtype=config.dtype, sharding=at), to),
+            lambda leaf, at, to: (_like(leaf, sharding=at), to),
             params,
             partition.shardings(params, mesh),
             partition.shardings(params, on),
@@ -207,14 +221,16 @@ def move(config: ModelConfig, mesh: jax.sharding.Mesh, on: jax.sharding.Mesh) ->
     )
 
 
-def sampler(config: ModelConfig, mesh: jax.sharding.Mesh, shapes: Shapes) -> Program:
+def sampler(
+    config: ModelConfig, mesh: jax.sharding.Mesh, shapes: Shapes, *, eight: bool = False
+) -> Program:
     """Sampling at temperature 1: one prefill, then ``response`` tokens for every sample.
 
-    Parameters are in the compute dtype. Sampling ends early when all rows have; the plan is for
-    the longest run.
+    Parameters are in the compute dtype or, with ``eight``, in eight bits; the cache is as
+    ``config.kv`` says. Sampling ends early when all rows have; the plan is for the longest run.
     """
     model = language_model(config)
-    params = jax.tree.map(lambda leaf: _like(leaf, dtype=config.dtype), parameters(model))
+    params = sampled(config, eight)
     laid = partition.shardings(params, mesh)
     params = jax.tree.map(lambda leaf, at: _like(leaf, sharding=at), params, laid)
     rows = meshes.batch_sharding(mesh)

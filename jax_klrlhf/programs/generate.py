@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,7 +32,10 @@ def generate(config: GenerateConfig, *, console: Console | None = None) -> list[
     contexts = {name: policies.context_of(folder) for name, folder in folders.items()}
     config = policies.within_context(config, contexts, console)
     mesh = runs.mesh_of(config.mesh)
-    load = lambda name: policies.load(name, dtype=config.dtype, stop=config.stop, mesh=mesh)  # noqa: E731
+    load = partial(
+        policies.load, dtype=config.dtype, stop=config.stop, mesh=mesh, weights=config.weights,
+        kv=config.kv,
+    )  # fmt: skip
     key = jax.random.key(config.seed)
     if not config.text and config.prompts is None:
         converse(key, load(config.models[0]), config, console, lines=map(str.rstrip, sys.stdin))

@@ -54,6 +54,10 @@ class GenerateConfig:
     rows: Count = 64
     """Prompts answered at one time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    weights: Literal["float", "int8"] = "float"
+    """int8: eight bits with a scale for each output channel; half the memory of bfloat16."""
+    kv: Literal["float", "int8"] = "float"
+    """Keys and values of what was read and said; int8: with a scale for each head and position."""
     mesh: MeshSizes = field(default_factory=MeshSizes)
     seed: Seed = 0
 

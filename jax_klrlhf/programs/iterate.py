@@ -96,8 +96,9 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     frozen = config.lora.rank > 0 and not isinstance(config.belief, Fitted)
     masters = jnp.dtype(config.dtype) if frozen else jnp.float32
     loaded = models.load(
-        found, mesh=mesh, param_dtype=masters, dtype=jnp.dtype(config.dtype), **options
-    )
+        found, mesh=mesh, param_dtype=masters, dtype=jnp.dtype(config.dtype),
+        kv=config.sampling_kv, **options,
+    )  # fmt: skip
     key = jax.random.key(config.seed)
     # Keys by what they are for: none changes with the number of rounds.
     purpose = {

@@ -246,6 +246,12 @@ class IterateConfig:
     """Devices that a copy of the weights is cut over while it is sampled from; the others have
     copies of their own. By default the fewest on which it is 4 GiB and a quarter of the memory at
     most; 0: where training has them, every layer gathered for every token."""
+    sampling_weights: Literal["float", "int8"] = "float"
+    """Of every policy that answers. int8: eight bits with a scale for each output channel, half of
+    what bfloat16 moves, holds and reads. Responses are then the quantized policy's, and
+    sampler_scorer_mismatch says how far it is from the one that is trained."""
+    sampling_kv: Literal["float", "int8"] = "float"
+    """Keys and values of what is sampled; int8: with a scale for each head and position."""
     processes: Processes = field(default_factory=Processes)
     compilation_cache: str = "auto"
     """Folder that keeps compiled programs for the next start; auto: one of the user's on

@@ -20,7 +20,7 @@ from jax_klrlhf import models, placement
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.models import heads, lora, partition, pretrained
+from jax_klrlhf.models import heads, lora, partition, pretrained, quantized
 from jax_klrlhf.models import reward as rewards
 from jax_klrlhf.models.reward import RewardParams
 from jax_klrlhf.programs import adapters
@@ -69,9 +69,15 @@ class Place:
         return jnp.bfloat16 if self.config.dtype == "bfloat16" else None
 
     @property
+    def weights(self) -> Any:
+        """What becomes of parameters that are sampled with, or None."""
+        return quantized.weights if self.config.sampling_weights == "int8" else None
+
+    @property
     def sampling(self) -> Mesh | None:
         """The mesh that prompts are answered on."""
-        params = jax.eval_shape(lambda x: cast_floating(x, self.compute_dtype), self.policy.params)
+        cast = self.weights or cast_floating
+        params = jax.eval_shape(lambda x: cast(x, self.compute_dtype), self.policy.params)
         return meshes.for_sampling(
             self.mesh,
             params,
@@ -96,6 +102,7 @@ class Place:
             rows=config.rows,
             mesh=self.sampling,
             compute_dtype=self.compute_dtype,
+            weights=self.weights,
         )
 
     def policy_fitting(self) -> rounds.Fitting:

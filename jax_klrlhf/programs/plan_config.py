@@ -22,6 +22,10 @@ class PlanConfig:
     """Devices that a copy of the weights is cut over in the sampler; by default, as in `klrlhf
     iterate`, the fewest on which it is 4 GiB and a quarter of the memory at most; 0: the mesh of
     training."""
+    sampling_weights: Literal["float", "int8"] = "float"
+    """In the sampler, as in `klrlhf iterate`."""
+    sampling_kv: Literal["float", "int8"] = "float"
+    """In the sampler, as in `klrlhf iterate`."""
     program: Literal["train", "sample", "both"] = "both"
     """What to compile."""
     pairs: int = 64

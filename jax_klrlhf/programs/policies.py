@@ -101,8 +101,10 @@ def stop_of(given: Sequence[str] | None, tokenizer: Any, folder: Path) -> tuple[
     return models.stop_tokens(tokenizer, pretrained.generation_settings(folder, settings))
 
 
-def load(name: str, *, dtype: str, stop: Sequence[str] | None, mesh: Mesh | None) -> Policy:
-    """A model to sample from.
+def load(
+    name: str, *, dtype: str, stop: Sequence[str] | None, mesh: Mesh | None, **options: Any
+) -> Policy:
+    """A model to sample from; ``options`` are of :func:`models.load`.
 
     Raises:
         InputError: where there is none, or it has no tokenizer.
@@ -112,7 +114,7 @@ def load(name: str, *, dtype: str, stop: Sequence[str] | None, mesh: Mesh | None
     if tokenizer is None:
         raise InputError(f"{name}: the folder has no tokenizer, which prompts need.")
     kind = jnp.dtype(dtype)
-    loaded = models.load(folder, mesh=mesh, param_dtype=kind, dtype=kind)
+    loaded = models.load(folder, mesh=mesh, param_dtype=kind, dtype=kind, **options)
     return Policy(name, loaded, tokenize.encoder(tokenizer), stop_of(stop, tokenizer, folder))
 
 

@@ -1,5 +1,7 @@
 """Counting what a compiled program does: against formulas, and on hand-written TPU text."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -234,6 +236,19 @@ def test_tpu_text_asynchronous_and_fused_collectives_count_once():
     assert (kinds["reduce-scatter"].group, kinds["reduce-scatter"].size) == (2, 32 * 8 * 2)
     assert found.flops == 2 * 32 * 8 * 8
     assert found.kernels == [("splash_mha_fwd.1", 1)]
+
+
+def test_tpu_text_a_kernel_reads_what_it_declares():
+    """A part of a stack, say; one that declares nothing takes in and gives out all."""
+    text = """  %a = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %k = f32[32]{0:T(128)} custom-call(%a), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config":{"body":"","cost_estimate":{"flops":"77",\
+"transcendentals":"5","bytes_accessed":"99"}}}"""
+    found = cost(hlo.parse(line(text)))
+    assert (found.bytes, found.flops, found.kernels) == (99, 77, [])
+    silent = cost(hlo.parse(line(re.sub(r'"cost_estimate":\{[^}]*\}', '"x":{}', text))))
+    assert silent.bytes == 64 * 32 * 2 + 32 * F32
+    assert silent.kernels == [("k", 1)]
 
 
 def line(text: str) -> str:

@@ -52,6 +52,10 @@ class Draw:
     shardings: Callable[[Any, Mesh], Any] = partition.shardings
     """How parameters that are moved lie on ``mesh``; for trees that are not the library's, one's
     own."""
+    weights: Callable[[Any, Any], Any] | None = None
+    """What becomes of the parameters, given them and ``compute_dtype``, once for all prompts and
+    before they move: :func:`.quantized.weights` for eight bits. None casts them. What is drawn, and
+    its log-probability, is then of *those* weights."""
     _program: Callable[..., Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -99,10 +103,14 @@ class Draw:
         """The parameters where they are sampled with; as they are where they lie there already."""
         lie = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
         meshes = {at.mesh for at in lie if isinstance(at, jax.NamedSharding)}
-        if self.mesh is None or meshes <= {self.mesh}:
+        there = self.mesh is None or meshes <= {self.mesh}
+        # In their own type first: half of what travels, and of what is held twice.
+        if self.weights is not None:
+            params = self.weights(params, self.compute_dtype)
+        elif not there:
+            params = _cast(params, self.compute_dtype)
+        if self.mesh is None or (there and self.weights is None):
             return params
-        # In the type of the computation first: half of what travels, and of what is held twice.
-        params = _cast(params, self.compute_dtype)
         return placement.reshard(params, self.shardings(params, self.mesh))
 
     def _batch(self, params: Any, keys: Array, prompts: Ragged) -> tuple[Ragged, Array]:
@@ -111,10 +119,12 @@ class Draw:
             top_k=self.top_k,
             top_p=self.top_p,
         )
+        if self.weights is None:
+            params = cast_floating(params, self.compute_dtype)
         drawn = sampling.sample(
             jax.random.wrap_key_data(keys),
             self.model,
-            cast_floating(params, self.compute_dtype),
+            params,
             prompts,
             warp,
             samples=self.samples,
