@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 ROWS = ("data", "fsdp")
 """Axes that the rows of a batch are cut along."""
@@ -105,7 +105,9 @@ def gathered(path: str, kernel: jax.Array) -> jax.Array:
     return _resharded(kernel, P(*whole), P(*cut))
 
 
-def look_up(table: Float[Array, "V E"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch E"]:
+def look_up(
+    table: Float[Array, "V E"] | Int8[Array, "V E"], ids: Int[Array, "*batch"]
+) -> Float[Array, "*batch E"] | Int8[Array, "*batch E"]:
     """``table[ids]``, each device of ``fsdp`` and ``tensor`` giving its part of the hidden size.
 
     The embedding lies cut along the vocabulary too where there is ``tensor``. Cut so, its gradient

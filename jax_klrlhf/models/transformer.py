@@ -203,8 +203,8 @@ class Decoder(nn.Module):
         )
         x = partition.look_up(table, ids)
         if self.has_variable("params", "embedding_scale"):
-            scale = self.get_variable("params", "embedding_scale")[ids][..., None]
-            x = x.astype(scale.dtype) * scale
+            scale = self.get_variable("params", "embedding_scale").astype(wide(config.dtype))
+            x = x.astype(scale.dtype) * scale[ids][..., None]
         x = x.astype(config.dtype)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, config.dtype)

@@ -28,7 +28,7 @@ def arrays():
     return draw(rng, B, K, N * R, D), own, prompts, lengths
 
 
-@pytest.mark.parametrize("kv", ["float", "int8"])
+@pytest.mark.parametrize("kv", [pytest.param("float", marks=pytest.mark.slow), "int8"])
 def test_equals_the_plain_form(kv, arrays, monkeypatch):
     """Any layer, step and window; blocks of 128 positions, of which the last is not whole; what
     lies in the cache beyond the step is whatever an earlier use left there."""
@@ -63,15 +63,17 @@ def test_only_blocks_that_are_seen_count(arrays, monkeypatch):
     query, own, _, _ = arrays
     rows = query.reshape(B, K, N, R, D).swapaxes(1, 2)
     low, high = jnp.full(B, 130, jnp.int32), jnp.full(B, 250, jnp.int32)
-    run = partial(in_place.attend, rows, layer=jnp.int32(1), low=low, high=high, interpret=True)
+    run = jax.jit(partial(in_place.attend, rows, layer=jnp.int32(1), interpret=True))
     unseen = (jnp.arange(C) // 128 != 1)[None, None, None, None, :, None]
     spoiled = jax.tree.map(lambda x: jnp.where(unseen, jnp.nan, x).at[0].set(jnp.nan), own)
-    jax.tree.map(np.testing.assert_array_equal, run(keys=own), run(keys=spoiled))
-    nothing = in_place.attend(rows, own, jnp.int32(1), high, low, interpret=True)
+    seen = run(keys=own, low=low, high=high)
+    jax.tree.map(np.testing.assert_array_equal, seen, run(keys=spoiled, low=low, high=high))
+    nothing = run(keys=own, low=high, high=low)
     assert not np.any(nothing.out)
     assert (nothing.log_total == jnp.finfo(jnp.float32).min).all()
 
 
+@pytest.mark.slow
 def test_on_a_mesh_each_device_has_its_rows_and_heads(arrays):
     query, own, prompts, lengths = arrays
     mesh = jax.make_mesh(
@@ -81,8 +83,8 @@ def test_on_a_mesh_each_device_has_its_rows_and_heads(arrays):
     arguments = query, own, Prompt(prompts, lengths), jnp.int32(200), jnp.int32(1)
     alone = jax.jit(run)(*arguments)
     with jax.set_mesh(mesh):
-        found = jax.jit(run)(*arguments)
-        text = jax.jit(run).lower(*arguments).compile().as_text()
+        compiled = jax.jit(run).lower(*arguments).compile()
+        found, text = compiled(*arguments), compiled.as_text()
     np.testing.assert_allclose(found, alone, atol=1e-6)
     # A head and a row of two on each.
     assert re.search(r"f32\[3,1,1,3,300,8\]", text)
