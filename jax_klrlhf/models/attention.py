@@ -342,14 +342,14 @@ def written(
 def longer(cache: Keys, *, room: int) -> Keys:
     """``cache [..., C, D]`` with ``room`` for more positions."""
 
-    def pad(x, after):
-        if x is None:
-            return None
-        more = room - cache.key.shape[-2]
-        before = x.ndim - 1 - after
-        return jnp.pad(x, (*((0, 0),) * before, (0, more), *((0, 0),) * after))
+    def pad(x, axis):
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, room - cache.key.shape[-2])
+        return jnp.pad(x, widths)
 
-    return Keys(*(pad(x, after) for x, after in zip(cache, (1, 1, 0, 0), strict=True)))
+    # Scales have no axis of a head's size.
+    scales = (None if scale is None else pad(scale, -1) for scale in cache[2:])
+    return Keys(pad(cache.key, -2), pad(cache.value, -2), *scales)
 
 
 def step(

@@ -13,7 +13,7 @@ Axes: those of :mod:`.attention`, with ``L`` layers and ``R`` query rows of one 
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,10 +92,11 @@ def _sharded(query, keys: Keys, layer, low, high, *, softcap, interpret) -> Part
         rows = ()
     head = "tensor" if query.shape[1] % sizes.get("tensor", query.shape[1] + 1) == 0 else None
     stacked = jax.tree.map(lambda _: Spec(None, rows, head), keys)
+    parts: Any = Part
     mapped = jax.shard_map(
         function,
         in_specs=(Spec(rows, head), stacked, Spec(), Spec(rows), Spec(rows)),
-        out_specs=Part(Spec(rows, head), Spec(rows, head)),
+        out_specs=parts(Spec(rows, head), Spec(rows, head)),
         check_vma=False,
     )
     return mapped(query, keys, layer, low, high)
@@ -169,7 +170,8 @@ def attend(
 def _kernel(layer, low, high, query, key, value, *rest, block, length, softcap, eight):
     """One block of positions of all responses: a running softmax over the blocks."""
     del layer
-    scales, (out, log_total, mixed, top, total) = (rest[:2], rest[2:]) if eight else ((), rest)
+    scales: Any = rest[:2] if eight else ()
+    out, log_total, mixed, top, total = rest[-5:]
     number, at = pl.program_id(0), pl.program_id(2)
     begin, (samples, rows, _) = at * block, query.shape
     low, high = low[number], high[number]

@@ -91,7 +91,7 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     stop = stop_of(config.stop, tokenizer, found)
     config = within_context(config, {name: context_of(found)}, console)
     data = _read(config, encoder)
-    options = {} if config.remat is None else {"remat": config.remat}
+    options: dict[str, Any] = {} if config.remat is None else {"remat": config.remat}
     # A base that nothing trains needs no float32 masters.
     frozen = config.lora.rank > 0 and not isinstance(config.belief, Fitted)
     masters = jnp.dtype(config.dtype) if frozen else jnp.float32

@@ -16,6 +16,7 @@ from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.models.transformer import language_model
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import rounds
+from jax_klrlhf.training.rounds import samplers
 from jax_klrlhf.training.rounds.parts import ragged
 from tests.models import tiny
 
@@ -143,6 +144,7 @@ def test_decoding_with_keys_of_eight_bits_is_near(platform):
         def run(params):
             prefix = model.prefill(params, prompts)
             cache = model.start(params, prefix, 2, 1)
+            assert model.grow is not None
             found = []
             for step in range(2):
                 if step == 1:
@@ -202,9 +204,9 @@ def test_eight_bits_travel_to_the_mesh_that_is_sampled_on(alone, monkeypatch):
     laid = jax.device_put(params, partition.shardings(params, training))
     on = meshes.for_sampling(training, params, tensor=2, memory=None)
     moved = []
-    reshard = rounds.samplers.placement.reshard
+    reshard = samplers.placement.reshard
     monkeypatch.setattr(
-        rounds.samplers.placement, "reshard", lambda x, at: moved.append(x) or reshard(x, at)
+        samplers.placement, "reshard", lambda x, at: moved.append(x) or reshard(x, at)
     )
     found, log_prob = drawn(model, laid, mesh=on)
     np.testing.assert_array_equal(found.ids, alone[0].ids)
