@@ -7,8 +7,8 @@ the posterior is that times the likelihood. With theta = B x / ||x|| it is that 
 seen through its direction, which is sampled by Hamiltonian Monte Carlo (Neal, arXiv 1206.1901): in
 coordinates in which the posterior of theta ~ N(0, I B^2/d), by Laplace, is the standard normal, so
 that directions known well and hardly known are of one length, with steps of random size.
-(A random walk over great circles, which needs no such choice, left an error of the mean of half a
-nat where pi0 hides four coordinates of eight: enough to be seen in the gap.)
+(A random walk over great circles, which needs no such choice, mixes badly where some directions
+are known well and others not at all: in the ridge study the means of two runs differed by 0.53.)
 
 Axes: ``contexts``, ``actions``, ``dim``.
 """
@@ -43,7 +43,7 @@ def posterior_mean(
     dim = differences.shape[1]
     precision = dim / jnp.square(bound)
     weights = wins + losses
-    labels = wins / jnp.maximum(weights, 1)
+    labels = wins / jnp.where(weights > 0, weights, 1)
     center = estimation.fit(differences, labels, weights=weights, ridge=precision).theta
     root = jnp.linalg.cholesky(
         estimation.hessian(center, differences, weights=weights, ridge=precision)

@@ -310,6 +310,8 @@ def consistency(
     the same one). Shared by all K, standardized over prompts, it gives groups that all agree, whose
     own advantages are 0, a gradient. ``coef`` replaces lambda. Source: the authors' code of COPO.
 
+    ``where`` is True at the responses that count.
+
     >>> float(consistency(jnp.array([1.0, 1.0]), jnp.array([3, 3])))
     1.0
     """
@@ -326,7 +328,7 @@ def answer_entropy(
     *,
     where: Bool[Array, "*batch responses"] | None = None,
 ) -> Float[Array, "*batch"]:
-    """Entropy, in bits, of the classes among a group's kept responses.
+    """Entropy, in bits, of the classes among a group's responses, those at which ``where`` is True.
 
     >>> float(answer_entropy(jnp.array([0, 0, 1, 1])))
     1.0

@@ -45,8 +45,6 @@ def label(config: LabelConfig, *, console: Console | None = None) -> None:
         InputError: naming what is wrong with options, answers or folder.
     """
     options.check(config)
-    if not 0 <= config.port < 2**16:
-        raise InputError(f"--port is {config.port}; it is a number from 0 to 65535.")
     rule = make_rule(config.rule)
     if config.answers is None:
         for name in ("rule", "split", "columns", "count", "each"):

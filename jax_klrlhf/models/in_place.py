@@ -84,7 +84,7 @@ def fits(config: ModelConfig, ids: Int[Array, "B K"]) -> bool:
 def _sharded(query, keys: Keys, layer, low, high, *, softcap, interpret) -> Part:
     """A kernel is opaque to the partitioner: run it on each device's prompts and heads."""
     function = functools.partial(attend, softcap=softcap, interpret=interpret)
-    sizes = {axis: size for axis, size in partition._auto_axes().items() if size > 1}
+    sizes = {axis: size for axis, size in partition.auto_axes().items() if size > 1}
     if not sizes:
         return function(query, keys, layer, low, high)
     rows = tuple(axis for axis in partition.ROWS if axis in sizes)

@@ -79,7 +79,7 @@ def constrain(x: jax.Array) -> jax.Array:
     ``shard_map``, or where the axes do not divide ``B``. Without this constraint the compiler
     gathers activations instead of weights: a pure-fsdp step measured 4 times slower.
     """
-    sizes = _auto_axes()
+    sizes = auto_axes()
     axes = tuple(axis for axis in ROWS if axis in sizes)
     size = math.prod(sizes[axis] for axis in axes)
     if size == 1 or x.shape[0] % size:
@@ -94,7 +94,7 @@ def gathered(path: str, kernel: jax.Array) -> jax.Array:
     itself the compiler may split a product along the cut axis of the kernel instead and sum
     activations over devices, and may keep gradients whole until the end of the scan.
     """
-    sizes = _auto_axes()
+    sizes = auto_axes()
     if sizes.get("fsdp", 1) == 1:
         return kernel
     mesh = jax.sharding.get_abstract_mesh()
@@ -113,7 +113,7 @@ def look_up(
     The embedding lies cut along the vocabulary too where there is ``tensor``. Cut so, its gradient
     would gather the hidden gradients of the whole batch on every device.
     """
-    sizes = _auto_axes()
+    sizes = auto_axes()
     wanted = tuple(a for a in ("tensor", "fsdp") if sizes.get(a, 1) > 1)
     if "fsdp" not in wanted or table.shape[1] % math.prod(sizes[a] for a in wanted):
         return table[ids]
@@ -137,7 +137,7 @@ def project(
     gathered whole in each pass: 1 GiB in 16 bits for Llama 3 8B.) Logits are left cut along the
     vocabulary.
     """
-    sizes = _auto_axes()
+    sizes = auto_axes()
     wanted = tuple(a for a in ("tensor", "fsdp") if sizes.get(a, 1) > 1)
     parts = math.prod(sizes[a] for a in wanted)
     dims = (((hidden.ndim - 1,), (axis,)), ((), ()))
@@ -162,7 +162,7 @@ def _rows(count: int, sizes: dict[str, int]) -> tuple[tuple[str, ...], tuple[str
     return here, here if count % math.prod(sizes[a] for a in rows) else rows
 
 
-def _auto_axes() -> dict[str, int]:
+def auto_axes() -> dict[str, int]:
     """Axes of the mesh in use that the compiler may be told to cut along, with their sizes."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)

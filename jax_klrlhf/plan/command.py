@@ -16,6 +16,7 @@ from jax_klrlhf.plan import candidates, report
 from jax_klrlhf.plan.chips import Slice, devices, read_topology
 from jax_klrlhf.plan.presets import PRESETS, read_model
 from jax_klrlhf.plan.program import Program, Shapes, sampler, sampling_mesh, train_step
+from jax_klrlhf.programs import options as declared
 from jax_klrlhf.programs.plan_config import PlanConfig
 from jax_klrlhf.results import write_results
 from jax_klrlhf.training import mesh as meshes
@@ -29,10 +30,7 @@ def main(config: PlanConfig) -> list[report.Plan]:
         InputError: for a model, topology or mesh that there is not, and without libtpu; after all
             plans are printed and written, where a program does not fit.
     """
-    for name in ("pairs", "prompt", "response", "micro_batches", "samples", "lora", "chunk"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
+    declared.check(config)
     settings = read_model(config.model)
     topology = read_topology(config.topology)
     mesh = read_mesh(config.mesh, topology)
@@ -45,8 +43,6 @@ def main(config: PlanConfig) -> list[report.Plan]:
         kv=config.sampling_kv,
         platform="cpu" if topology.chip is None else "tpu",
     )
-    if config.optimizer != "adamw" and config.moments != "float32":
-        raise InputError(f"--moments: {config.optimizer} has no first moments; leave it out")
     if config.prompt + config.response > model.max_length:
         raise InputError(
             f"{config.model}: --prompt {config.prompt} and --response {config.response} exceed "

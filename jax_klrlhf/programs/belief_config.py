@@ -4,13 +4,14 @@ Nothing heavy is imported before a belief is made.
 """
 # ruff: noqa: D102  # the family says what its methods are
 
+import abc
 from typing import Annotated, Any, ClassVar, Literal
 
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.programs.options import Count, Family, Finite, Number, Weight, When
 
 
-class Belief(Family):
+class Belief(Family, abc.ABC):
     """What the learner believes of responses; it sees labels, never the annotator's reward."""
 
     switch: ClassVar = "belief.kind"
@@ -35,9 +36,9 @@ class Belief(Family):
             found = rounds.transformed(found, change[self.transform])
         return found
 
+    @abc.abstractmethod
     def build(self, place: Any, key: Any, judge: Any, prompts: Any) -> Any:
         """The same without penalty and transform."""
-        raise NotImplementedError
 
 
 class Fitted(Belief):

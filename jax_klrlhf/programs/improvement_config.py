@@ -4,6 +4,7 @@ Nothing heavy is imported before an improvement is made.
 """
 # ruff: noqa: D102  # the family says what its methods are
 
+import abc
 from dataclasses import field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,15 +12,15 @@ from jax_klrlhf.errors import InputError
 from jax_klrlhf.programs.options import Count, Family, Finite, Number, When
 
 
-class Improvement(Family):
+class Improvement(Family, abc.ABC):
     """From comparisons to the next policy."""
 
     switch: ClassVar = "improve.method"
     method: str
 
+    @abc.abstractmethod
     def make(self, place: Any) -> Any:
         """The ``rounds.Improve``."""
-        raise NotImplementedError
 
 
 class Preference(Improvement):

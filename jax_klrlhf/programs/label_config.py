@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from jax_klrlhf.columns import Columns
-from jax_klrlhf.programs.options import Count, Number, Seed, Share
+from jax_klrlhf.programs.options import Count, Number, Port, Seed, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class LabelConfig:
     whether one agrees with oneself."""
     host: str = "127.0.0.1"
     """Address to listen on. Another than the loopback address is served with a token alone."""
-    port: int = 8765
+    port: Port = 8765
     """0: any that is free."""
     token: Literal["auto", "always"] = "auto"
     """always: a token on the loopback address too, for a machine that others use."""

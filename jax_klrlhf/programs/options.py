@@ -46,6 +46,7 @@ Finite = Annotated[float, Limit(math.isfinite, "it must be finite")]
 Share = Annotated[float, Limit(lambda x: 0 <= x < 1, "it is a share in [0, 1)")]
 Probability = Annotated[float, Limit(lambda x: 0 < x <= 1, "it is a probability in (0, 1]")]
 Seed = Annotated[int, Limit(lambda x: 0 <= x < 2**32, "it is a whole number from 0 to 2^32 - 1")]
+Port = Annotated[int, Limit(lambda x: 0 <= x < 2**16, "it is a number from 0 to 65535")]
 
 
 class When:

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from jax_klrlhf import defaults
+from jax_klrlhf.programs.options import Count, When
+
+_SAMPLING = When("program", "sample", "both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,25 +25,25 @@ class PlanConfig:
     """Devices that a copy of the weights is cut over in the sampler; by default, as in `klrlhf
     iterate`, the fewest on which it is 4 GiB and a quarter of the memory at most; 0: the mesh of
     training."""
-    sampling_weights: Literal["float", "int8"] = "float"
+    sampling_weights: Annotated[Literal["float", "int8"], _SAMPLING] = "float"
     """In the sampler, as in `klrlhf iterate`."""
-    sampling_kv: Literal["float", "int8"] = "float"
+    sampling_kv: Annotated[Literal["float", "int8"], _SAMPLING] = "float"
     """In the sampler, as in `klrlhf iterate`."""
     program: Literal["train", "sample", "both"] = "both"
     """What to compile."""
-    pairs: int = 64
+    pairs: Count = 64
     """Preference pairs in the global batch."""
-    prompt: int = 1024
+    prompt: Count = 1024
     """Padded prompt length, in tokens."""
-    response: int = 1024
+    response: Count = 1024
     """Padded response length, in tokens."""
-    micro_batches: int = 1
+    micro_batches: Count = 1
     """Pieces that the batch is cut into."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """Of the trained parameters."""
-    moments: Literal["float32", "bfloat16"] = "float32"
+    moments: Annotated[Literal["float32", "bfloat16"], When("optimizer", "adamw")] = "float32"
     """Of adamw, the first ones."""
-    lora: int | None = None
+    lora: Count | None = None
     """Rank of low-rank adapters on every projection; None trains all parameters."""
     reference: Literal["cached", "live"] = "cached"
     """Reference log-probabilities: computed before, or in the step (from a second copy; with
@@ -52,10 +55,10 @@ class PlanConfig:
     """Of the computation; master parameters and moments are float32."""
     remat: str | None = defaults.REMAT
     """What the backward pass recomputes: full, a policy of jax.checkpoint_policies, or None."""
-    chunk: int | None = None
+    chunk: Count | None = None
     """Tokens projected on the vocabulary at one time, over all devices; by default, as in `klrlhf
     dpo`, what fills 128 MiB of logits on each part of the batch, 1024 at most."""
-    samples: int = 8
+    samples: Count = 8
     """Responses that the sampler draws for each prompt; it takes as many prompts as pairs."""
     search: bool = False
     """Compile candidates of --mesh and --remat for the training step, and of --sampling-tensor for

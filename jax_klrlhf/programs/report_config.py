@@ -7,7 +7,10 @@ from typing import Annotated, Literal
 import tyro
 
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.programs.options import positive
+from jax_klrlhf.programs import options
+from jax_klrlhf.programs.options import Number, Port, When
+
+_SERVED = When("serve")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,24 +29,21 @@ class ReportConfig:
     generate or eval wrote, which are shown side by side."""
     output: Path | None = None
     """The page; by default RUN/report.html, and of answers a file beside them."""
-    watch: float | None = None
+    watch: Number | None = None
     """Seconds after which the page is written again, as long as the run goes on."""
     serve: bool = False
     """Serve the page, which then follows the run by itself."""
-    host: str = "127.0.0.1"
+    host: Annotated[str, _SERVED] = "127.0.0.1"
     """--serve: address to listen on. Another than the loopback address is served with a token
     alone."""
-    port: int = 8766
+    port: Annotated[Port, _SERVED] = 8766
     """--serve: 0 for any that is free."""
-    token: Literal["auto", "always"] = "auto"
+    token: Annotated[Literal["auto", "always"], _SERVED] = "auto"
     """--serve: always: a token on the loopback address too, for a machine that others use."""
 
 
 def check(config: ReportConfig) -> None:
     """What no type says. Raises ``InputError`` naming the option."""
-    positive("watch", config.watch)
+    options.check(config)
     if config.serve and (config.watch is not None or config.output is not None):
         raise InputError("--serve: the page follows the run; leave out --watch and --output.")
-    for name in ("host", "port", "token"):
-        if not config.serve and getattr(config, name) != getattr(ReportConfig(run=Path()), name):
-            raise InputError(f"--{name} is of a page that is served: add --serve, or leave it out.")

@@ -429,7 +429,9 @@ def test_presets_have_the_published_number_of_parameters(name):
         ({"mesh": "fsdp=3"}, "must multiply to the 8 devices"),
         ({"mesh": "model=8"}, "axis=size"),
         ({"pairs": 12}, "multiple of 8"),
-        ({"pairs": 0}, "--pairs 0"),
+        ({"pairs": 0}, "--pairs is 0; it must be positive"),
+        ({"program": "train", "sampling_kv": "int8"}, "--sampling-kv is read by no run with"),
+        ({"optimizer": "adafactor", "moments": "bfloat16"}, "--moments is read by no run with"),
         ({"response": 64}, "its context of 64 tokens"),
     ],
 )

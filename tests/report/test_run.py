@@ -159,7 +159,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     dpo(tmp_path / "run")
     for options, message in (
         (["--serve", "--watch", "3"], "--serve: the page follows the run"),
-        (["--port", "3"], "--port is of a page that is served"),
+        (["--port", "3"], "--port is read by no run with --serve False"),
         (["--watch", "0"], "--watch is 0.0; it must be positive"),
     ):
         assert cli.main(["report", str(tmp_path / "run"), *options]) == 2
