@@ -3,8 +3,12 @@
 import gc
 import inspect
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from unittest.mock import Mock
 
 import jax
@@ -16,12 +20,12 @@ from jax.sharding import PartitionSpec as P
 
 from jax_klrlhf import cli, folders, models
 from jax_klrlhf.errors import InputError
-from jax_klrlhf.programs import fit, iterate_config, iterate_parts
+from jax_klrlhf.programs import iterate_config, iterate_parts
 from jax_klrlhf.results import Metric
-from jax_klrlhf.training import checkpoint, rounds
 from jax_klrlhf.training import mesh as meshes
+from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds import journal
-from tests.faults.test_training import DAMAGES, files, slow
+from tests.faults.test_training import DAMAGES, ROOT, files, slow
 from tests.test_cli import options, pairs, quick_compilation, tiny  # noqa: F401
 
 CONTENTS = [b"", b"{", b"[]", b"null", b'"dpo"', b"3", b"\xff\x00", b"[" * 100_000]
@@ -158,8 +162,47 @@ def test_damages_of_a_phase_over_devices_are_one_line_or_nothing(phased, tmp_pat
 # --- the whole program, killed and started again
 
 
-class Killed(BaseException):
-    """Nothing in the library catches it."""
+PROGRAM = """
+import os, signal, sys
+
+from jax_klrlhf import cli
+
+folder, moment, given = sys.argv[1], sys.argv[2], sys.argv[3:]
+number = 0
+
+
+def told(event, arguments):
+    global number
+    if event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+        return
+    path = str(arguments[0])
+    if not path.startswith(folder):
+        return
+    if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        return
+    number += 1
+    if moment in (f"#{number}", os.path.basename(path)):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+sys.addaudithook(told)
+code = cli.main(given)
+print(number)
+sys.exit(code)
+"""
+"""A program that is killed by SIGKILL as it is about to make, name or remove a file in its folder:
+the one of that number, or the first of that name."""
+
+
+def started(output, moment, given, path):
+    """Run the program to its end or to its moment: its exit status, and what it said."""
+    with path.open("w+") as said:
+        code = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(output), moment, *given],
+            cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, check=False,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        ).returncode  # fmt: skip
+    return code, path.read_text()
 
 
 CLOCKS = re.compile(
@@ -178,31 +221,24 @@ def left(folder):
 
 @slow
 def test_killed_and_started_again_a_program_leaves_the_same_bytes(tiny, pairs, tmp_path):  # noqa: F811
-    """Killed after a checkpoint and its evaluation, then before its results were written."""
+    """By SIGKILL, three times at moments by seed, and then as it is about to write its results."""
     asked = {"log-every": 1, "save-every": 2, "evaluate-every": 2}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert cli.main(["sft", *options(tiny, pairs, whole, **asked)]) == 0
+    code, said = started(
+        whole, "never", ["sft", *options(tiny, pairs, whole, **asked)], tmp_path / "0"
+    )
+    assert code == 0, said
+    count = int(said.splitlines()[-1])
     given = ["sft", *options(tiny, pairs, broken, **asked)]
-    save = checkpoint.Checkpoints.save
-
-    def saved(self, state, **named):
-        save(self, state, **named)
-        self.wait()
-        raise Killed
-
-    def never(*arguments):
-        raise Killed
-
-    for module, name, function in (
-        (checkpoint.Checkpoints, "save", saved),
-        (fit, "report", never),
-    ):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, name, function)
-            with pytest.raises(Killed):
-                cli.main(given)
+    # Each is within a third of what the whole run does, so that none comes to its end.
+    drawn = np.random.default_rng(7).integers(1, count // 3 + 1, 3)
+    moments = [*(f"#{number}" for number in drawn), "results.json.tmp"]
+    for number, moment in enumerate(moments, 1):
+        code, said = started(broken, moment, given, tmp_path / str(number))
+        assert code == -signal.SIGKILL, said
         assert not (broken / "results.json").exists()
-    assert cli.main(given) == 0
+    code, said = started(broken, "never", given, tmp_path / "5")
+    assert code == 0, said
     for ours, theirs in zip(left(broken), left(whole), strict=True):
         assert ours.decode().splitlines() == theirs.decode().splitlines()
     history = (broken / "metrics.jsonl").read_text().splitlines()
