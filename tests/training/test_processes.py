@@ -1,4 +1,4 @@
-"""Two processes on loopback take the same steps as one, checkpoint included, on any mesh.
+"""Several processes on loopback take the same steps as one, checkpoint included, on any mesh.
 
 On a TPU slice the order of the mesh is not the order of the hosts, so host by host is but one of
 the layouts that are run.
@@ -6,9 +6,6 @@ the layouts that are run.
 
 import functools
 import json
-import os
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,7 +24,7 @@ from jax_klrlhf.models import ModelConfig, lora, pretrained
 from jax_klrlhf.training import checkpoint, loop, reference, state, step, tasks
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training.rounds.compute import mapped
-from tests.training import toy
+from tests.training import together, toy
 
 MODEL = toy.language_model()
 LOSS = functools.partial(objectives.sigmoid, kl_coef=0.3)
@@ -41,13 +38,14 @@ STEPS = 4
 
 pytestmark = pytest.mark.slow
 
-# Devices 0 to 3 are those of the first process, 4 to 7 those of the second.
+# Devices 0 to 3 are those of the first process, 4 to 7 those of the second; of four, each has two.
 LAYOUTS = {
     "host by host": (range(8), {"fsdp": 8}),
     "permuted": ((0, 4, 5, 1, 2, 6, 3, 7), {"fsdp": 8}),
     "unequal": ((0, 1, 2, 4, 5, 6, 3, 7), {"fsdp": 4, "tensor": 2}),
     "tensor over hosts": ((0, 4, 1, 5, 2, 6, 3, 7), {"data": 2, "fsdp": 2, "tensor": 2}),
 }
+OF_FOUR = ("permuted", "tensor over hosts")
 
 
 def mesh_of(name):
@@ -143,12 +141,15 @@ def writes(folder: Path, index: int) -> None:
         placement.shared(lambda: reference.load_cache(path, identity._replace(model="x")), like)
 
 
-def main(index: int, address: str, folder: Path) -> None:
-    """One of the two processes: on each mesh half the run, a checkpoint, and the other half."""
-    jax.distributed.initialize(address, 2, index)
-    writes(folder, index)
+def main(index: int, count: int, address: str, folder: Path) -> None:
+    """One of the processes: on each mesh half the run, a checkpoint, and the other half."""
+    jax.distributed.initialize(address, count, index)
+    if count == 2:
+        writes(folder, index)
     facts = {}
     for number, layout in enumerate(LAYOUTS):
+        if count == 4 and layout not in OF_FOUR:
+            continue
         facts[layout] = rows_back(mesh_of(layout))
         run(folder / f"checkpoints-{number}", STEPS // 2, layout)
         outcome = run(folder / f"checkpoints-{number}", STEPS, layout)
@@ -165,29 +166,7 @@ def main(index: int, address: str, folder: Path) -> None:
 def folder(tmp_path_factory):
     """What two processes left."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    # The session's flags, and then ours: the last one counts.
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.training.test_processes", str(k), address, str(folder)],
-            env=os.environ | {"PYTHONPATH": ".", "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for k in (0, 1)
-    ]
-    try:
-        # Together: where one fails, the other waits for it.
-        texts = [child.communicate(timeout=600)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0, 0], "\n".join(texts)
+    together.run("tests.training.test_processes", folder, count=2)
     return folder
 
 
@@ -197,26 +176,39 @@ def one(tmp_path_factory):
     return run(tmp_path_factory.mktemp("one"), STEPS, "host by host")
 
 
+def same_run(path: Path, one):
+    """A process's parameters, loss and name are those of one process."""
+    with np.load(path) as found:
+        leaves = [found[f"arr_{n}"] for n in range(4)]
+        np.testing.assert_allclose(found["loss"], one.metrics["loss"].value, rtol=1e-5)
+        assert str(found["name"]) == state.fingerprint_text(one.state.fingerprint)
+    for ours, theirs in zip(jax.tree.leaves(one.state.params), leaves, strict=True):
+        np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-6)
+
+
+IN_ORDER = {"eight": [10.0 * n for n in range(8)], "five": [10.0 * n for n in range(5)]}
+
+
 @pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=list(LAYOUTS))
 def test_two_processes_give_the_same_run_on_any_mesh(folder, one, number):
     for k in (0, 1):
-        with np.load(folder / f"process-{k}-{number}.npz") as found:
-            leaves = [found[f"arr_{n}"] for n in range(4)]
-            np.testing.assert_allclose(found["loss"], one.metrics["loss"].value, rtol=1e-5)
-            assert str(found["name"]) == state.fingerprint_text(one.state.fingerprint)
-        for ours, theirs in zip(jax.tree.leaves(one.state.params), leaves, strict=True):
-            np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-6)
+        same_run(folder / f"process-{k}-{number}.npz", one)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_come_back_in_their_order_and_none_is_lost(folder, layout):
     for k in (0, 1):
-        found = json.loads((folder / f"facts-{k}.json").read_text())[layout]
-        assert found == {
-            "eight": [10.0 * n for n in range(8)],
-            "five": [10.0 * n for n in range(5)],
-        }
+        assert json.loads((folder / f"facts-{k}.json").read_text())[layout] == IN_ORDER
+
+
+def test_four_processes_do_as_two(one, tmp_path):
+    together.run("tests.training.test_processes", tmp_path, count=4)
+    for k in range(4):
+        facts = json.loads((tmp_path / f"facts-{k}.json").read_text())
+        assert facts == dict.fromkeys(OF_FOUR, IN_ORDER)
+        for number in map(list(LAYOUTS).index, OF_FOUR):
+            same_run(tmp_path / f"process-{k}-{number}.npz", one)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))

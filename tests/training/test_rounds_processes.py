@@ -1,8 +1,5 @@
-"""An iterative run on two processes of four devices each is the run on one device."""
+"""An iterative run on several processes is the run on one device."""
 
-import os
-import socket
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,6 +14,7 @@ from jax_klrlhf.core import pairs
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds import oracle
+from tests.training import together
 
 HOST_BY_HOST, PERMUTED = tuple(range(8)), (0, 4, 5, 1, 2, 6, 3, 7)
 
@@ -51,9 +49,9 @@ def run(folder: Path, count: int, *, order: tuple[int, ...] | None):
     )  # fmt: skip
 
 
-def main(index: int, address: str, folder: Path) -> None:
-    """One of the two processes: a round, and then both, on another mesh, from what is on disk."""
-    jax.distributed.initialize(address, 2, index)
+def main(index: int, count: int, address: str, folder: Path) -> None:
+    """One of the processes: a round, and then both, on another mesh, from what is on disk."""
+    jax.distributed.initialize(address, count, index)
     run(folder / "run", 1, order=HOST_BY_HOST)
     outcome = run(folder / "run", 2, order=PERMUTED)
     assert {name[0] for name in outcome.computed} == {"2"}
@@ -62,39 +60,16 @@ def main(index: int, address: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_run_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    # The session's flags, and then ours: the last one counts.
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-    module = "tests.training.test_rounds_processes"
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, str(k), address, str(tmp_path)],
-            env=os.environ | {"PYTHONPATH": ".", "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for k in (0, 1)
-    ]
-    try:
-        # Together: where one fails, the other waits for it.
-        texts = [child.communicate(timeout=600)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0, 0], "\n".join(texts)
-
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_give_the_run_of_one(count, tmp_path):
+    together.run("tests.training.test_rounds_processes", tmp_path, count=count)
     one = run(tmp_path / "one", 2, order=None)
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    for k in (0, 1):
+    for k in range(count):
         with np.load(tmp_path / f"process-{k}.npz") as found:
             for number, ours in enumerate(jax.tree.leaves(one.policy)):
                 close(found[f"arr_{number}"], ours)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
