@@ -95,7 +95,7 @@ class Facts:
         self._contents.append(hash((prompt, *each)))
         self._responses[len(each)] += 1
         self._prompt_lengths.append(len(row.prompt))
-        largest = max(max(ids, default=-1) for ids in (row.prompt, *responses))
+        largest = max(map(max, filter(None, (row.prompt, *responses))), default=-1)
         if largest > self.largest[0]:
             self.largest = largest, row.where
         if len(each) < 2:

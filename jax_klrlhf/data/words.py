@@ -133,7 +133,9 @@ class _Known(dict[str, bytes]):
     def learn(self, added: re.Pattern[str]) -> None:
         """Ask for what was missing, but for pieces in which an added token may be found."""
         texts = {}
-        for piece in {*self.missing}.difference(self):
+        for piece in dict.fromkeys(self.missing):
+            if piece in self:  # learned for another text
+                continue
             text = piece.removesuffix(" ")
             if (text != piece or self.safe(piece)) and not _found(added, text):
                 texts[piece] = self._before + text
