@@ -26,17 +26,16 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from rich.console import Console
 
-from jax_klrlhf import bandit, models, training
-from jax_klrlhf.core import fdivergence, objectives, pairs, regularized, targets
+from jax_klrlhf import bandit, figures, toy
+from jax_klrlhf.core import choices, fdivergence, objectives, pairs, targets
 from jax_klrlhf.core.preferences import PreferenceModel
 from jax_klrlhf.core.reward_class import RewardClass, linear
-from jax_klrlhf.models import scoring
 from jax_klrlhf.training import rounds
 from jax_klrlhf.training.rounds import oracle
-from jax_klrlhf.training.rounds.compute import mapped
-from jax_klrlhf.training.rounds.parts import ragged
 
+plt.rcParams.update(figures.STYLE)
 SMALL = os.environ.get("KLRLHF_SMALL") == "1"  # continuous integration
 ETA = 0.3
 
@@ -49,8 +48,8 @@ ETA = 0.3
 
 
 # %%
-def halfway(choices):
-    return choices.log_mass - choices.require("reward", by="halfway") / (2 * ETA)
+def halfway(given):
+    return given.log_mass - given.require("reward", by="halfway") / (2 * ETA)
 
 
 tempered = pairs.against(halfway)
@@ -108,10 +107,10 @@ its_optimum = partial(targets.optimum, kl_coef=ETA, divergence=two_sided)
 
 
 # %%
-def capped(choices):
-    reward = choices.require("reward", by="capped")
-    mean = jnp.sum(choices.mass * reward, -1, keepdims=True)
-    return targets.optimum(choices._replace(reward=jnp.minimum(reward, mean + 1)), kl_coef=ETA)
+def capped(given, kl_coef=ETA):
+    reward = given.require("reward", by="capped")
+    mean = jnp.sum(given.mass * reward, -1, keepdims=True)
+    return targets.optimum(given._replace(reward=jnp.minimum(reward, mean + 1)), kl_coef=kl_coef)
 
 
 # %% [markdown]
@@ -146,80 +145,147 @@ def propose(key, setting, state, context):
 
 
 # %% [markdown]
+# ## On the bandit: what a target is
+#
+# Every law can be looked at before anything is learned: here the targets on one problem whose
+# reward is known. Two-sided pays for leaving pi0 in either direction, and so stays where KL's
+# optimum gives an action up; the cap stops where more reward would only mean more KL.
+
+
+# %%
+def problem_of(key, coverage=0.03):
+    """Half of the actions are rare under pi0, and only they show half of the features."""
+    return bandit.sphere(
+        key, contexts=8, actions=6, dim=6, hidden=3, coverage=coverage, bound=2.0, kl_coef=ETA
+    )
+
+
+problem = problem_of(jax.random.key(1))
+reward, ref = problem.reward, problem.setting.ref_log_prob
+given = choices.enumerated(ref, ref_log_prob=ref, reward=reward)
+TARGETS = {
+    "KL's optimum": targets.optimum,
+    "ours: two-sided optimum": its_optimum,
+    "ours: capped target": capped,
+}
+coefficients = jnp.geomspace(0.05, 5.0, 40)
+
+
+@partial(jax.jit, static_argnums=0)
+def laws(target, coefficients):
+    """A target at each coefficient, its KL to pi0 and its reward above pi0's: exact sums."""
+    law = jax.vmap(lambda eta: target(given, kl_coef=eta))(coefficients)
+    gain = jnp.sum((jnp.exp(law) - jnp.exp(ref)) * reward, -1)
+    kl = jax.vmap(lambda one: bandit.kl(problem.setting, one))(law)
+    return law, kl, gain @ problem.setting.context_prob
+
+
+def look(kl_coef):
+    """The targets at every coefficient, and what they do to one context at one of them."""
+    _, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
+    at = np.arange(6)
+    right.bar(at - 0.3, jnp.exp(ref[0]), 0.2, label=r"$\pi_0$", color="0.7")
+    for number, (name, target) in enumerate(TARGETS.items()):
+        law, *way = laws(target, jnp.append(coefficients, kl_coef))
+        left.plot(*(x[:-1] for x in way), color=f"C{number}", label=name)
+        left.plot(*(x[-1] for x in way), "o", color=f"C{number}")
+        right.bar(at + 0.2 * number - 0.1, jnp.exp(law[-1, 0]), 0.2, color=f"C{number}")
+        print(f"{name:<24} largest log-ratio to pi0 {float(jnp.abs(law[-1] - ref).max()):.2f}")
+    left.set(xlabel=r"$\mathrm{KL}(\pi\,\|\,\pi_0)$, nats", ylabel=r"reward above $\pi_0$'s")
+    left.set_title(rf"Points: $\eta$ = {kl_coef:.2g}")
+    right.set_xticks(at, [f"{r:.1f}" for r in reward[0]])
+    right.set(xlabel="reward of the action", ylabel="probability", title="One context")
+    right.legend()
+    left.legend()
+    plt.show()
+
+
+figures.explore(look, kl_coef=(ETA, 0.05, 5.0))
+
+# %% [markdown]
 # ## On the bandit: exact gaps
 #
-# Every learner has the same problems, in which pi0 rarely plays what is worth learning about.
+# Now the reward has to be learned from comparisons, on problems in which pi0 rarely plays what is
+# worth learning about. DPO, solved exactly in every round, *is* the greedy learner: it stands for
+# both.
 
 # %%
 SEEDS, ROUNDS, BATCH = (4, 4, 8) if SMALL else (48, 16, 16)
 LEARNERS = {
-    "ours: tempered rule, 8 draws": lambda: bandit.from_rule(tempered, samples=8),
-    "ours: tempered rule, all": lambda: bandit.from_rule(tempered),
-    "ours: loss with a floor": lambda: bandit.policy_learner(with_floor),
-    "ours: two-sided divergence": lambda: bandit.policy_learner(with_divergence),
-    "ours: two-sided optimum": lambda: bandit.from_target(its_optimum),
-    "ours: capped target": lambda: bandit.from_target(capped),
-    "ours: against bolder": lambda: bandit.reward_learner(propose, bandit.mle_policy),
-    "online, greedy": lambda: bandit.greedy(),
-    "best and worst of 8": lambda: bandit.from_rule(pairs.best_worst, samples=8),
-    "GSHF, enhancer": lambda: bandit.gshf(radius=1.0),
-    "DPO": lambda: bandit.dpo(),
+    "ours: tempered rule, 8 draws": partial(bandit.from_rule, tempered, samples=8),
+    "ours: tempered rule, all": partial(bandit.from_rule, tempered),
+    "ours: against bolder": partial(bandit.reward_learner, propose, bandit.mle_policy),
+    "best and worst of 8": partial(bandit.from_rule, pairs.best_worst, samples=8),
+    "GSHF, enhancer": partial(bandit.gshf, radius=1.0),
+    "ours: loss with a floor": partial(bandit.policy_learner, with_floor),
+    "ours: two-sided divergence": partial(bandit.policy_learner, with_divergence),
+    "ours: two-sided optimum": partial(bandit.from_target, its_optimum),
+    "ours: capped target": partial(bandit.from_target, capped),
+    "DPO": bandit.dpo,
 }
+RULES = 5  # so many differ in whom they compare, the others in what they fit or deploy
 
 
-def problem_of(key):
-    return bandit.sphere(
-        key, contexts=8, actions=6, dim=6, hidden=3, coverage=0.03, bound=2.0, kl_coef=ETA
-    )
+def simulations(make):
+    """A program: gap before each round, and of the final policy, ``[SEEDS, ROUNDS + 1]``."""
 
-
-def simulate(make, problem_of=problem_of):
-    def one(key):
-        key_problem, key_run = jax.random.split(key)
+    def one(key, problem, ridge):
         run = bandit.simulate(
-            key_run, problem_of(key_problem), make(), rounds=ROUNDS, batch=BATCH,
-            record=bandit.record_gap,
-        )  # fmt: skip
+            key, problem, make(ridge=ridge), rounds=ROUNDS, batch=BATCH, record=bandit.record_gap
+        )
         return jnp.append(run.record, run.gap)
 
-    return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), SEEDS)))
+    program = jax.jit(jax.vmap(one, in_axes=(0, 0, None)))
+    return lambda problems, ridge=1.0: np.asarray(program(RUNS, problems, ridge))
 
 
-figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
-seen = BATCH * np.arange(1, ROUNDS + 1)
-for number, (name, make) in enumerate(LEARNERS.items()):
-    gap = simulate(make)
-    mean, error = gap.mean(0), gap.std(0, ddof=1) / SEEDS**0.5
-    style = "-" if name.startswith("ours") else "--"
-    axes.plot(seen, mean[1:], style, color=f"C{number}", label=name)
-    print(f"{name:<30} gap {mean[-1]:.4f} ± {error[-1]:.4f}")
-axes.set(xscale="log", yscale="log", xlabel="comparisons", ylabel="J(pi*) - J(pi)")
-_ = axes.legend(fontsize=7)
+KEYS, RUNS = jax.random.split(jax.random.key(0), (2, SEEDS))
+worlds = jax.jit(jax.vmap(problem_of, in_axes=(0, None)))
+PROGRAMS = {name: simulations(make) for name, make in LEARNERS.items()}
+
+
+def said(gap):
+    """Mean and standard error over problems and runs."""
+    return f"gap {gap.mean():.4f} ± {gap.std(ddof=1) / len(gap) ** 0.5:.4f}"
+
+
+def compare(coverage, ridge):
+    """Gap against comparisons; where the sliders stand is data, and compiles nothing anew."""
+    figure, both = plt.subplots(1, 2, figsize=(7, 3.4), layout="constrained", sharey=True)
+    seen, problems = BATCH * np.arange(1, ROUNDS + 1), worlds(KEYS, coverage)
+    for number, (name, program) in enumerate(PROGRAMS.items()):
+        gap = program(problems, ridge)
+        axes, style = both[int(number >= RULES)], "-" if name.startswith("ours") else "--"
+        axes.plot(seen, gap.mean(0)[1:], style, color=f"C{number % RULES}", label=name)
+        print(f"{name:<30} {said(gap[:, -1])}")
+    for axes, title in zip(both, ("Whom to compare", "What to fit and deploy"), strict=True):
+        axes.set(xscale="log", yscale="log", xlabel="comparisons", title=title)
+        axes.legend()
+    both[0].set_ylabel(r"$J(\pi^*) - J(\pi)$")
+    figures.tidy(figure)
+    plt.show()
+
+
+figures.explore(compare, coverage=(0.03, 0.003, 1.0), ridge=(1.0, 0.05, 5.0))
 
 # %% [markdown]
-# The divergence has an exact optimum too, and the preference model labels a problem and is the
-# likelihood that its learner fits: against it, the learner that believes Bradley-Terry.
+# The two-sided loss hardly leaves pi0 on so few comparisons, while the target of the same divergence
+# does as well as DPO: a loss and a target of one law are not one learner.
+#
+# The preference model labels a problem, and is the likelihood that its learner fits: against it,
+# the learner that believes Bradley-Terry.
+
 
 # %%
-problem = problem_of(jax.random.key(1))
-reward, ref = problem.reward, problem.setting.ref_log_prob
-optimum = regularized.log_prob(reward, ref, kl_coef=ETA, divergence=two_sided)
-print(
-    "largest log-ratio to pi0: {:.2f}, of the KL's optimum {:.2f}".format(
-        *(float(jnp.max(jnp.abs(law - ref))) for law in (optimum, bandit.optimum(problem)))
-    )
-)
-
-
-def lapsed(key, *, known):
+def lapsed(key, known):
     problem = problem_of(key)._replace(preference=lapsing)
     setting = problem.setting._replace(preference=lapsing) if known else problem.setting
     return problem._replace(setting=setting)
 
 
 for known in (True, False):
-    gap = simulate(bandit.greedy, partial(lapsed, known=known))[:, -1]
-    print(f"lapses known: {known!s:<5} gap {gap.mean():.4f} ± {gap.std(ddof=1) / SEEDS**0.5:.4f}")
+    gap = simulations(bandit.greedy)(jax.vmap(partial(lapsed, known=known))(KEYS))[:, -1]
+    print(f"lapses known: {known!s:<5} {said(gap)}")
 
 # %% [markdown]
 # Gold that is no linear function of the features: the size of one. On these few comparisons the
@@ -229,7 +295,7 @@ for known in (True, False):
 
 
 # %%
-def bent(key, *, rewards):
+def bent(key, rewards):
     problem = problem_of(key)
     return problem._replace(
         reward=jnp.abs(problem.reward), setting=problem.setting._replace(reward_class=rewards)
@@ -238,178 +304,102 @@ def bent(key, *, rewards):
 
 for name, rewards in {"linear": linear, "ours: network": mine}.items():
     for rule in (pairs.sampled, pairs.most_uncertain):
-        gap = simulate(lambda rule=rule: bandit.from_rule(rule), partial(bent, rewards=rewards))[
-            :, -1
-        ]
-        print(
-            f"{name:<14} {rule.__name__:<15} "
-            f"gap {gap.mean():.4f} ± {gap.std(ddof=1) / SEEDS**0.5:.4f}"
-        )
-
-# %% [markdown]
-# ## A toy world
-#
-# A vocabulary of 13 words; a prompt is a name and what it did first, a response goes on. pi0 is a
-# small transformer trained here on sentences in which sad things happen more often than happy ones.
-# The gold reward counts happy words less sad words; only the annotator knows it.
-
-# %%
-NAMES = ["Ana", "Ben", "Cleo"]
-HAPPY, PLAIN = ["laughed", "danced", "sang"], ["walked", "waited", "slept"]
-SAD = ["cried", "fell", "left"]
-WORDS = ["<end>", *NAMES, *HAPPY, *PLAIN, *SAD]
-WORTH = np.array([0, 0, 0, 0, 1, 1, 1, 0, 0, 0, -1, -1, -1], np.float32)
-PROB = np.array([2, 2, 2, 4, 4, 4, 5, 5, 5]) / 33  # of the nine verbs
-END, LONGEST = 0, 6
-
-model = models.language_model(
-    models.ModelConfig(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, layers=1, heads=2,
-        kv_heads=2, head_dim=16, max_length=16,
-    )
-)  # fmt: skip
-
-
-def stories(count, *, seed):
-    """Prompts ``[count, 2]`` and responses ``[count, 1, LONGEST]``, on the host."""
-    rng = np.random.default_rng(seed)
-    prompts = np.stack([rng.integers(1, 4, count), rng.choice(9, count, p=PROB) + 4], 1)
-    length = rng.integers(2, LONGEST, count)
-    words = rng.choice(9, (count, LONGEST), p=PROB) + 4
-    words = np.where(np.arange(LONGEST) < length[:, None], words, END)
-    return (
-        ragged(prompts, np.full(count, 2)),
-        ragged(words[:, None], (length + 1)[:, None]),
-    )
-
-
-def gold(prompts, responses):
-    """Reward ``[B, K]`` in nats."""
-    del prompts
-    ids, lengths = np.asarray(responses.ids), np.asarray(responses.lengths)
-    kept = np.arange(ids.shape[-1]) < lengths[..., None]
-    return np.where(kept, WORTH[ids], 0.0).sum(-1).astype(np.float32)
-
-
-def kinds(prompts, responses):
-    """Share of happy, plain and sad words, early and late, ``[B, K, 6]``: the class's features."""
-    del prompts
-    ids, lengths = np.asarray(responses.ids), np.asarray(responses.lengths)
-    place = np.arange(ids.shape[-1])
-    kind = WORTH[ids][..., None] == np.array([1, 0, -1])
-    kind = kind & ((ids > 3) & (place < lengths[..., None]))[..., None]
-    halves = [np.where((place < 3)[:, None] == early, kind, 0).sum(-2) for early in (True, False)]
-    return np.concatenate(halves, -1).astype(np.float32) / LONGEST
-
-
-def text(ids, length):
-    return " ".join(WORDS[i] for i in np.asarray(ids)[: int(length)])
-
-
-def train_pi0(*, steps):
-    questions, answers = stories(1024, seed=0)
-    optimizer = optax.adam(1e-2)
-    step = training.make_step(training.tasks.likelihood(model), optimizer)
-    carried = training.state.init(jax.random.key(0), model.init(jax.random.key(1)), optimizer)
-    rng = np.random.default_rng(0)
-    for _ in range(steps):
-        at = rng.choice(1024, 128, replace=False)
-        picked = jax.tree.map(lambda x, at=at: x[at], (questions, answers))
-        carried, _ = step(carried, training.Batch(*picked, weight=np.ones(128, np.float32)))
-    return carried.policy
-
-
-pi0 = train_pi0(steps=20 if SMALL else 200)
-draw = rounds.Draw(model=model, samples=4, max_new_tokens=LONGEST, stop=(END,))
-held_out, _ = stories(64 if SMALL else 256, seed=1)
-
-
-def divergence(both, prompts, responses):
-    """Sum over tokens of the exact divergence at each: unbiased for KL(pi || pi0)."""
-    scores = scoring.score(model, both[0], prompts, responses, reference=(model, both[1]))
-    return scores.kl.sum(-1)
-
-
-kl_of = mapped(divergence, rows=256)
-
-
-def judge(params):
-    """Gold reward and KL(pi || pi0) in nats, on held-out prompts, with standard errors."""
-    answers = draw(jax.random.key(7), params, held_out)
-    found = (
-        gold(held_out, answers).mean(1),
-        np.asarray(kl_of((params, pi0), held_out, answers)).mean(1),
-    )
-    return [(x.mean(), x.std(ddof=1) / len(x) ** 0.5) for x in found]
-
-
-answers = draw(jax.random.key(2), pi0, held_out)
-for row in range(4):
-    print(f"{text(held_out.ids[row], 2)} |", text(answers.ids[row, 0], answers.lengths[row, 0]))
-print("gold reward of pi0: {:.3f} ± {:.3f}".format(*judge(pi0)[0]))
+        problems = jax.vmap(partial(bent, rewards=rewards))(KEYS)
+        gap = simulations(partial(bandit.from_rule, rule))(problems)[:, -1]
+        print(f"{name:<14} {rule.__name__:<15} {said(gap)}")
 
 # %% [markdown]
 # ## On the language model: the same objects
 #
-# The annotator swaps one label in ten. All losses see the same comparisons; the rules and the
-# target choose among four responses of the policy to each prompt.
+# The toy of the other notebooks, which comes with the library (`jax_klrlhf.toy`): a name and what
+# it did first, then what it did next; happy words are better. The annotator swaps one label in ten.
+# All losses see the same comparisons; the rules and the target choose among four responses of the
+# policy to each prompt. The class of rewards sees how many happy, plain and sad words there are,
+# early and late.
 
 # %%
-questions, _ = stories(64 if SMALL else 512, seed=2)
-collect = partial(
-    rounds.collect, jax.random.key(3), pi0, prompts=questions, sampler=rounds.main_agent(draw),
-    reward=rounds.known(gold), oracle=oracle.bradley_terry(gold, noise=0.1),
-)  # fmt: skip
-compared = collect(pair_rule=pairs.sampled)
-known = rounds.known(gold)
+world = toy.world(steps=20 if SMALL else 200)
+model, pi0, gold, draw = world.model, world.pi0, world.gold, world.draw(4)
+questions = world.prompts(64 if SMALL else 512, seed=2)
+known, annotator = rounds.known(gold), oracle.bradley_terry(gold, noise=0.1)
 fitting = rounds.Fitting(optimizer=optax.adam(3e-3), steps=4 if SMALL else 80, batch_size=64)
 
 
-def fitted(improve, data=compared, rounds_played=0, rule=pairs.sampled, reward=known):
-    return rounds.iterate(
-        jax.random.key(4), pi0, prompts=questions, rounds=rounds_played, offline=data,
-        sampler=rounds.main_agent(draw), reward=reward, pair_rule=rule,
-        oracle=oracle.bradley_terry(gold, noise=0.1), improve=improve,
-    ).policy  # fmt: skip
+def kinds(prompts, responses):
+    """Happy, plain and sad words, early and late, ``[B, K, 6]``: the class's features."""
+    del prompts
+    ids = np.asarray(responses.ids)
+    width = ids.shape[-1]
+    inside = np.arange(width) < np.asarray(responses.lengths)[..., None]
+    kind = (ids[..., None] - 4) // 3 == np.arange(3)  # of the vocabulary, toy.WORDS
+    kind = np.where(inside[..., None], kind, 0).astype(np.float32) / width
+    return np.concatenate([kind[..., :3, :].sum(-2), kind[..., 3:, :].sum(-2)], -1)
 
 
 def by_loss(loss):
     return rounds.preference_optimization(model, loss, fitting=fitting, report_coef=ETA, rows=256)
 
 
+def by_target(target):
+    return rounds.weighted_likelihood(model, draw, fitting=fitting, target=target)
+
+
 dpo = partial(objectives.sigmoid, kl_coef=ETA)
 believed = rounds.parametric(kinds, mine, dim=6, ridge=0.1, radius=1.0)
-weighted = partial(rounds.weighted_likelihood, model, draw, fitting=fitting)
-found = {
-    "pi0": judge(pi0),
-    "DPO": judge(fitted(by_loss(dpo))),
-    "ours: loss with a floor": judge(fitted(by_loss(with_floor))),
-    "ours: two-sided divergence": judge(fitted(by_loss(with_divergence))),
-    "ours: lapses as a likelihood": judge(fitted(by_loss(partial(dpo, preference=lapsing)))),
-    "ours: tempered rule, one round": judge(fitted(by_loss(dpo), rounds_played=1, rule=tempered)),
-    "best and worst, one round": judge(
-        fitted(by_loss(dpo), rounds_played=1, rule=pairs.best_worst)
-    ),
-    "ours: two-sided optimum": judge(fitted(weighted(target=its_optimum))),
-    "ours: capped target": judge(fitted(weighted(target=capped))),
-    "ours: network's belief, its optimum": judge(
-        fitted(weighted(target=partial(targets.optimum, kl_coef=ETA)), reward=believed)
-    ),
-    "ours: network's belief, one round": judge(
-        fitted(by_loss(dpo), rounds_played=1, rule=pairs.most_uncertain, reward=believed)
-    ),
+fit_dpo = by_loss(dpo)  # made once, compiled once
+optimal = by_target(partial(targets.optimum, kl_coef=ETA))
+METHODS = {  # how it is fitted; whom a round compares, if there is one; what is believed
+    "DPO": (fit_dpo, None, known),
+    "ours: loss with a floor": (by_loss(with_floor), None, known),
+    "ours: two-sided divergence": (by_loss(with_divergence), None, known),
+    "ours: lapses as a likelihood": (by_loss(partial(dpo, preference=lapsing)), None, known),
+    "ours: two-sided optimum": (by_target(its_optimum), None, known),
+    "ours: capped target": (by_target(capped), None, known),
+    "ours: network's belief, its optimum": (optimal, None, believed),
+    "ours: network's belief, one round": (fit_dpo, pairs.most_uncertain, believed),
+    "ours: tempered rule, one round": (fit_dpo, tempered, known),
+    "best and worst, one round": (fit_dpo, pairs.best_worst, known),
 }
 
-figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-for name, ((reward, error), (kl, kl_error)) in found.items():
-    axes.errorbar(kl, reward, 2 * error, 2 * kl_error, marker="o", capsize=2, label=name)
-    print(f"{name:<35} gold {reward:.3f} ± {error:.3f}  KL {kl:.3f} ± {kl_error:.3f}")
-axes.set(xlabel="KL(pi || pi0), nats", ylabel="gold reward", title="Two standard errors")
-_ = axes.legend(fontsize=7)
+
+TRAINED = range(2 if SMALL else 3)
+shared = {"prompts": questions, "sampler": rounds.main_agent(draw), "oracle": annotator}
+keys = [jax.random.fold_in(jax.random.key(3), seed) for seed in TRAINED]
+compared = [
+    rounds.collect(key, pi0, reward=known, pair_rule=pairs.sampled, **shared) for key in keys
+]
+
+
+def train(improve, rule, belief, seed):
+    """Gold reward and KL of a policy: after pi0's comparisons, and a round's if it has a rule."""
+    policy = rounds.iterate(
+        keys[seed], pi0, rounds=int(rule is not None), offline=compared[seed], reward=belief,
+        pair_rule=rule or pairs.sampled, improve=improve, console=Console(quiet=True), **shared,
+    ).policy  # fmt: skip
+    found = world.evaluate(policy, count=64 if SMALL else 256)
+    return found["reward"].value, found["kl"].value
+
+
+base = world.evaluate(pi0)["reward"]
+print(f"{'pi0':<35} gold {base.value:.3f} ± {base.stderr:.3f} over prompts")
+figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
+for number, (name, method) in enumerate(METHODS.items()):
+    found = np.array([train(*method, seed) for seed in TRAINED])
+    (worth, kl), (error, kl_error) = found.mean(0), found.std(0, ddof=1) / len(TRAINED) ** 0.5
+    marker = "o" if name.startswith("ours") else "s"
+    axes.plot(found[:, 1], found[:, 0], ".", color=f"C{number}", alpha=0.5)
+    axes.plot(kl, worth, marker, color=f"C{number}", ms=6, label=name)
+    print(f"{name:<35} gold {worth:.3f} ± {error:.3f}  KL {kl:.3f} ± {kl_error:.3f} over seeds")
+axes.axhline(base.value, color="0.6", ls=":", label=r"$\pi_0$")
+axes.set(xlabel=r"$\mathrm{KL}(\pi\,\|\,\pi_0)$, nats", ylabel="gold reward, held-out prompts")
+axes.set_title(f"Small points: {len(TRAINED)} training seeds; large: their mean")
+_ = figure.legend(loc="outside right upper")
 
 # %% [markdown]
-# Error bars are over held-out prompts, for one training seed each: small differences between
-# methods are not to be trusted, and losses differ in the scale of their margins, so that a fair
-# comparison sweeps `kl_coef`, as the notebook before does. What you keep becomes a row of
+# Errors are over training seeds, the luck of labels and fits; with three of them they are
+# themselves hardly known, and the error over prompts, which all share, is not in them. Losses
+# differ in the scale of their margins, so that a fair comparison sweeps `kl_coef`, as the notebook
+# before does. A lapse is the same thing as a floor, written as a loss and as a likelihood: the two
+# policies are one. What you keep becomes a row of
 # `tests/conformance`: the object, and its law in NumPy; it is then run on the bandit, on draws, and
 # on a language model whose every response is listed.
