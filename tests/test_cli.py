@@ -261,6 +261,7 @@ def test_another_models_reference_cache_is_refused_by_name(dpo_run, tiny, pairs,
     assert "reference-train.safetensors" in error
 
 
+@pytest.mark.slow
 def test_lora_with_the_base_as_reference(tiny, pairs, tmp_path):
     arguments = options(tiny, pairs, tmp_path, **{"lora.rank": 2, "reference": "live"})
     assert cli.main(["dpo", *arguments, "--kl-prompts", "0", "--learning-rate", "1e-2"]) == 0

@@ -16,6 +16,7 @@ def problem():
     return bandit.sphere(jax.random.key(0), contexts=4, actions=4, dim=3, kl_coef=0.3)
 
 
+@pytest.mark.slow
 def test_gap_shrinks_the_same_on_eight_devices(problem):
     """Six lines for a user; the gap falls; sharded over devices the seeds come out the same."""
     learner = bandit.gshf(radius=1.0)

@@ -182,6 +182,7 @@ def test_eight_devices_equal_one(sharding, one_device):
         np.testing.assert_allclose(found[name], want, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_sharded_without_jit_equals_one_device_with_it(sharding, one_device):
     found = everything(jax.device_put(batch(), sharding))
     for name, got in found.items():

@@ -142,6 +142,7 @@ def whole(tmp_path_factory):
     return run(folder), folder
 
 
+@pytest.mark.slow
 def test_killed_runs_end_with_the_same_bits(whole, tmp_path):
     for kill, latest in [("between", {0, 2}), ("commit", {2}), ("saving", {4, 6})]:
         result = child(tmp_path, kill)

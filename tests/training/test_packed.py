@@ -104,6 +104,7 @@ def test_a_packed_step_is_the_padded_one(once):
     assert_same(_step(PACKED), once)
 
 
+@pytest.mark.slow
 def test_accumulated_on_a_mesh_too(once):
     """Two micro-batches, each cut over two parts of the mesh: one stream at a time on each."""
     assert_same(_step(PACKED, meshes.make(data=1, fsdp=2, tensor=4), micro_batches=2), once)

@@ -254,6 +254,7 @@ def test_every_part_is_handed_the_policies_and_data_of_its_round(offline):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_killed_by_the_system_goes_on_to_the_same_bits(tmp_path, offline, whole):
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.test_rounds", str(tmp_path)],
