@@ -174,10 +174,13 @@ coefficients = jnp.geomspace(0.05, 5.0, 40)
 @partial(jax.jit, static_argnums=0)
 def laws(target, coefficients):
     """A target at each coefficient, its KL to pi0 and its reward above pi0's: exact sums."""
-    law = jax.vmap(lambda eta: target(given, kl_coef=eta))(coefficients)
-    gain = jnp.sum((jnp.exp(law) - jnp.exp(ref)) * reward, -1)
-    kl = jax.vmap(lambda one: bandit.kl(problem.setting, one))(law)
-    return law, kl, gain @ problem.setting.context_prob
+
+    def one(eta):
+        law = target(given, kl_coef=eta)
+        gain = jnp.sum((jnp.exp(law) - jnp.exp(ref)) * reward, -1)
+        return law, bandit.kl(problem.setting, law), gain @ problem.setting.context_prob
+
+    return jax.vmap(one)(coefficients)
 
 
 def look(kl_coef):
@@ -269,8 +272,8 @@ def compare(coverage, ridge):
 figures.explore(compare, coverage=(0.03, 0.003, 1.0), ridge=(1.0, 0.05, 5.0))
 
 # %% [markdown]
-# The two-sided loss hardly leaves pi0 on so few comparisons, while the target of the same divergence
-# does as well as DPO: a loss and a target of one law are not one learner.
+# The two-sided loss hardly leaves pi0 on so few comparisons, while the target of the same
+# divergence does as well as DPO: a loss and a target of one law are not one learner.
 #
 # The preference model labels a problem, and is the likelihood that its learner fits: against it,
 # the learner that believes Bradley-Terry.
