@@ -329,7 +329,7 @@ def _read(module: Module, inner: dict[str, Instruction], name: str) -> int:
             continue
         if user.opcode in ("dynamic-slice", "slice", "gather"):
             size += user.bytes
-        elif user.opcode == "bitcast":
+        elif user.opcode == "bitcast" or (user.opcode == "copy" and not user.root):
             size += _read(module, inner, user.name)
         elif user.opcode == "fusion":
             deeper = module.computations[user.called("calls") or ""]
@@ -337,18 +337,20 @@ def _read(module: Module, inner: dict[str, Instruction], name: str) -> int:
             parameter = next(
                 i for i in deeper.values() if i.opcode == "parameter" and i.inside == number
             )
-            size += _read(module, deeper, parameter.name)
             if _passes(deeper, parameter.name):
                 size += _read(module, inner, user.name)
+            else:
+                size += _read(module, deeper, parameter.name)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
             return inner[name].bytes
     return size
 
 
 def _passes(inner: dict[str, Instruction], name: str) -> bool:
-    """Whether a fusion's result is one of its values in another shape: to be read by its users."""
+    """Whether a nested fusion's result is one of its values in another shape or layout, which it
+    hands on entry by entry: what is read of it is what its users read."""
     root = next(i for i in inner.values() if i.root)
-    while root.opcode == "bitcast" and root.operands[0] in inner:
+    while root.opcode in ("bitcast", "copy") and root.operands[0] in inner:
         root = inner[root.operands[0]]
     return root.name == name
 

@@ -144,6 +144,37 @@ ENTRY %main (a: f32[10,64]) -> f32[] {
     assert cost(hlo.parse(text)).bytes == 640 * F32
 
 
+def test_of_a_stack_that_is_laid_out_anew_before_it_is_sliced_the_slice_is_read():
+    """So the TPU compiler fuses a layer's weights in eight bits into their product."""
+    text = """HloModule m
+
+%lay (q: s8[10,64]) -> s8[10,64] {
+  %q = s8[10,64]{1,0} parameter(0)
+  ROOT %laid = s8[10,64]{0,1} copy(%q)
+}
+
+%outer (p: s8[10,64], i: s32[]) -> s8[1,64] {
+  %p = s8[10,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %inner = s8[10,64]{0,1} fusion(%p), kind=kLoop, calls=%lay
+  %zero = s32[] constant(0)
+  ROOT %row = s8[1,64]{1,0} dynamic-slice(%inner, %i, %zero), dynamic_slice_sizes={1,64}
+}
+
+ENTRY %main (a: s8[10,64], n: s32[]) -> s8[1,64] {
+  %a = s8[10,64]{1,0} parameter(0)
+  %n = s32[]{:S(2)} parameter(1)
+  ROOT %one = s8[1,64]{1,0:S(1)} fusion(%a, %n), kind=kLoop, calls=%outer
+}
+"""
+    assert cost(hlo.parse(text)).bytes == 64
+    alone = text.replace(
+        "ROOT %row = s8[1,64]{1,0} dynamic-slice(%inner, %i, %zero), dynamic_slice_sizes={1,64}",
+        "ROOT %row = s8[1,64]{1,0} negate(%inner)",
+    )
+    assert cost(hlo.parse(alone)).bytes == 640
+
+
 def test_collectives_by_kind_size_group_and_runs():
     """Eight devices as 4 x 2; each collective inside a loop of five turns."""
     mesh = meshes.make(fsdp=4, tensor=2)
