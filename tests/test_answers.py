@@ -312,6 +312,7 @@ def test_a_policy_against_itself_is_at_no_distance(place, tmp_path, capsys):
     assert found["eval/difference/kl"]["n"] == 2
 
 
+@pytest.mark.slow
 def test_a_reward_model_judges_text_as_it_judges_tokens(place):
     config = evaluate.EvalConfig(
         model="m", against="m", prompts="p", reward="r", max_response_length=8, rows=8

@@ -281,6 +281,7 @@ def test_lora_with_the_base_as_reference(tiny, pairs, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_dpo_in_streams_without_padding(dpo_run, tiny, pairs, tmp_path):
     output = tmp_path / "packed"
     arguments = options(tiny, pairs, output, **{"layout": "packed", "kl-prompts": 0})

@@ -280,6 +280,7 @@ def test_recorded_labels_are_asked_for_a_round_at_a_time(place, tmp_path):
     assert 0 < asked < 14
 
 
+@pytest.mark.slow
 def test_a_run_asks_people_waits_and_goes_on(place, tmp_path, monkeypatch, capsys):
     changed = {
         "reward": "human",

@@ -320,6 +320,7 @@ def test_any_loss_makes_a_learner_and_its_minimum_is_stationary(learned):
     )
 
 
+@pytest.mark.slow
 def test_ties_are_ties_to_a_learner_that_is_told_of_them(x64):
     """Rao and Kupper's law: theta by the tie model, shrunk where halves are labels.
 

@@ -15,6 +15,7 @@ def no_pause(monkeypatch):
     monkeypatch.setattr(paired, "PAUSE", 0.0)
 
 
+@pytest.mark.slow
 def test_sampling(tmp_path):
     config = sampling.Config(
         output=tmp_path, samples=2, sharing_turns=2, lengths=(8,), sharing_batch=2,

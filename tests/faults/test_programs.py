@@ -152,6 +152,7 @@ def harm(phased, folder, seed):
     return "as if nothing had happened" if equal and not computed else "something else"
 
 
+@pytest.mark.slow
 def test_damages_of_a_phase_over_devices_are_one_line_or_nothing(phased, tmp_path):
     seen = [harm(phased, tmp_path / str(seed), seed) for seed in range(40)]
     gc.collect()  # what Orbax left is told of here, and ignored by pyproject.toml

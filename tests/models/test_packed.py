@@ -128,6 +128,7 @@ def test_tokens_left_out_are_not_passed_over_in_silence():
     assert np.isnan(found[3:]).all()
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     streams = examples(4, [5, 2, 8, 1, 9, 4] * 8)
     (value, ours), gradient = OURS(PARAMS, streams)

@@ -126,6 +126,7 @@ def test_likelihood_of_what_is_accepted_approaches_the_gibbs_law():
     assert divergence.categorical(target, after).mean() < before / 2
 
 
+@pytest.mark.slow
 def test_rso_ranks_accepted_responses_by_what_is_believed(monkeypatch):
     seen = []
     compared = rejection._compared
