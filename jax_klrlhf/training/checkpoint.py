@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,9 +142,9 @@ class Checkpoints:
             function()
         if failed:
             self._failed = True
-            with quietly():
-                message = self._unwritable(failed[0])
-            raise InputError(message)
+            with quietly():  # Folders and threads may go while they are looked at.
+                self._settle()
+            raise InputError(self._unwritable(failed[0]))
 
     def restore(self, like: TrainState, *, step: int | None = None) -> Restored:
         """A checkpoint: of ``step``, or the last that is whole.
@@ -255,17 +255,21 @@ class Checkpoints:
                     "or name another --output."
                 )
 
-    def _unwritable(self, text: str) -> str:
-        """Clear away what could not be written; what to tell of it."""
+    def _settle(self) -> None:
+        """Wait for other writers, and clear away what could not be written."""
         # Orbax raises the first writer's error while the others still write: left running, they
         # would do so into a folder that has been opened again.
         end = time.monotonic() + _SETTLE
         for thread in set(threading.enumerate()) - self._before - {threading.current_thread()}:
             # Orbax's threads raise their error again from a join of their own.
-            threading.Thread.join(thread, max(0.0, end - time.monotonic()))
+            with suppress(Exception):  # those that can't be joined, too
+                threading.Thread.join(thread, max(0.0, end - time.monotonic()))
         if placement.leader():
             for half in self.folder.glob(f"{self._saving}.*tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
+
+    def _unwritable(self, text: str) -> str:
+        """What to tell of what could not be written."""
         whole = sorted(self._whole())
         kept = f"step {whole[-1]} is whole and kept" if whole else "no whole step is there yet"
         # TensorStore gives the system's own words last, behind paths and before its specification.
