@@ -19,7 +19,6 @@ Axes: ``batch`` (free leading axes), ``actions`` (what is chosen among, always l
 """
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jax_klrlhf.core import divergence, fdivergence, numerics
@@ -49,7 +48,8 @@ def _log_z(
     weight: Float[Array, "*batch actions"], keep: Bool[Array, "*batch actions"]
 ) -> Float[Array, "*batch"]:
     """Log of the total weight; 0 for an empty row: -inf times a gradient of 0 would be NaN."""
-    return jnp.where(jnp.any(keep, axis=-1), numerics.masked_logsumexp(weight, keep), 0)
+    total = numerics.masked_logsumexp(weight, keep)
+    return jnp.where(total == -jnp.inf, 0, total)
 
 
 def _optimum(
@@ -60,13 +60,7 @@ def _optimum(
 ) -> Float[Array, "*batch actions"]:
     """Body of :func:`log_prob`, whose name other functions use for an argument."""
     weight, keep, _ = _log_weight(reward, ref_log_prob, kl_coef, where)
-    # As _log_z, masked once: in a simulation the mask is as large as the rewards of all seeds.
-    weight = jnp.where(keep, weight, -jnp.inf)
-    shift = lax.stop_gradient(jnp.max(weight, -1, keepdims=True))
-    empty = shift == -jnp.inf
-    shift = jnp.where(empty, 0, shift)
-    total = jnp.sum(jnp.exp(weight - shift), -1, keepdims=True)
-    return weight - jnp.where(empty, 0, jnp.log(jnp.where(empty, 1, total)) + shift)
+    return jnp.where(keep, weight - _log_z(weight, keep)[..., None], -jnp.inf)
 
 
 def log_prob(

@@ -142,11 +142,13 @@ def masked_logsumexp(
     >>> float(masked_logsumexp(jnp.log(jnp.array([3.0, 5.0, 7.0])), jnp.array([True, True, False])))
     2.079...
     """
-    kept = jnp.where(where, x, 0)
-    shift = masked_max(kept, where)[..., None]
-    total = jnp.sum(jnp.where(where, jnp.exp(kept - shift), 0), axis=-1)
-    some = jnp.any(where, axis=-1)
-    return jnp.where(some, jnp.log(jnp.where(some, total, 1)) + shift[..., 0], -jnp.inf)
+    # Masked once: in a simulation the mask is as large as the rewards of all seeds.
+    kept = jnp.where(where, x, -jnp.inf)
+    largest = lax.stop_gradient(jnp.max(kept, axis=-1))
+    none = largest == -jnp.inf
+    shift = jnp.where(none, 0, largest)
+    total = jnp.sum(jnp.exp(kept - shift[..., None]), axis=-1)
+    return jnp.where(none, -jnp.inf, jnp.log(jnp.where(none, 1, total)) + shift)
 
 
 def masked_max(

@@ -81,6 +81,17 @@ def test_empty_rows_and_extremes_of_logsumexp():
     np.testing.assert_array_equal(numerics.masked_max(x, where), [1e4, -1e4, 0])
 
 
+def test_log_of_no_mass_at_all_is_minus_infinity_and_what_is_not_a_number_is_seen():
+    """Kept entries of mass 0 are no entries; NaN at one that is kept must not vanish."""
+    nothing, mask = jnp.full(2, -jnp.inf), jnp.ones(2, bool)
+    assert numerics.masked_logsumexp(nothing, mask) == -jnp.inf
+    np.testing.assert_array_equal(jax.grad(numerics.masked_logsumexp)(nothing, mask), 0)
+    half = jnp.array([-jnp.inf, 2.0])
+    assert numerics.masked_logsumexp(half, mask) == 2
+    np.testing.assert_array_equal(jax.grad(numerics.masked_logsumexp)(half, mask), [0, 1])
+    assert jnp.isnan(numerics.masked_logsumexp(jnp.array([jnp.nan, 2.0]), mask))
+
+
 def test_expectation_takes_zero_times_infinity_as_zero():
     log_prob = jnp.log(jnp.array([0.5, 0.5, 0.0]))
     value = jnp.array([1.0, 3.0, jnp.inf])
