@@ -337,10 +337,12 @@ def _read(module: Module, inner: dict[str, Instruction], name: str) -> int:
             parameter = next(
                 i for i in deeper.values() if i.opcode == "parameter" and i.inside == number
             )
-            if _passes(deeper, parameter.name):
-                size += _read(module, inner, user.name)
-            else:
+            if not _passes(deeper, parameter.name):
                 size += _read(module, deeper, parameter.name)
+            elif user.root:  # All of it is what the fusion makes.
+                return inner[name].bytes
+            else:
+                size += _read(module, inner, user.name)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
             return inner[name].bytes
     return size

@@ -168,11 +168,11 @@ ENTRY %main (a: s8[10,64], n: s32[]) -> s8[1,64] {
 }
 """
     assert cost(hlo.parse(text)).bytes == 64
-    alone = text.replace(
-        "ROOT %row = s8[1,64]{1,0} dynamic-slice(%inner, %i, %zero), dynamic_slice_sizes={1,64}",
-        "ROOT %row = s8[1,64]{1,0} negate(%inner)",
-    )
-    assert cost(hlo.parse(alone)).bytes == 640
+    row = "ROOT %row = s8[1,64]{1,0} dynamic-slice(%inner, %i, %zero), dynamic_slice_sizes={1,64}"
+    used = text.replace(row, "ROOT %row = s8[1,64]{1,0} negate(%inner)")
+    assert cost(hlo.parse(used)).bytes == 640
+    handed_on = text.replace("  %inner =", "  ROOT %inner =").replace(f"  {row}\n", "")
+    assert cost(hlo.parse(handed_on)).bytes == 640
 
 
 def test_collectives_by_kind_size_group_and_runs():
