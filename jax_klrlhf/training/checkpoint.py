@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,7 +142,7 @@ class Checkpoints:
             function()
         if failed:
             self._failed = True
-            with quietly():  # Folders and threads may go while they are looked at.
+            with quietly():
                 self._settle()
             raise InputError(self._unwritable(failed[0]))
 
@@ -261,9 +261,7 @@ class Checkpoints:
         # would do so into a folder that has been opened again.
         end = time.monotonic() + _SETTLE
         for thread in set(threading.enumerate()) - self._before - {threading.current_thread()}:
-            # Orbax's threads raise their error again from a join of their own.
-            with suppress(Exception):  # those that can't be joined, too
-                threading.Thread.join(thread, max(0.0, end - time.monotonic()))
+            _wait_for(thread, end)
         if placement.leader():
             for half in self.folder.glob(f"{self._saving}.*tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
@@ -303,6 +301,20 @@ def _shapes(tree: Any) -> dict[str, str]:
 
 def _digest(extra: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(extra, sort_keys=True).encode()).hexdigest()
+
+
+def _wait_for(thread: threading.Thread, end: float) -> None:
+    """Return when a thread has ended, or at a time of the monotonic clock."""
+    while True:
+        try:
+            # Orbax's threads raise their error again from a join of their own.
+            return threading.Thread.join(thread, max(0.0, end - time.monotonic()))
+        except RuntimeError:  # It is being started, and can't be joined yet.
+            if time.monotonic() > end:
+                return None
+            time.sleep(0.01)
+        except AssertionError:  # Of a thread that it did not start Python 3.11 sees no end.
+            return None
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """What is saved comes back to the bit, on any mesh, and a failure leaves the last good step."""
 
+import _thread
 import resource
+import threading
+import time
 from functools import partial
 
 import jax
@@ -128,6 +131,47 @@ def test_a_full_disk_is_named_and_the_last_good_step_kept(tmp_path):
     again.save(moved(good, 2), data={"step": 2}, config=None)
     again.close()
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["1", "2"]
+
+
+def test_a_writer_that_is_only_being_started_is_waited_for(tmp_path, monkeypatch):
+    """As a busy machine has it: the error is there before all of Orbax's threads are."""
+    store = checkpoint.Checkpoints(tmp_path)
+    ended = []
+    late = threading.Thread(target=lambda: (time.sleep(0.2), ended.append(True)))
+
+    def save(*_, **__):
+        alive = [*threading.enumerate(), late]
+        monkeypatch.setattr(threading, "enumerate", lambda: alive)
+        threading.Timer(0.2, late.start).start()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", save)
+    with pytest.raises(InputError, match=r"step 0 could not .*No space left.*no whole step"):
+        store.save(fresh(), data={}, config=None)
+    assert ended
+
+
+def test_a_thread_that_python_did_not_start_takes_no_message_away(tmp_path, monkeypatch):
+    store = checkpoint.Checkpoints(tmp_path)
+    known, over = threading.Event(), threading.Event()
+
+    def foreign():
+        threading.current_thread()  # From now on Python lists it.
+        known.set()
+        over.wait()
+
+    def save(*_, **__):
+        _thread.start_new_thread(foreign, ())
+        known.wait()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_SETTLE", 0.1)
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", save)
+    try:
+        with pytest.raises(InputError, match=r"could not be written .*No space left"):
+            store.save(fresh(), data={}, config=None)
+    finally:
+        over.set()
 
 
 def test_an_unwritable_folder_is_refused_before_training(tmp_path):
