@@ -5,7 +5,6 @@ gives: the same numbers, and the same files.
 import itertools
 import json
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -151,4 +150,4 @@ def test_programs_give_what_one_device_gives(one, several, name):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+    together.take_part(main)

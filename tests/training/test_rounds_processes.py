@@ -1,6 +1,5 @@
 """An iterative run on several processes is the run on one device."""
 
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -72,4 +71,4 @@ def test_several_processes_give_the_run_of_one(count, tmp_path):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+    together.take_part(main)

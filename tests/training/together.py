@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 DEVICES = 8
@@ -47,3 +49,17 @@ def run(module: str, folder: Path, *, count: int, limit: float = 900) -> None:
             child.wait()
     said = "\n".join(path.read_text() for path in texts)
     assert [child.returncode for child in children] == [0] * count, said
+
+
+def take_part(main: Callable[[int, int, str, Path], None]) -> None:
+    """What a module that is run so does: ``main(index, count, address, folder)``.
+
+    A process that fails ends at once: JAX's own end of it would wait for the others for minutes.
+    """
+    index, count, address, folder = sys.argv[1:]
+    try:
+        main(int(index), int(count), address, Path(folder))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
