@@ -285,7 +285,7 @@ def _write(
 def _left_alone() -> Iterator[None]:
     """Garbage is searched for a hundred times as seldom, and not in what stands now.
 
-    Rows leave none. Each search takes its time, and JAX adds one of its own: a third in all.
+    Rows leave none, and JAX adds a search of its own to each of Python's.
     """
     usual = gc.get_threshold()
     gc.freeze()
