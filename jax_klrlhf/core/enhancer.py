@@ -250,7 +250,8 @@ def _strongest_tilt(
     def refine(_: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         low, high, strength = state
         here, slope = ratio(strength)
-        within = here <= unit
+        # Newton's last point may be the edge itself, and rounding must not decide on it.
+        within = here <= unit * (1 + 8 * jnp.finfo(u.dtype).eps)
         low, high = jnp.where(within, strength, low), jnp.where(within, high, strength)
         guess = strength + (unit - here) / jnp.where(slope > 0, slope, 1)
         inside = (slope > 0) & (guess > low) & (guess < high)
