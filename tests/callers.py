@@ -20,48 +20,6 @@ CORE = "jax_klrlhf.core"
 BANDIT, LANGUAGE = "bandit", "language model"
 LANGUAGE_PARTS = ("models", "training", "programs", "data", "cli")
 
-UNREACHED = {
-    "bounds.online": "statement T2 of the theory, which tests/theory checks",
-    "bounds.hybrid": "statement T3 of the theory, which tests/theory checks",
-    "bounds.information_gain": "a side of statement L4, which tests/theory checks",
-    "bounds.information_gain_cap": "a side of statement L4, which tests/theory checks",
-    "bounds.elliptical_potential": "a side of statement L4, which tests/theory checks",
-    "catalogue.law": "reads docstrings, for the documentation's table and its test",
-    "catalogue.table": "the documentation's table",
-    "diagnostics.displacement": "why a chosen response's likelihood falls: for looking at a step",
-    "divergence.k1": "the estimators' own names, for a user's loop; the losses take divergences",
-    "divergence.k2": "the estimators' own names, for a user's loop; the losses take divergences",
-    "divergence.k3": "the estimators' own names, for a user's loop; the losses take divergences",
-    "diversity.effective_rank": "of a matrix of hidden states, which no loop keeps",
-    "ellipsoid.merge": "data that were summed apart; both worlds fit on all data at once",
-    "ellipsoid.solve": "Sigma^-1 v, for a user's own rule",
-    "guided.resample": "a step of particles: decoding by prefixes, which no sampler here does",
-    "links.mixture_nll": "the likelihood that `mixture.em` raises, for a user's own optimizer",
-    "measure.epic": "a distance of rewards beside `starc`, which the atlas takes",
-    "measure.gap_bound": "a side of a statement: the gap by the span, which its test checks",
-    "measure.win_rate": "of judged pairs, which a judge's own loop has",
-    "measure.controlled_win_rate": "of judged pairs with lengths, which a judge's own loop has",
-    "objectives.aot": "couples the rows of a batch, so that counted comparisons mean nothing to it",
-    "preferences.matrix": "a world without a reward, for a user's own problem",
-    "regression.listwise": "a listwise loss without a law, for a user's own groups",
-    "rejection.acceptance_rate": "the exact rate, for planning a chain",
-    "rejection.take": "the first k accepted draws, for a user's own loop",
-    "saddle.cone": "the exact solution that `cone_step` goes to: constraints of one sign",
-    "select.contexts": "which prompts to ask about at all; both loops ask about all they are given",
-    "select.for_annotator": "whom to ask; both loops have one annotator",
-    "sets.coverage": "a reward of a set of responses; no loop scores sets yet",
-    "sets.different_share": "a reward of a set of responses; no loop scores sets yet",
-    "sets.full": "a reward of a set of responses; no loop scores sets yet",
-    "sets.mmd": "a reward of a set of responses; no loop scores sets yet",
-    "sets.to_go": "a reward of a set of responses; no loop scores sets yet",
-    "welfare.gini": "a number of what groups got, for a user's table",
-    "welfare.hypervolume": "a number of a front of policies, for a user's table",
-    "welfare.r2": "a number of a front of policies, for a user's table",
-    "welfare.worst_share": "a number of what groups got, for a user's table",
-}
-"""Public functions that neither world reaches, each with the reason why it is there all the same.
-All have tests of their own."""
-
 
 def modules() -> dict[str, ast.Module]:
     """The core's modules by name."""
@@ -130,15 +88,6 @@ def users() -> Iterator[tuple[Path, ast.Module]]:
     for path in sorted((ROOT / "docs" / "howto").glob("*.md")):
         snippets = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
         yield path, ast.parse("\n".join(snippets))
-
-
-def tested() -> set[str]:
-    """``module.name`` of everything of the core that a test names."""
-    found = set()
-    for path in sorted((ROOT / "tests").rglob("*.py")):
-        tree = ast.parse(path.read_text())
-        found |= set(names(tree, tree, None))
-    return found
 
 
 def worlds(path: Path, tree: ast.Module) -> set[str]:

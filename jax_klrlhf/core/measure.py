@@ -321,20 +321,36 @@ def win_rate(
     return numerics.expectation(log_prob, links.win_rate(prefer, other_log_prob))
 
 
+class ControlledWinRate(NamedTuple):
+    """The win rate at equal nuisances, and what each match contributes to its error."""
+
+    win_rate: Float[Array, ""]
+    influence: Float[Array, " n"]
+    """To first order how far each match has moved the win rate. Its sum is 0 up to the ridge, and
+    the sum of squares over independent matches is the variance; where matches depend on each other
+    (of one prompt), sum within those first."""
+
+
 def controlled_win_rate(
     wins: Float[Array, " n"],
     nuisance: Float[Array, "n k"],
     *,
     ridge: Scalar,
     weight: Shaped[Array, " n"] | None = None,
-) -> Float[Array, ""]:
+) -> ControlledWinRate:
     r"""Win rate as it would be at equal nuisances, such as length: logistic, nuisances set to 0.
 
     ``wins`` are outcomes in [0, 1] of n matches, ``nuisance`` differences (the length's is usually
     tanh of the difference over its standard deviation). Fits P(win) = sigma(a + <b, nuisance>),
     with the ridge on both, and reports sigma(a). Source: length-controlled AlpacaEval, arXiv
-    2404.04475, without its difficulty of instructions.
+    2404.04475, without its difficulty of instructions; the influences are those of an M-estimator
+    (Huber's sandwich).
     """
     columns = jnp.concatenate([jnp.ones_like(wins)[:, None], nuisance], -1)
     fit = estimation.fit(columns, wins, ridge=ridge, weights=weight)
-    return jax.nn.sigmoid(fit.theta[0])
+    curvature = estimation.hessian(fit.theta, columns, ridge=ridge, weights=weight)
+    at_equal = jax.nn.sigmoid(fit.theta[0])
+    intercept = jnp.linalg.solve(curvature, jnp.eye(columns.shape[-1], dtype=columns.dtype)[0])
+    missed = wins - jax.nn.sigmoid(columns @ fit.theta)
+    missed = missed if weight is None else weight * missed
+    return ControlledWinRate(at_equal, at_equal * (1 - at_equal) * missed * (columns @ intercept))

@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from rich.console import Console
 
 from jax_klrlhf import results
-from jax_klrlhf.core import sequence
+from jax_klrlhf.core import measure, sequence
 from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.data.rows import Row, encode
@@ -141,32 +142,20 @@ def wins_at_equal_length(
     """The win rate that the pairs would have at equal lengths, by the module's logistic regression.
 
     ``longer`` is the difference of the two lengths. The ridge on both coefficients, in pairs, keeps
-    them finite where all pairs are won. The standard error is the delta method's on the covariance
-    that is robust to whatever dependence there is among one prompt's pairs.
+    them finite where all pairs are won. The standard error is robust to whatever dependence there
+    is among one prompt's pairs.
     """
     scale = longer.std()
-    x = np.stack([np.ones_like(longer), np.tanh(longer / scale) if scale > 0 else 0 * longer], -1)
-    weights = np.zeros(2)
-    flat, label = x.reshape(-1, 2), wins.reshape(-1)
-
-    def gradient_at(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        p = 1 / (1 + np.exp(-flat @ w))
-        return flat.T @ (label - p) - ridge * w, (flat.T * (p * (1 - p))) @ flat + ridge * np.eye(2)
-
-    for _ in range(100):
-        gradient, hessian = gradient_at(weights)
-        step = np.linalg.solve(hessian, gradient)
-        weights = weights + step / max(1.0, float(np.abs(step).max()))
-        if np.abs(step).max() < 1e-10:
-            break
-    share = 1 / (1 + np.exp(-x @ weights))
-    scores = ((wins - share)[..., None] * x).sum((1, 2))  # one to each prompt
+    nuisance = np.tanh(longer / scale) if scale > 0 else 0 * longer
+    found = measure.controlled_win_rate(
+        jnp.asarray(wins.reshape(-1), jnp.float32),
+        jnp.asarray(nuisance.reshape(-1, 1), jnp.float32),
+        ridge=ridge,
+    )
     count = len(wins)
-    bread = np.linalg.inv(gradient_at(weights)[1])
-    robust = bread @ (scores.T @ scores) @ bread * (count / max(count - 1, 1))
-    at_equal = 1 / (1 + np.exp(-weights[0]))
-    error = float(at_equal * (1 - at_equal) * np.sqrt(robust[0, 0])) if count > 1 else None
-    return Metric(float(at_equal), error, count)
+    of_prompts = np.asarray(found.influence, np.float64).reshape(count, -1).sum(1)
+    error = np.sqrt((of_prompts**2).sum() * count / (count - 1)) if count > 1 else None
+    return Metric(float(found.win_rate), None if error is None else float(error), count)
 
 
 def distinct_2(texts: Sequence[str]) -> float:

@@ -164,8 +164,24 @@ def test_win_rates_between_policies_and_at_equal_length():
     length = np.tanh(rng.normal(1.0, 1.0, (4000, 1)))
     wins = 1 / (1 + np.exp(-(0.4 + 1.5 * length[:, 0])))
     controlled = measure.controlled_win_rate(jnp.array(wins), jnp.array(length), ridge=1e-6)
-    np.testing.assert_allclose(controlled, 1 / (1 + np.exp(-0.4)), rtol=1e-6)
-    assert wins.mean() > controlled + 0.1
+    np.testing.assert_allclose(controlled.win_rate, 1 / (1 + np.exp(-0.4)), rtol=1e-6)
+    assert wins.mean() > controlled.win_rate + 0.1
+
+
+def test_the_influence_of_a_match_is_what_the_win_rate_moves_by_its_weight():
+    """The derivative by each match's weight, by finite differences of the fit itself."""
+    rng = np.random.default_rng(4)
+    length, wins = jnp.array(rng.normal(size=(30, 1))), jnp.array(rng.random(30))
+    weight = jnp.array(rng.uniform(0.5, 2.0, 30))
+    found = measure.controlled_win_rate(wins, length, ridge=0.3, weight=weight)
+
+    def rate(weight):
+        return measure.controlled_win_rate(wins, length, ridge=0.3, weight=weight).win_rate
+
+    for at in range(30):
+        step = jnp.zeros(30).at[at].set(1e-4)
+        slope = (rate(weight + step) - rate(weight - step)) / 2e-4
+        np.testing.assert_allclose(found.influence[at], weight[at] * slope, atol=1e-8)
 
 
 def test_diversity_of_policies_sets_and_matrices(world):
