@@ -88,7 +88,7 @@ def xla(
                 seen,
                 mask,
                 prompt,
-                None if prompt is None else _prompt_mask(prompt, rows, window),
+                None if prompt is None else _prompt_mask(prompt, rows[None], window),
                 scale=scale,
                 softcap=softcap,
             )
@@ -280,7 +280,7 @@ def cudnn(
     else:
         mask = jnp.broadcast_to((back >= 0) & (back < window), (batch, samples, 1, length, length))
         if prompt is not None:
-            shared = _prompt_mask(prompt, place, window)[:, :, 0]
+            shared = _prompt_mask(prompt, place[None], window)[:, :, 0]
             shape = (batch, samples, 1, *shared.shape[-2:])
             mask = jnp.concatenate([jnp.broadcast_to(shared, shape), mask], axis=-1)
 
@@ -325,10 +325,22 @@ def eight(keys: Keys) -> Keys:
 
 
 def written(
-    cache: Keys, new: Keys, index: Int[Array, ""], layer: Int[Array, ""] | None = None
+    cache: Keys, new: Keys, index: Int[Array, "*B"], layer: Int[Array, ""] | None = None
 ) -> Keys:
-    """``cache [B, N, K, C, D]`` with position ``index`` replaced by ``new [B, N, K, 1, D]``; with a
-    layer, that one of a stack of caches."""
+    """``cache [B, N, K, C, D]`` with position ``index``, of all or ``[B]`` of each, replaced by
+    ``new [B, N, K, 1, D]``; with a layer, that one of a stack of caches."""
+    if index.ndim:
+        axis = 0 if layer is None else 1
+
+        # A map, not an index of rows: so the partitioner knows that no row is another's.
+        def of_row(cache: Keys, new: Keys, index: Int[Array, ""]) -> Keys:
+            cache, new = (
+                jax.tree.map(lambda x, axis=axis: jnp.expand_dims(x, axis), x)
+                for x, axis in ((cache, axis), (new, 0))
+            )
+            return jax.tree.map(lambda x: x.squeeze(axis), written(cache, new, index, layer))
+
+        return jax.vmap(of_row, in_axes=(axis, 0, 0), out_axes=axis)(cache, new, index)
     zero = jnp.int32(0)
     start = (*(() if layer is None else (layer,)), zero, zero, zero, index, zero)
 
@@ -356,13 +368,14 @@ def step(
     query: Float[Array, "B K H D"],
     own: Keys,
     prompt: Prompt,
-    index: Int[Array, ""],
+    index: Int[Array, "*B"],
     *,
     scale: float,
     window: Int[Array, ""],
     softcap: float | None = None,
 ) -> Float[Array, "B K H D"]:
-    """One query per response, number ``index``, against its cache ``[B, N, K, C, D]``.
+    """One query per response, number ``index`` (of all, or ``[B]``), against its cache
+    ``[B, N, K, C, D]``.
 
     The prompt's keys are read once for the K responses. Heads come before responses, so that the
     queries of a prompt are the rows of one matrix for it without being moved: a fifth less time on
@@ -389,9 +402,10 @@ def step(
             raw = softcap * jnp.tanh(raw / softcap)
         return jnp.where(keep, raw, jnp.finfo(dtype).min)
 
-    back = index - jnp.arange(own.key.shape[-2], dtype=jnp.int32)
-    mask = ((back >= 0) & (back < window))[None, None, None, None]
-    prompt_mask = _prompt_mask(prompt, index[None], window)[:, :, 0, 0]
+    index = jnp.atleast_1d(index)[:, None]
+    back = index - jnp.arange(own.key.shape[-2], dtype=jnp.int32)[None]
+    mask = ((back >= 0) & (back < window))[:, None, None, None]
+    prompt_mask = _prompt_mask(prompt, index, window)[:, :, 0, 0]
     mine = scores("bnkgd,bnksd->bnkgs", query, own, mask)
     rows = query.reshape(*together, size)
     shared = scores("bnrd,bnsd->bnrs", rows, prompt.keys, prompt_mask)
@@ -409,11 +423,11 @@ def step(
 
 
 def _prompt_mask(
-    prompt: Prompt, rows: Int[Array, " T"], window: Int[Array, ""]
+    prompt: Prompt, rows: Int[Array, "#B T"], window: Int[Array, ""]
 ) -> Bool[Array, "B 1 1 1 T P"]:
     columns = jnp.arange(prompt.keys.key.shape[-2], dtype=jnp.int32)
     lengths = prompt.lengths[:, None, None]
-    back = lengths + rows[None, :, None] - columns[None, None, :]
+    back = lengths + rows[:, :, None] - columns[None, None, :]
     mask = (columns[None, None, :] < lengths) & (back < window)
     return mask[:, None, None, None]
 

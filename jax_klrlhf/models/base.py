@@ -60,8 +60,9 @@ class LanguageModel:
     start: Callable[[Any, Prefix, int, int], Any]
     """``start(params, prefix, K, C) -> cache``: empty, for K responses of at most C tokens."""
     decode: Callable[[Any, Prefix, Any, Array, Array], tuple[Array, Any]]
-    """``decode(params, prefix, cache, ids [B, K], step []) -> (hidden [B, K, D], cache)``: reads
-    response token number ``step`` of every row."""
+    """``decode(params, prefix, cache, ids [B, K], step) -> (hidden [B, K, D], cache)``: reads
+    response token number ``step`` of every row; ``step`` is a scalar, or ``[B]`` where prompts are
+    at different tokens (:mod:`~jax_klrlhf.models.continuous`)."""
     grow: Callable[[Any, int], Any] | None = None
     """``grow(cache, C) -> cache`` with room for C tokens of each response, which a sampler calls
     as responses lengthen so that a step reads little more than what is filled. None: ``start``

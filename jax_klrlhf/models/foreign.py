@@ -58,14 +58,14 @@ def from_flax(module: nn.Module, *, max_length: int, **call: Any) -> LanguageMod
         hidden = jnp.take_along_axis(logits(params, prompts.ids[:, :max_length]), last, axis=1)
         return Prefix(hidden[:, 0], prompts.ids, prompts.lengths.astype(jnp.int32))
 
-    def after(params: Any, prefix: Prefix, ids: Array, places: Array) -> Array:
-        """Logits after response tokens number ``places [n]`` of every row, ``[B, K, n, V]``."""
+    def after(params: Any, prefix: Prefix, ids: Array, places: Int[Array, "#B n"]) -> Array:
+        """Logits after response tokens number ``places`` of every row, ``[B, K, n, V]``."""
         rows = _rows(Ragged(prefix.cache, prefix.lengths), ids)[..., :max_length]
-        at = jnp.minimum(prefix.lengths[:, None] + places[None], rows.shape[-1] - 1)
+        at = jnp.minimum(prefix.lengths[:, None] + places, rows.shape[-1] - 1)
         return jnp.take_along_axis(logits(params, rows), at[:, None, :, None], axis=2)
 
     def extend(params: Any, prefix: Prefix, ids: Int[Array, "B K C"]) -> Array:
-        return after(params, prefix, ids, jnp.arange(ids.shape[-1], dtype=jnp.int32))
+        return after(params, prefix, ids, jnp.arange(ids.shape[-1], dtype=jnp.int32)[None])
 
     def start(params: Any, prefix: Prefix, samples: int, max_new_tokens: int) -> Array:
         del params
@@ -74,8 +74,10 @@ def from_flax(module: nn.Module, *, max_length: int, **call: Any) -> LanguageMod
     def decode(
         params: Any, prefix: Prefix, cache: Array, ids: Int[Array, "B K"], step: Array
     ) -> tuple[Array, Array]:
-        cache = jax.lax.dynamic_update_index_in_dim(cache, ids.astype(cache.dtype), step, 2)
-        return after(params, prefix, cache, step[None])[:, :, 0], cache
+        step = jnp.broadcast_to(step, cache.shape[:1])
+        write = jax.vmap(lambda row, ids, at: row.at[:, at].set(ids))
+        cache = write(cache, ids.astype(cache.dtype), step)
+        return after(params, prefix, cache, step[:, None])[:, :, 0], cache
 
     shape = jax.eval_shape(
         lambda key: module.apply(init(key), jnp.zeros((1, 1), jnp.int32), **call),

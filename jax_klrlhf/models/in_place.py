@@ -45,7 +45,7 @@ def step(
     query: Float[Array, "B K H D"],
     own: Keys,
     prompt: Prompt,
-    index: Int[Array, ""],
+    index: Int[Array, "*B"],
     layer: Int[Array, ""],
     *,
     scale: float,

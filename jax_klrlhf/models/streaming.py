@@ -16,7 +16,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Key
 
 from jax_klrlhf.core.sequence import Ragged
-from jax_klrlhf.models import logits as laws
 from jax_klrlhf.models import sampling
 from jax_klrlhf.models.base import LanguageModel, Prefix
 from jax_klrlhf.models.logits import Warp
@@ -49,7 +48,7 @@ def stream(
     given = Ragged(jnp.asarray(ids), jnp.asarray([ids.shape[1]]))
     prompts = sampling._fitted(model, given, max_new_tokens)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(1))
-    uniform = sampling._uniform(keys, 1, max_new_tokens)
+    uniform = sampling.uniform(keys, 1, max_new_tokens)
     token, prefix, cache = _first(model, params, prompts, uniform, by, max_new_tokens, greedy)
     for step in range(max_new_tokens):
         drawn = int(token[0, 0])
@@ -71,7 +70,11 @@ def _first(
 ) -> tuple[Array, Prefix, Any]:
     prefix = model.prefill(params, prompts)
     logits = model.unembed(params, prefix.hidden)[:, None]
-    return _draw(logits, uniform[0], by, greedy), prefix, model.start(params, prefix, 1, room)
+    return (
+        sampling.draw(logits, uniform[0], by, greedy=greedy)[0],
+        prefix,
+        model.start(params, prefix, 1, room),
+    )
 
 
 @partial(jax.jit, static_argnums=(0, 8), donate_argnums=3)
@@ -87,10 +90,6 @@ def _next(
     greedy: bool,
 ) -> tuple[Array, Any]:
     hidden, cache = model.decode(params, prefix, cache, token, step)
-    return _draw(model.unembed(params, hidden), uniform[step + 1], by, greedy), cache
-
-
-def _draw(logits: Array, uniform: Array, by: Warp, greedy: bool) -> Array:
-    if greedy:
-        return laws.argmax(logits)
-    return laws.draw(uniform, laws.warp(logits, by))[0]
+    return sampling.draw(model.unembed(params, hidden), uniform[step + 1], by, greedy=greedy)[
+        0
+    ], cache

@@ -411,7 +411,9 @@ def language_model(
         longer = functools.partial(attention.longer, room=max_new_tokens)
         return cache._replace(own=jax.tree.map(longer, cache.own, is_leaf=is_keys))
 
-    def decode(params, prefix: Prefix, cache: _Cache, ids: Int[Array, "B K"], step: Int[Array, ""]):
+    def decode(
+        params, prefix: Prefix, cache: _Cache, ids: Int[Array, "B K"], step: Int[Array, "*B"]
+    ):
         step = jnp.asarray(step, prefix.lengths.dtype)
         positions = (prefix.lengths + step)[:, None, None]
         memory, stack = prefix.cache if cache.prompt is None else cache.prompt, None

@@ -147,11 +147,11 @@ def wins_at_equal_length(
     """
     scale = longer.std()
     nuisance = np.tanh(longer / scale) if scale > 0 else 0 * longer
-    found = measure.controlled_win_rate(
-        jnp.asarray(wins.reshape(-1), jnp.float32),
-        jnp.asarray(nuisance.reshape(-1, 1), jnp.float32),
-        ridge=ridge,
-    )
+    # Where length decides every pair the likelihood is flat: float32 would be off by 1e-4 there.
+    with jax.enable_x64(True):
+        found = measure.controlled_win_rate(
+            jnp.asarray(wins.reshape(-1)), jnp.asarray(nuisance.reshape(-1, 1)), ridge=ridge
+        )
     count = len(wins)
     of_prompts = np.asarray(found.influence, np.float64).reshape(count, -1).sum(1)
     error = np.sqrt((of_prompts**2).sum() * count / (count - 1)) if count > 1 else None

@@ -53,6 +53,9 @@ class GenerateConfig:
     """Tokens that end an answer, or their ids; by default as in `klrlhf iterate`."""
     rows: Count = 64
     """Prompts answered at one time."""
+    continuous: bool = False
+    """As a prompt is answered the next one takes its place, instead of waiting for all of `rows`:
+    for answers of very different lengths to many prompts."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     weights: Literal["float", "int8"] = "float"
     """int8: eight bits with a scale for each output channel; half the memory of bfloat16."""

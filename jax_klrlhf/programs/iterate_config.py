@@ -241,6 +241,9 @@ class IterateConfig:
     """What the backward pass recomputes: full, a policy of jax.checkpoint_policies, or None."""
     rows: Count = 64
     """Prompts answered, and comparisons scored, at one time."""
+    continuous: bool = False
+    """As a prompt is answered the next one takes its place, instead of waiting for all of `rows`:
+    for answers of very different lengths to many prompts."""
     mesh: MeshSizes = field(default_factory=MeshSizes)
     sampling_tensor: int | None = None
     """Devices that a copy of the weights is cut over while it is sampled from; the others have

@@ -100,6 +100,7 @@ class Place:
             top_k=None if plain else config.top_k,
             top_p=None if plain else config.top_p,
             rows=config.rows,
+            continuous=config.continuous,
             mesh=self.sampling,
             compute_dtype=self.compute_dtype,
             weights=self.weights,

@@ -184,6 +184,7 @@ def answers(
         top_k=None if plain else config.top_k,
         top_p=None if plain else config.top_p,
         rows=config.rows,
+        continuous=config.continuous,
         mesh=mesh,
     )
     return draw(key, policy.loaded.params, prompts)

@@ -175,6 +175,7 @@ def test_the_influence_of_a_match_is_what_the_win_rate_moves_by_its_weight():
     weight = jnp.array(rng.uniform(0.5, 2.0, 30))
     found = measure.controlled_win_rate(wins, length, ridge=0.3, weight=weight)
 
+    @jax.jit
     def rate(weight):
         return measure.controlled_win_rate(wins, length, ridge=0.3, weight=weight).win_rate
 

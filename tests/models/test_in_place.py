@@ -51,10 +51,16 @@ def test_equals_the_plain_form(kv, arrays, monkeypatch):
 
     for index, layer, window in [
         (0, 0, EVERYTHING), (5, 2, 4), (127, 1, EVERYTHING), (128, 1, 20), (299, 2, EVERYTHING),
-        (299, 0, 150),
+        (299, 0, 150), ([0, 127, 299, 128], 1, 60),
     ]:  # fmt: skip
-        found, expected = both(jnp.int32(index), jnp.int32(layer), jnp.int32(window))
+        index = jnp.asarray(index, jnp.int32)  # of all rows, or of each
+        found, expected = both(index, jnp.int32(layer), jnp.int32(window))
         np.testing.assert_allclose(found, expected, atol=3e-6)
+        if index.ndim:
+            for row, alone in enumerate(index):
+                np.testing.assert_allclose(
+                    found[row], both(alone, jnp.int32(layer), jnp.int32(window))[1][row], atol=3e-6
+                )
 
 
 def test_only_blocks_that_are_seen_count(arrays, monkeypatch):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_klrlhf.models import partition
+from jax_klrlhf.models import partition, sampling
 from jax_klrlhf.models.config import ModelConfig
 from jax_klrlhf.models.transformer import language_model
 from jax_klrlhf.training import mesh as meshes
@@ -65,6 +65,23 @@ def test_the_weights_move_and_nothing_else_changes(tensor, laid, alone, gathered
         np.testing.assert_array_equal(found.ids, other.ids)
         np.testing.assert_array_equal(found.lengths, other.lengths)
         np.testing.assert_allclose(log_prob, other_log_prob, rtol=1e-6)
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_temperature_0_is_the_likeliest_token_each_time(continuous):
+    params = tiny.params(CONFIG)
+    draw = rounds.Draw(
+        model=MODEL, samples=1, max_new_tokens=7, stop=(0,), rows=4, temperature=0.0,
+        continuous=continuous,
+    )  # fmt: skip
+    expected = sampling.generate(
+        jax.random.key(0), MODEL, params, jax.tree.map(jnp.asarray, PROMPTS), samples=1,
+        max_new_tokens=7, stop=(0,), temperature=0.0,
+    ).responses  # fmt: skip
+    for key in (1, 2):
+        found = draw(jax.random.key(key), params, PROMPTS)
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_array_equal(found.lengths, expected.lengths)
 
 
 def test_what_is_sampled_with_is_cast_and_cut_over_tensor_alone(laid, monkeypatch):

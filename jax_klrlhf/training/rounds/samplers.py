@@ -7,6 +7,7 @@ the main agent, and every response carries the number of the one who gave it.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,12 +17,15 @@ from jaxtyping import Array, Key
 
 from jax_klrlhf import placement
 from jax_klrlhf.core.sequence import Ragged
-from jax_klrlhf.models import partition, sampling
+from jax_klrlhf.models import continuous, partition, sampling
 from jax_klrlhf.models.base import LanguageModel
 from jax_klrlhf.models.logits import Warp
 from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.parts import Drawn, Policies, Sampler, ragged, token_rows
 from jax_klrlhf.training.state import cast_floating
+
+EVERY = 2**31 - 1
+"""Rows of a piece that holds all there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,9 @@ class Draw:
     top_k: int | None = None
     top_p: float | None = None
     rows: int = 256
+    continuous: bool = False
+    """As prompts are answered the next ones take their places (:mod:`.models.continuous`): still
+    ``rows`` at one time. By default the next ``rows`` begin when the last of these has ended."""
     mesh: Mesh | None = None
     compute_dtype: Any = None
     shardings: Callable[[Any, Mesh], Any] = partition.shardings
@@ -69,7 +76,8 @@ class Draw:
                 f"temperature must be positive, got {self.temperature}: all samples of a greedy "
                 "policy are one response"
             )
-        object.__setattr__(self, "_program", mapped(self._batch, rows=self.rows, mesh=self.mesh))
+        rows = EVERY if self.continuous else self.rows
+        object.__setattr__(self, "_program", mapped(self._batch, rows=rows, mesh=self.mesh))
 
     def __call__(self, key: Key[Array, ""], params: Any, prompts: Ragged) -> Ragged:
         """K responses to every prompt; raises as :meth:`with_log_prob`."""
@@ -121,7 +129,12 @@ class Draw:
         )
         if self.weights is None:
             params = cast_floating(params, self.compute_dtype)
-        drawn = sampling.sample(
+        sample = sampling.sample
+        if self.continuous:
+            parts = placement.parts(self.mesh)
+            slots = -(-self.rows // parts) * parts
+            sample = partial(continuous.sample, slots=slots, parts=parts)
+        drawn = sample(
             jax.random.wrap_key_data(keys),
             self.model,
             params,
@@ -129,6 +142,7 @@ class Draw:
             warp,
             samples=self.samples,
             max_new_tokens=self.max_new_tokens,
+            greedy=self.temperature == 0,
             stop=self.stop,
             pad_id=self.pad_id,
         )
