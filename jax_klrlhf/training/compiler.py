@@ -4,29 +4,64 @@
 compiles.
 """
 
+import functools
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jax_klrlhf.errors import InputError
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "tpu": {},
+    "TPU v6 lite": {
+        "xla_enable_async_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    },
 }
-"""Of a training step, by platform.
+"""Of a training step, by the kind of device.
 
-None are set so far. On v5e libtpu gathers weights asynchronously by itself; on v5p it does not, and
-with five of its options for that, set at once, libtpu 0.0.42.1 did not finish 8B in 14 minutes.
+On v5e libtpu gathers weights asynchronously by itself. On v6e it does not: with these three 26 of
+28 GB of the recipe's step at 8B are gathered behind its arithmetic (`experiments/llama3_8b`;
+compiled, not run). On v5p it does not either, and with them and two more of their kind libtpu
+0.0.42.1 did not finish 8B in 14 minutes.
 """
 
 
 def options(mesh: Mesh | None) -> dict[str, Any] | None:
-    """The compiler's options for a training step on a mesh (None: on the default device)."""
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return OPTIONS.get(platform)
+    """The compiler's options for a training step on a mesh (None: on the default device).
+
+    One that the installed compiler does not know is left out, with a warning.
+    """
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    wanted = OPTIONS.get(device.device_kind)
+    if not wanted:
+        return None
+    known = {name: value for name, value in wanted.items() if _known(name, value, device)}
+    if len(known) < len(wanted):
+        missing = ", ".join(sorted(wanted.keys() - known.keys()))
+        warnings.warn(
+            f"this compiler for {device.device_kind} has no option {missing}", stacklevel=2
+        )
+    return known or None
+
+
+@functools.cache
+def _known(name: str, value: Any, device: Any) -> bool:
+    nothing = jax.ShapeDtypeStruct(
+        (), jnp.int32, sharding=jax.sharding.SingleDeviceSharding(device)
+    )
+    try:
+        jax.jit(lambda x: x).lower(nothing).compile(compiler_options={name: value})
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return False
+    return True
 
 
 def remember(where: str) -> Path | None:

@@ -34,15 +34,19 @@ def started(**options):
     return step.make_step(TASK, optax.sgd(0.1), **options), carried
 
 
-def test_options_are_the_platforms_and_reach_the_compiler(monkeypatch):
+def test_options_are_the_devices_and_reach_the_compiler(monkeypatch):
     tpu = MagicMock(spec=jax.sharding.Mesh)
-    tpu.devices = np.array([SimpleNamespace(platform="tpu")])
-    monkeypatch.setitem(compiler.OPTIONS, "tpu", {"xla_tpu_of_its_own": True})
-    assert compiler.options(tpu) == compiler.OPTIONS["tpu"]
+    tpu.devices = np.array([SimpleNamespace(device_kind="TPU v6 lite")])
     assert compiler.options(None) is None
     assert compiler.options(meshes.make(data=8)) is None
-    # One that there is not is refused, on one device and on a mesh: so they are handed over.
-    monkeypatch.setitem(compiler.OPTIONS, "cpu", {"xla_no_such_option": True})
+    # One that the installed compiler does not have is left out, and said.
+    options = {"xla_no_such_option": True, "xla_embed_ir_in_executable": True}
+    monkeypatch.setitem(compiler.OPTIONS, "cpu", options)
+    with pytest.warns(UserWarning, match="cpu has no option xla_no_such_option"):
+        assert compiler.options(None) == {"xla_embed_ir_in_executable": True}
+    monkeypatch.setattr(compiler, "_known", lambda *_: True)
+    assert compiler.options(tpu) == compiler.OPTIONS["TPU v6 lite"]
+    # Handed over all the same it is refused, on one device and on a mesh: so all are handed over.
     one, carried = started()
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
         one.lower(carried, toy.batch(0)).compile()
