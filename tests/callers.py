@@ -10,6 +10,7 @@ is a value that a user hands over, and those tests are the ones who hand it.
 """
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -40,10 +41,11 @@ def public(trees: dict[str, ast.Module]) -> list[str]:
     ]
 
 
-def names(tree: ast.AST, imports: ast.AST, module: str | None) -> Iterator[str]:
-    """``module.name`` of everything of the core that `tree` names; `imports` is its whole file."""
+@functools.cache
+def _imported(tree: ast.AST) -> tuple[dict[str, str], dict[str, str]]:
+    """Names by which a file has modules of the core, and things of theirs."""
     aliases, direct = {}, {}
-    for node in ast.walk(imports):
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             for alias in node.names:
                 used = alias.asname or alias.name
@@ -51,6 +53,12 @@ def names(tree: ast.AST, imports: ast.AST, module: str | None) -> Iterator[str]:
                     aliases[used] = alias.name
                 elif node.module.startswith(CORE + "."):
                     direct[used] = f"{node.module.rsplit('.', 1)[1]}.{alias.name}"
+    return aliases, direct
+
+
+def names(tree: ast.AST, imports: ast.AST, module: str | None) -> Iterator[str]:
+    """``module.name`` of everything of the core that `tree` names; `imports` is its whole file."""
+    aliases, direct = _imported(imports)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             if node.value.id in aliases:

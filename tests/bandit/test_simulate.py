@@ -115,6 +115,7 @@ def test_moving_the_reference_loses_the_regularization(problem):
     assert abs(float(kl) / float(optimal) - 1) < 0.5
 
 
+@pytest.mark.slow
 def test_train_tickets(data_dir):
     """Real people: learned from half of them, evaluated on the situations of the others."""
     choices = human.train_tickets(data_dir / "choices" / "train_tickets.npz")
@@ -138,6 +139,7 @@ def test_train_tickets(data_dir):
         assert float(gap) < 0.2 * float(bandit.gap(test, test.setting.ref_log_prob))
 
 
+@pytest.mark.slow
 def test_cars(data_dir):
     """Six alternatives, and rewards that differ between people through their traits."""
     choices = human.cars(data_dir / "choices" / "cars.npz")

@@ -87,6 +87,7 @@ def test_contexts_annotators_fronts_and_trees(choices):
     assert np.argwhere(pairs).tolist() == [[0, 1], [1, 0]]
 
 
+@pytest.mark.slow
 def test_asking_by_distance_is_worse_than_random_at_large_margins_and_by_information_is_not():
     """Error of theta after 40 labels of a pool; at |theta| = 10, paired over 48 worlds."""
 

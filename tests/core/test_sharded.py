@@ -174,6 +174,7 @@ def test_every_public_function_is_in_the_table():
         assert public <= done, f"{module.__name__}: add to the table {public - done}"
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(sharding, one_device):
     x = jax.device_put(batch(), sharding)
     found = jax.jit(values_and_gradients)(x)

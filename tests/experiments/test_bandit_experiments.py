@@ -69,6 +69,7 @@ def measured_rates(quick, tmp_path_factory):
     return config, metrics_of(rates.main(config, console=QUIET), "rates.png")
 
 
+@pytest.mark.slow
 def test_no_bound_is_violated(measured_rates):
     """T1 at the realized radius is a theorem, and the theory's radius is the larger one here."""
     _, found = measured_rates

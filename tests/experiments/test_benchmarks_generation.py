@@ -63,6 +63,7 @@ def test_sampling_refuses_half_of_a_pair(tmp_path):
         sampling.main(sampling.Config(model=tmp_path, output=tmp_path))
 
 
+@pytest.mark.slow
 def test_scoring(tmp_path):
     config = scoring.Config(
         output=tmp_path, vocabularies=(4096,), batch=2, samples=1, length=128, width=8,

@@ -51,6 +51,7 @@ def test_the_mean_is_that_of_quadrature_on_the_circle(sampled, scale):
     assert (stderr < 0.05).all()
 
 
+@pytest.mark.slow
 def test_directions_that_are_never_seen_have_no_mean_and_the_chains_know_it():
     """Of eight coordinates four are seen, well: the posterior is symmetric in the others. 32 runs'
     means there have at most the deviation of 100 independent draws of a coordinate: a sampler that

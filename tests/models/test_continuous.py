@@ -65,9 +65,9 @@ def params():
     [
         (5, {"admit": 1}),
         (8, {"admit": 3}),
-        (8, {"admit": 8}),
-        (24, {}),
-        (100, {}),
+        pytest.param(8, {"admit": 8}, marks=pytest.mark.slow),
+        pytest.param(24, {}, marks=pytest.mark.slow),
+        pytest.param(100, {}, marks=pytest.mark.slow),
         (6, {"by": Warp(temperature=0.7, top_k=4)}),
         (6, {"greedy": True, "samples": 1}),
     ],
@@ -92,8 +92,8 @@ def test_responses_are_those_of_the_batch_sampler(params, slots, options):
     [
         {"platform": "tpu"},  # one stack of caches, scanned
         {"kv": "int8"},
-        {"windows": (3, None)},
-        {"learned_positions": True, "ropes": None},
+        pytest.param({"windows": (3, None)}, marks=pytest.mark.slow),
+        pytest.param({"learned_positions": True, "ropes": None}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

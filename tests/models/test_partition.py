@@ -57,6 +57,7 @@ def test_what_does_not_divide_is_left_whole():
         partition.spec("layers/key/kernel", (16, 4), wide)
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_does():
     """In float64, where the order of a sum across devices does not show."""
     config = dataclasses.replace(CONFIG, dtype=jnp.float64, param_dtype=jnp.float64)

@@ -86,7 +86,7 @@ def test_a_scale_for_each_channel_is_what_spares_the_others():
     assert error((0, 1)) > 50 * error((0,))
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_model_of_eight_bits_is_that_of_the_weights_they_stand_for(tied):
     """In float64, so that nothing but an exact rule passes: reading and decoding."""
     config = dataclasses.replace(

@@ -40,7 +40,9 @@ def total(model, params):
     return jnp.sum(found * jnp.cos(jnp.arange(found.size, dtype=found.dtype)).reshape(found.shape))
 
 
-@pytest.mark.parametrize("name", ["llama", "windows", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("windows", "lora"))]
+)
 def test_loss_and_gradient_are_those_of_two_passes(name):
     config = CONFIGS[name]
     model = language_model(config)

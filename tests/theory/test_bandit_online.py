@@ -42,7 +42,9 @@ def in_set(problem, this):
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[1, 16], ids=["m=1", "m=16"])
+@pytest.fixture(
+    scope="module", params=[1, pytest.param(16, marks=pytest.mark.slow)], ids=["m=1", "m=16"]
+)
 def rounds(request):
     """Every round of online GSHF: arrays [seeds, rounds], and the batch size."""
 

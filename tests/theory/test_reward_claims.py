@@ -17,6 +17,7 @@ def worlds(count=64, members=5, actions=8):
     return rewards, jax.nn.log_softmax(jax.random.normal(keys[1], (count, actions)))
 
 
+@pytest.mark.slow
 def test_the_mean_is_optimal_under_a_right_posterior_and_every_other_rule_loses():
     """Members are the posterior: the truth is one of them. J is linear in the reward."""
     rewards, ref = worlds()

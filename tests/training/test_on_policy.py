@@ -108,7 +108,7 @@ def exact(params):
 @pytest.mark.parametrize(
     "loss",
     [
-        group_losses.rloo(kl_coef=world.KL_COEF),
+        pytest.param(group_losses.rloo(kl_coef=world.KL_COEF), marks=pytest.mark.slow),
         group_losses.regression(kl_coef=world.KL_COEF, clip=2.0),
         group_losses.dr_grpo(size=world.LENGTH, kl_coef=world.KL_COEF),
     ],

@@ -76,7 +76,9 @@ class Killed(BaseException):
     """Nothing in the library catches it."""
 
 
-@pytest.mark.parametrize("where", ["before", "between", "after"])
+@pytest.mark.parametrize(
+    "where", ["before", pytest.param("between", marks=pytest.mark.slow), "after"]
+)
 def test_a_run_broken_off_in_any_phase_goes_on_to_the_same_bits(
     where, tmp_path, offline, whole, monkeypatch
 ):

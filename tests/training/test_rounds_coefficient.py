@@ -104,6 +104,7 @@ MANY = rounds.Draw(
 )
 
 
+@pytest.mark.slow
 def test_weighted_likelihood_approaches_the_gibbs_law():
     """On all 85 responses: the divergence from the target falls to less than half of pi0's."""
     fitting = rounds.Fitting(optimizer=world.FITTING.optimizer, steps=60, batch_size=64)
