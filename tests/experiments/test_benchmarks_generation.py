@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from experiments.benchmarks import paired, sampling, scoring
+from experiments.benchmarks import continuous, paired, sampling, scoring
 from jax_klrlhf.errors import InputError
 
 
@@ -76,3 +76,20 @@ def test_scoring(tmp_path):
         for name in ("chunks of 16", "whole", "logits")
     )
     assert chunked < logits < whole
+
+
+@pytest.mark.slow
+def test_continuous(stories_model, data_dir, tmp_path):
+    config = continuous.Config(
+        model=stories_model, prompts=data_dir / "stories" / "train.txt", output=tmp_path,
+        waiting=8, slots=4, samples=2, new_tokens=(24,), turns=2,
+    )  # fmt: skip
+    screen = io.StringIO()
+    path = continuous.main(config, console=Console(file=screen, width=200))
+    metrics = json.loads(path.read_text())["metrics"]
+    assert metrics["24/same"]["value"] == 1
+    assert 0 < metrics["24/used_by_batches"]["value"] <= 1
+    assert metrics["24/speedup"]["n"] == 2
+    assert "| at most 24 tokens |" in screen.getvalue()
+    with pytest.raises(InputError, match="multiple of --slots"):
+        continuous.main(continuous.Config(**{**vars(config), "waiting": 6}))
