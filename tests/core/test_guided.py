@@ -91,6 +91,7 @@ def test_resampling_gives_each_particle_its_share_of_children():
     assert np.abs(children.mean(0) - share).max() < 5 * 0.5 / np.sqrt(4000)
 
 
+@pytest.mark.slow
 def test_particles_estimate_z_without_bias_and_one_particle_is_pi0():
     """Particles on the tree with a poor twist (half the mean value): E Z-hat = Z."""
     twist = [0.5 * v for v in _values(guided.mean_value)[:-1]]

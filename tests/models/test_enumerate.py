@@ -16,6 +16,7 @@ MODEL = toy.language_model(vocab=3)
 PROMPTS = Ragged(jnp.array([[1, 2], [2, 0]]), jnp.array([2, 1]))
 
 
+@pytest.mark.slow
 def test_every_response_once_and_the_law_is_the_brute_force_one():
     every = enumerated.responses(vocab_size=3, max_new_tokens=3, stop=(0,))
     params = MODEL.init(jax.random.key(0))

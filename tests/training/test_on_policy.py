@@ -59,6 +59,7 @@ def test_the_task_is_the_core_loss_on_the_models_log_probabilities():
     )
 
 
+@pytest.mark.slow
 def test_the_step_after_a_draw_takes_its_own_scores_for_the_drawing_policys():
     """Loss and gradient of what was scored apart; and the weights of a sampler that is off."""
     made = jax.tree.map(jnp.asarray, batch())

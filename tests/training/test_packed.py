@@ -100,6 +100,7 @@ def assert_same(found, once):
     assert info.slots == PACKED.packed.stream.size < told.slots
 
 
+@pytest.mark.slow
 def test_a_packed_step_is_the_padded_one(once):
     assert_same(_step(PACKED), once)
 

@@ -77,7 +77,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    "where", ["before", pytest.param("between", marks=pytest.mark.slow), "after"]
+    "where", ["before", *(pytest.param(at, marks=pytest.mark.slow) for at in ("between", "after"))]
 )
 def test_a_run_broken_off_in_any_phase_goes_on_to_the_same_bits(
     where, tmp_path, offline, whole, monkeypatch

@@ -64,6 +64,7 @@ def test_every_row_has_the_loss_and_the_rewards_of_its_own_coefficient(objective
             np.testing.assert_allclose(one[row], two[row], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_dpo_at_any_coefficient_is_one_program_and_fits_as_a_loss_of_its_own(
     comparisons, monkeypatch
 ):

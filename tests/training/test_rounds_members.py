@@ -74,6 +74,7 @@ def test_bootstrap_weights_belong_to_a_row_and_are_exponential(comparisons):
     assert abs(float(weight[0].std()) - 1) < 0.45
 
 
+@pytest.mark.slow
 def test_a_belief_of_heads_is_the_ensemble_of_its_members(comparisons, start):
     """Scores, uncertainty and combination; and what it learns it did not know before."""
     belief = rounds.heads(
