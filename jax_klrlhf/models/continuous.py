@@ -6,8 +6,9 @@ that wait take their places: read in one pass, put into the slots' caches. One l
 holds one slot, not all.
 
 Every slot counts its own tokens, so ``model.decode`` is called with a step *for each prompt*, and
-the whole room of the cache is read (a batch's cache grows with its common step). So this pays where
-lengths differ much and many prompts wait; ``experiments/benchmarks`` has numbers. A prompt's
+the whole room of the cache is read (a batch's cache grows with its common step). So this can
+pay where lengths differ much, many prompts wait, and a step costs what its weights do; on a CPU it
+did not (``experiments/benchmarks`` has numbers). A prompt's
 responses are those of :func:`.sampling.generate` with its key, whatever the slots, up to the
 rounding of matrix products of other shapes.
 
