@@ -123,10 +123,14 @@ def _mine(device: Any) -> bool:
     return device.process_index == jax.process_index()
 
 
+def own_device(mesh: Mesh | None) -> Any:
+    """A device of this process: one of the mesh, or the default one."""
+    return jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
+
+
 def memory(mesh: Mesh | None) -> float | None:
     """Bytes that a device of this process lets a program have; None where it does not say (CPU)."""
-    devices = jax.local_devices() if mesh is None else mesh.local_devices
-    found = (devices[0].memory_stats() or {}).get("bytes_limit")
+    found = (own_device(mesh).memory_stats() or {}).get("bytes_limit")
     return None if found is None else float(found)
 
 

@@ -6,11 +6,11 @@ that wait take their places: read in one pass, put into the slots' caches. One l
 holds one slot, not all.
 
 Every slot counts its own tokens, so ``model.decode`` is called with a step *for each prompt*, and
-the whole room of the cache is read (a batch's cache grows with its common step). So this can
-pay where lengths differ much, many prompts wait, and a step costs what its weights do; on a CPU it
-did not (``experiments/benchmarks`` has numbers). A prompt's
-responses are those of :func:`.sampling.generate` with its key, whatever the slots, up to the
-rounding of matrix products of other shapes.
+the whole room of the cache is read (a batch's cache grows with its common step). So this can pay
+where lengths differ much, many prompts wait, and a step costs what its weights do; on a CPU it did
+not (``experiments/benchmarks`` has numbers). A prompt's responses are those of
+:func:`.sampling.generate` with its key, whatever the slots, up to the rounding of matrix products
+of other shapes.
 
 On a mesh the rows of each device, a *part*, have a queue and slots of their own: nothing travels.
 
@@ -32,16 +32,6 @@ from jax_klrlhf.models.logits import Warp
 from jax_klrlhf.models.sampling import Samples
 
 
-class _Out(NamedTuple):
-    """Of all prompts."""
-
-    ids: Int[Array, "S n K C"]
-    log_prob: Float[Array, "S n K C"]
-    sampling: Float[Array, "S n K C"]
-    lengths: Int[Array, "S n K"]
-    stopped: Int[Array, "S n K"]
-
-
 class _Slots(NamedTuple):
     """What is being answered."""
 
@@ -60,7 +50,8 @@ class _State(NamedTuple):
     queue: Int[Array, " S"]
     """The next prompt of each part that has no slot yet."""
     slots: _Slots
-    out: _Out
+    out: Samples
+    """Of all prompts, those of a part together: ``[S, n, ...]``."""
 
 
 def sample(
@@ -110,7 +101,6 @@ def sample(
     admit = max(1, of_part // 8) if admit is None else admit
     if not 1 <= admit <= of_part:
         raise ValueError(f"admit must be in 1..{of_part}, the slots of a part, got {admit}")
-    enders = jnp.asarray(stop, jnp.int32)
     prompts = jax.tree.map(lambda x: x.reshape(parts, waiting, *x.shape[1:]), prompts)
     keys = keys.reshape(parts, waiting)
     take = jax.vmap(lambda x, at: x[at])
@@ -132,36 +122,38 @@ def sample(
     def for_all(law: Float[Array, "b V"]) -> Float[Array, "b K V"]:
         return jnp.broadcast_to(law[:, None], (law.shape[0], samples, law.shape[-1]))
 
-    def record(slots: _Slots, out: _Out, logits: Float[Array, "b K V"]) -> tuple[_Slots, _Out]:
+    def record(
+        slots: _Slots, out: Samples, logits: Float[Array, "b K V"]
+    ) -> tuple[_Slots, Samples]:
         """Draw the next token of every response that goes on."""
-        age = slots.age.reshape(-1)
-        mine = jax.vmap(lambda x, at: x[at])(slots.uniform, jnp.minimum(age, max_new_tokens - 1))
+        age = jnp.minimum(slots.age.reshape(-1), max_new_tokens - 1)
+        numbers = jax.vmap(lambda x, at: x[at])(slots.uniform, age)
         with jax.named_scope("draw"):
-            found = sampling.draw(logits, mine, by, greedy=greedy)
-        live = ~slots.finished
-        token = jnp.where(live, found[0], pad_id)
-        ended = live & (token[..., None] == enders[None, None]).any(-1)
+            token = sampling.following(
+                logits, numbers, by, slots.finished, greedy=greedy, stop=stop, pad_id=pad_id
+            )
 
-        def write(to: Array, value: Array) -> Array:
+        def at_token(to: Array, value: Array) -> Array:
             put = lambda x, new, at, age: x.at[at, :, age].set(new, mode="drop")  # noqa: E731
             return jax.vmap(put)(to, _parted(value, parts), slots.number, slots.age)
 
-        def add(to: Array, value: Array) -> Array:
-            put = lambda x, new, at: x.at[at].add(new, mode="drop")  # noqa: E731
+        def at_prompt(to: Array, value: Array) -> Array:
+            put = lambda x, new, at: x.at[at].max(new, mode="drop")  # noqa: E731
             return jax.vmap(put)(to, _parted(value, parts), slots.number)
 
         # A slot that is done stands beyond its last token, and writes padding on padding.
-        out = _Out(
-            write(out.ids, token),
-            write(out.log_prob, jnp.where(live, found[1], 0)),
-            write(out.sampling, jnp.where(live, found[2], 0)),
-            add(out.lengths, live.astype(jnp.int32)),
-            add(out.stopped, ended.astype(jnp.int32)),
+        ids, lengths = out.responses
+        length = jnp.where(token.live, slots.age.reshape(-1, 1) + 1, 0)
+        out = Samples(
+            Ragged(at_token(ids, token.ids), at_prompt(lengths, length)),
+            at_token(out.token_log_prob, token.log_prob),
+            at_token(out.sampling_token_log_prob, token.sampling),
+            at_prompt(out.finished, token.ended),
         )
-        age = slots.age + _parted(live.any(-1), parts).astype(jnp.int32)
+        age = slots.age + _parted(token.live.any(-1), parts).astype(jnp.int32)
         full = (age == max_new_tokens).reshape(-1, 1)
-        done = slots.finished | ended | jnp.broadcast_to(full, ended.shape)
-        return slots._replace(age=age, last=token, finished=done), out
+        done = slots.finished | token.ended | jnp.broadcast_to(full, token.ended.shape)
+        return slots._replace(age=age, last=token.ids, finished=done), out
 
     def step(state: _State) -> _State:
         slots = state.slots
@@ -187,8 +179,7 @@ def sample(
         fits = jnp.take_along_axis(idle, at, -1) & (which < waiting)
         new, law = read(jnp.minimum(which, waiting - 1))
         new = new._replace(number=jnp.where(fits, new.number, waiting))
-        logits = for_all(law)
-        new, out = record(new, state.out, logits)
+        new, out = record(new, state.out, for_all(law))
         place = jnp.where(fits, at, of_part)
         old = state.slots
         merged = _Slots(
@@ -207,12 +198,11 @@ def sample(
     begun, law = read(first)
     row_axes = _row_axes(lambda which: read(which)[0][2:], parts)
     shape = (parts, waiting, samples, max_new_tokens)
-    out = _Out(
-        ids=jnp.full(shape, pad_id, jnp.int32),
-        log_prob=jnp.zeros(shape, law.dtype),
-        sampling=jnp.zeros(shape, law.dtype),
-        lengths=jnp.zeros(shape[:3], jnp.int32),
-        stopped=jnp.zeros(shape[:3], jnp.int32),
+    out = Samples(
+        Ragged(jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape[:3], jnp.int32)),
+        jnp.zeros(shape, law.dtype),
+        jnp.zeros(shape, law.dtype),
+        jnp.zeros(shape[:3], bool),
     )
     begun, out = record(begun, out, for_all(law))
     state = _State(jnp.full(parts, of_part, jnp.int32), begun, out)
@@ -225,8 +215,7 @@ def sample(
         return ~state.slots.finished.all() | (state.queue < waiting).any()
 
     out = jax.lax.while_loop(left, body, state).out
-    ids, log_prob, of_law, lengths, stopped = (leaf.reshape(count, *leaf.shape[2:]) for leaf in out)
-    return Samples(Ragged(ids, lengths), log_prob, of_law, stopped > 0)
+    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), out)
 
 
 def _parted(x: Array, parts: int) -> Array:

@@ -152,20 +152,18 @@ def sample(
     numbers = uniform(keys, samples, max_new_tokens)
     with jax.named_scope("prefill"):
         prefix = model.prefill(params, prompts)
-    enders = jnp.asarray(stop, jnp.int32)
 
     def record(drawn: _Drawn, logits, step) -> _Drawn:
         """Draw token number `step` of every row that goes on."""
-        token, log_prob, sampling_log_prob = draw(logits, numbers[step], by, greedy=greedy)
-        live = ~drawn.finished
-        token = jnp.where(live, token, pad_id)
-        ended = (token[..., None] == enders[None, None]).any(-1)
+        token = following(
+            logits, numbers[step], by, drawn.finished, greedy=greedy, stop=stop, pad_id=pad_id
+        )
         return _Drawn(
-            ids=drawn.ids.at[step].set(token),
-            log_prob=drawn.log_prob.at[step].set(jnp.where(live, log_prob, 0)),
-            sampling=drawn.sampling.at[step].set(jnp.where(live, sampling_log_prob, 0)),
-            lengths=drawn.lengths + live.astype(jnp.int32),
-            finished=drawn.finished | (live & ended),
+            ids=drawn.ids.at[step].set(token.ids),
+            log_prob=drawn.log_prob.at[step].set(token.log_prob),
+            sampling=drawn.sampling.at[step].set(token.sampling),
+            lengths=drawn.lengths + token.live.astype(jnp.int32),
+            finished=drawn.finished | token.ended,
         )
 
     def body(carry):
@@ -221,6 +219,36 @@ class _Drawn(NamedTuple):
 _compiled = jax.jit(
     sample, static_argnames=("samples", "max_new_tokens", "greedy", "stop", "pad_id")
 )
+
+
+class Token(NamedTuple):
+    """The next one of every response: padding, of log-probability 0, where one had ended."""
+
+    ids: Int[Array, "B K"]
+    log_prob: Float[Array, "B K"]
+    sampling: Float[Array, "B K"]
+    live: Bool[Array, "B K"]
+    """Whether the response went on."""
+    ended: Bool[Array, "B K"]
+    """Whether this token ends it."""
+
+
+def following(
+    logits: Float[Array, "B K V"],
+    numbers: Float[Array, "B K 2"],
+    by: Warp,
+    finished: Bool[Array, "B K"],
+    *,
+    greedy: bool,
+    stop: tuple[int, ...],
+    pad_id: int,
+) -> Token:
+    """Draw the next token of every response that is not finished."""
+    ids, log_prob, sampling = draw(logits, numbers, by, greedy=greedy)
+    live = ~finished
+    ids = jnp.where(live, ids, pad_id)
+    ended = live & (ids[..., None] == jnp.asarray(stop, jnp.int32)[None, None]).any(-1)
+    return Token(ids, jnp.where(live, log_prob, 0), jnp.where(live, sampling, 0), live, ended)
 
 
 def draw(

@@ -70,11 +70,8 @@ def _first(
 ) -> tuple[Array, Prefix, Any]:
     prefix = model.prefill(params, prompts)
     logits = model.unembed(params, prefix.hidden)[:, None]
-    return (
-        sampling.draw(logits, uniform[0], by, greedy=greedy)[0],
-        prefix,
-        model.start(params, prefix, 1, room),
-    )
+    token, *_ = sampling.draw(logits, uniform[0], by, greedy=greedy)
+    return token, prefix, model.start(params, prefix, 1, room)
 
 
 @partial(jax.jit, static_argnums=(0, 8), donate_argnums=3)
@@ -90,6 +87,6 @@ def _next(
     greedy: bool,
 ) -> tuple[Array, Any]:
     hidden, cache = model.decode(params, prefix, cache, token, step)
-    return sampling.draw(model.unembed(params, hidden), uniform[step + 1], by, greedy=greedy)[
-        0
-    ], cache
+    logits = model.unembed(params, hidden)
+    token, *_ = sampling.draw(logits, uniform[step + 1], by, greedy=greedy)
+    return token, cache

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jax_klrlhf import placement
 from jax_klrlhf.errors import InputError
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -37,7 +38,7 @@ def options(mesh: Mesh | None) -> dict[str, Any] | None:
 
     One that the installed compiler does not know is left out, with a warning.
     """
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    device = placement.own_device(mesh)
     wanted = OPTIONS.get(device.device_kind)
     if not wanted:
         return None

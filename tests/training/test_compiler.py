@@ -7,7 +7,6 @@ from unittest.mock import MagicMock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -36,7 +35,7 @@ def started(**options):
 
 def test_options_are_the_devices_and_reach_the_compiler(monkeypatch):
     tpu = MagicMock(spec=jax.sharding.Mesh)
-    tpu.devices = np.array([SimpleNamespace(device_kind="TPU v6 lite")])
+    tpu.local_devices = [SimpleNamespace(device_kind="TPU v6 lite")]
     assert compiler.options(None) is None
     assert compiler.options(meshes.make(data=8)) is None
     # One that the installed compiler does not have is left out, and said.

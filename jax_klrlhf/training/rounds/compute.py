@@ -16,9 +16,10 @@ NARROWEST = 16
 
 
 def mapped(
-    function: Callable[..., Any], *, rows: int, mesh: Mesh | None = None, narrow: bool = True
+    function: Callable[..., Any], *, rows: int | None, mesh: Mesh | None = None, narrow: bool = True
 ) -> Callable[..., Any]:
-    """``function(params, *arrays)`` compiled once and mapped over the rows of ``arrays``.
+    """``function(params, *arrays)`` compiled once and mapped over the rows of ``arrays``, so many
+    at a time (None: all).
 
     With ``narrow``, rows of like length pass together, and a piece's :class:`Ragged` arguments are
     as wide as a power of two that holds its longest, for a compilation at each new width; what
@@ -32,7 +33,7 @@ def mapped(
     Raises:
         ValueError: where ``rows`` is not positive.
     """
-    if rows < 1:
+    if rows is not None and rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
     parts = placement.parts(mesh)
     replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
@@ -43,7 +44,7 @@ def mapped(
         count = jax.tree.leaves(arrays)[0].shape[0]
         if count == 0:
             raise ValueError("no rows to compute on: hand in at least one.")
-        size = -(-min(rows, count) // parts) * parts
+        size = -(-min(rows or count, count) // parts) * parts
         order = _by_length(arrays) if narrow and count > size else np.arange(count)
         found = []
         for begin in range(0, count, size):

@@ -24,9 +24,6 @@ from jax_klrlhf.training.rounds.compute import mapped
 from jax_klrlhf.training.rounds.parts import Drawn, Policies, Sampler, ragged, token_rows
 from jax_klrlhf.training.state import cast_floating
 
-EVERY = 2**31 - 1
-"""Rows of a piece that holds all there are."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
@@ -76,7 +73,7 @@ class Draw:
                 f"temperature must be positive, got {self.temperature}: all samples of a greedy "
                 "policy are one response"
             )
-        rows = EVERY if self.continuous else self.rows
+        rows = None if self.continuous else self.rows
         object.__setattr__(self, "_program", mapped(self._batch, rows=rows, mesh=self.mesh))
 
     def __call__(self, key: Key[Array, ""], params: Any, prompts: Ragged) -> Ragged:
