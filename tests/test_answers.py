@@ -1,5 +1,6 @@
 """``klrlhf generate`` and ``klrlhf eval``: answers, and numbers against independent ones."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -174,6 +175,26 @@ def test_a_conversation_remembers_until_it_is_told_not_to(place):
     assert turns[0]["role"] == "user"
     assert "no longer fit" in screen.getvalue()
     assert talk("word " * 60) == []
+
+
+def test_a_prompt_may_be_read_in_pieces(place, monkeypatch):
+    seen, load = [], policies.load
+
+    def watched(*arguments, **options):
+        policy = load(*arguments, **options)
+        seen.append(policy.loaded.config.prefill_chunk)
+        return policy
+
+    monkeypatch.setattr(policies, "load", watched)
+    config = generate.GenerateConfig(
+        models=(str(place / "ours"),), text=("the cat sat on the mat",), samples=2,
+        max_response_length=6,
+    )  # fmt: skip
+    quiet = Console(quiet=True)
+    whole = generate.generate(config, console=quiet)
+    pieces = generate.generate(dataclasses.replace(config, prefill_chunk=3), console=quiet)
+    assert seen == [None, 3]
+    assert [one["answers"] for one in pieces] == [one["answers"] for one in whole]
 
 
 def test_a_models_text_has_no_say_over_the_terminal():

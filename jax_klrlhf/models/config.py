@@ -111,6 +111,10 @@ class ModelConfig:
     kv: Literal["float", "int8"] = "float"
     """Of the keys and values that decoding keeps: as activations are, or eight bits with a scale
     for each head and position (:mod:`~jax_klrlhf.models.quantized`)."""
+    prefill_chunk: int | None = None
+    """Tokens of a prompt that are read at one time before sampling; None: all. What a layer makes
+    besides keys and values then exists for a piece at a time, for about twice the attention of
+    reading the whole in causal blocks."""
     platform: str | None = None
     """What it will run on (``cpu``, ``gpu``, ``tpu``), where that is not what it is traced on: a
     program compiled ahead of time. None: JAX's default backend."""
@@ -124,6 +128,8 @@ class ModelConfig:
                 f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}: each key head "
                 "serves a group of query heads"
             )
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk={self.prefill_chunk}: must be at least 1, or None")
         for name in ("windows", "ropes"):
             per_layer = getattr(self, name)
             if per_layer is not None and len(per_layer) not in (1, self.layers):
@@ -200,7 +206,7 @@ class ModelConfig:
         return settings
 
 
-RUNTIME = ("dtype", "param_dtype", "remat", "attention", "kv", "platform")
+RUNTIME = ("dtype", "param_dtype", "remat", "attention", "kv", "prefill_chunk", "platform")
 """How to compute, not what: fields that no file holds."""
 
 

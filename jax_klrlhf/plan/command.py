@@ -22,6 +22,9 @@ from jax_klrlhf.results import write_results
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import optimizers
 
+PREFILL_CHUNK = 1024
+"""Tokens of a prompt that the advice is to read at one time."""
+
 
 def main(config: PlanConfig) -> list[report.Plan]:
     """Compile, print and return the plans.
@@ -41,6 +44,7 @@ def main(config: PlanConfig) -> list[report.Plan]:
         param_dtype=jnp.float32,
         remat=config.remat,
         kv=config.sampling_kv,
+        prefill_chunk=config.sampling_prefill_chunk,
         platform="cpu" if topology.chip is None else "tpu",
     )
     if config.prompt + config.response > model.max_length:
@@ -150,6 +154,8 @@ def advice(config: PlanConfig, mesh: jax.sharding.Mesh) -> str:
         for option in ("sampling_weights", "sampling_kv"):
             if getattr(config, option) == "float":
                 found.append(f"--{option.replace('_', '-')} int8")
+        if config.sampling_prefill_chunk is None and config.prompt > PREFILL_CHUNK:
+            found.append(f"--sampling-prefill-chunk {PREFILL_CHUNK}")
     return f"Try {', '.join(found)}, shorter --prompt and --response, or more chips."
 
 

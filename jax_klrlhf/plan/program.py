@@ -70,6 +70,8 @@ class Program:
     """Entries of the vocabulary projection."""
     stack: int
     """Entries of the smallest stack of all layers' kernels of one kind."""
+    pieces: int = 1
+    """In which prompts are read."""
 
 
 def train_step(
@@ -256,6 +258,7 @@ def sampler(
         arguments={"parameters": params, "batch": (keys, prompts)},
         useful_flops=sum(forward),
         attention_flops=forward.attention,
+        pieces=-(-shapes.prompt // (config.prefill_chunk or shapes.prompt)),
         **_landmarks(config, params),
     )
 

@@ -67,7 +67,7 @@ class Plan:
 
         JAX's splash attention does not declare its FLOPs. In units of a forward pass (two
         products of a query with a key) the kernel of the query's gradient takes 1.5, that of the
-        keys' and values' 2. Each pass runs one on the prompts and one on the responses.
+        keys' and values' 2. Each pass runs one on each piece of the prompts, and one on responses.
         """
         if self.work is None:
             return 0.0
@@ -77,7 +77,8 @@ class Plan:
             found = re.match(r"splash_m[hq]a_([a-z]+)", name)
             passes += runs * units.get(found.group(1), 0.0) if found else 0.0
         per_pass = self.program.attention_flops / self.topology.size
-        return self.work.flops + passes / (2 * self.program.layers) * per_pass
+        kernels = (1 + self.program.pieces) * self.program.layers
+        return self.work.flops + passes / kernels * per_pass
 
     @property
     def unread(self) -> list[str]:

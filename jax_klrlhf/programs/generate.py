@@ -34,7 +34,7 @@ def generate(config: GenerateConfig, *, console: Console | None = None) -> list[
     mesh = runs.mesh_of(config.mesh)
     load = partial(
         policies.load, dtype=config.dtype, stop=config.stop, mesh=mesh, weights=config.weights,
-        kv=config.kv,
+        kv=config.kv, prefill_chunk=config.prefill_chunk,
     )  # fmt: skip
     key = jax.random.key(config.seed)
     if not config.text and config.prompts is None:

@@ -61,6 +61,8 @@ class GenerateConfig:
     """int8: eight bits with a scale for each output channel; half the memory of bfloat16."""
     kv: Literal["float", "int8"] = "float"
     """Keys and values of what was read and said; int8: with a scale for each head and position."""
+    prefill_chunk: Count | None = None
+    """Tokens of a prompt that are read at one time: less memory for long prompts."""
     mesh: MeshSizes = field(default_factory=MeshSizes)
     seed: Seed = 0
 

@@ -97,7 +97,7 @@ def iterate(config: IterateConfig, *, console: Console | None = None) -> Outcome
     masters = jnp.dtype(config.dtype) if frozen else jnp.float32
     loaded = models.load(
         found, mesh=mesh, param_dtype=masters, dtype=jnp.dtype(config.dtype),
-        kv=config.sampling_kv, **options,
+        kv=config.sampling_kv, prefill_chunk=config.sampling_prefill_chunk, **options,
     )  # fmt: skip
     key = jax.random.key(config.seed)
     # Keys by what they are for: none changes with the number of rounds.

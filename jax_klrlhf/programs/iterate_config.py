@@ -255,6 +255,8 @@ class IterateConfig:
     sampler_scorer_mismatch says how far it is from the one that is trained."""
     sampling_kv: Literal["float", "int8"] = "float"
     """Keys and values of what is sampled; int8: with a scale for each head and position."""
+    sampling_prefill_chunk: Count | None = None
+    """Tokens of a prompt that the sampler reads at one time: less memory for long prompts."""
     processes: Processes = field(default_factory=Processes)
     compilation_cache: str = "auto"
     """Folder that keeps compiled programs for the next start; auto: one of the user's on

@@ -29,6 +29,8 @@ class PlanConfig:
     """In the sampler, as in `klrlhf iterate`."""
     sampling_kv: Annotated[Literal["float", "int8"], _SAMPLING] = "float"
     """In the sampler, as in `klrlhf iterate`."""
+    sampling_prefill_chunk: Annotated[Count | None, _SAMPLING] = None
+    """In the sampler, as in `klrlhf iterate`."""
     program: Literal["train", "sample", "both"] = "both"
     """What to compile."""
     pairs: Count = 64

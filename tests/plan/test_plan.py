@@ -208,6 +208,10 @@ def test_attention_kernels_count_in_units_of_a_forward_pass():
     plan = plan_with(1, kernels=kernels)
     assert plan.flops == int(197e12) + (1 + 1 + 1.5 + 2) * 8.0
     assert plan.unread == []
+    # A prompt in three pieces is three kernels a layer, and as much attention.
+    pieces = plan_with(1, kernels=[("splash_mha_fwd.1", 2 * (3 + 1))])
+    pieces = dataclasses.replace(pieces, program=dataclasses.replace(known(), pieces=3))
+    assert pieces.flops == int(197e12) + 8.0
     assert "my_kernel" in plan_with(1, kernels=[("my_kernel", 1)]).unread[0]
 
 
