@@ -137,6 +137,8 @@ def _visit(
             if key is None or key not in seen:
                 seen.add(key)
                 total.collectives.append(_collective(module, name, line, opcode, times))
+                if _group(line) is None and not re.search(_EVERYONE, line.attributes):
+                    total.unread.append(f"the groups of {line.name}: all devices are taken for one")
         elif opcode == "dot":
             total.flops += times * _dot_flops(computation, line)
         elif opcode == "convolution":
@@ -208,7 +210,7 @@ def _collective(
     module: Module, where: str, line: Instruction, opcode: str, times: int
 ) -> Collective:
     computation = module.computations[where]
-    kind, group = opcode, _group(line, module.partitions)
+    kind, group = opcode, _group(line) or module.partitions
     taken = [s for name in line.operands for s in computation[name].shapes]
     made = list(line.shapes)
     if line.opcode.endswith("-start") and kind != "all-reduce":
@@ -230,12 +232,18 @@ def _collective(
     )
 
 
-def _group(line: Instruction, partitions: int) -> int:
-    """Devices in a group, from any of the ways in which groups are written."""
+_EVERYONE = r"^(?!.*replica_groups=)|replica_groups=\{\}"
+"""No groups: all devices."""
+
+
+def _group(line: Instruction) -> int | None:
+    """Devices in a group, from any of the ways in which groups are written; None: none is read."""
     if line.opcode.startswith("collective-permute"):
         return 2
     text = line.attributes
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*(?:\S*\s)?\{([^}]*)\}", text):
+    # Of devices in an order of their own: mesh['a'=16,'b'=4], device_ids=([4,16]T(1,0)) {'a'}.
+    mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*(?:\S*\s)?\{([^}]*)\}"
+    if found := re.search(mesh, text):
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", found.group(1))}
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found.group(2))
         return prod(int(part) if part else sizes[axis] for axis, part in axes)
@@ -243,7 +251,7 @@ def _group(line: Instruction, partitions: int) -> int:
         return int(found.group(1))
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return len(found.group(1).split(","))
-    return partitions
+    return None
 
 
 def _dot_flops(computation: dict[str, Instruction], line: Instruction) -> int:

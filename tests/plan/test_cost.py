@@ -269,6 +269,41 @@ def test_tpu_text_asynchronous_and_fused_collectives_count_once():
     assert found.kernels == [("splash_mha_fwd.1", 1)]
 
 
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("[4,16]<=[64]", 16),
+        ("[16,4]<=[4,16]T(1,0)", 4),
+        ("{{0,1},{2,3}}", 2),
+        ("mesh['axis_0'=8,'axis_1'=2] {'axis_0'}", 8),
+        ("mesh['axis_0'=8,'axis_1'=2] {'axis_0':(1)4,'axis_1'}", 8),
+        # As libtpu 0.0.42 writes an fsdp axis of 16 beside a data axis of 4.
+        (
+            "mesh['axis_0'=1,'axis_1'=16,'axis_2'=1,'axis_3'=4], device_ids=([4,16]T(1,0)) "
+            "{'axis_1'}",
+            16,
+        ),
+        ("{}", 64),
+        ("as nobody writes them", 64),
+    ],
+)
+def test_tpu_text_groups(groups, size):
+    text = f"""HloModule m, num_partitions=64
+
+ENTRY %main (a: bf16[4,8]) -> bf16[64,8] {{
+  %a = bf16[4,8]{{1,0}} parameter(0)
+  ROOT %g = bf16[64,8]{{1,0}} all-gather(%a), channel_id=3, replica_groups={groups}, \
+dimensions={{0}}, use_global_device_ids=true
+}}
+"""
+    found = cost(hlo.parse(text))
+    (one,) = found.collectives
+    assert one.group == size
+    assert found.unread == (
+        ["the groups of g: all devices are taken for one"] if "nobody" in groups else []
+    )
+
+
 def test_tpu_text_a_kernel_reads_what_it_declares():
     """A part of a stack, say; one that declares nothing takes in and gives out all."""
     text = """  %a = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
