@@ -249,8 +249,10 @@ class Lab:
 
     @cached_property
     def rates(self) -> dict[str, float]:
-        """The learning rate of each training objective."""
+        """The learning rate of each training objective; of a single one nothing is chosen."""
         asked = dict.fromkeys(methods.METHODS[m].objective for m in self.config.methods)
+        if len(self.config.rates) == 1:
+            return dict.fromkeys(asked, self.config.rates[0])
         found = {}
         middle = self.config.coefficients[len(self.config.coefficients) // 2]
         for objective in asked:

@@ -22,32 +22,32 @@ from jax_klrlhf.errors import InputError
 class Sizes:
     """How large everything is; a folder of results goes on only with the same sizes."""
 
-    labels: int = 384
+    labels: int = 144
     """Of each method, a multiple of twice the rounds."""
-    rounds: int = 3
-    train_prompts: int = 128
-    held_out: int = 64
+    rounds: int = 2
+    train_prompts: int = 72
+    held_out: int = 32
     """Prompts of each source that policies are judged on."""
-    human: int = 600
+    human: int = 400
     """Pairs of each source at most, that each of gold and the proxy learns from."""
-    judged: int = 250
+    judged: int = 200
     """Pairs of each source at most, that both are judged on."""
-    prompt_tokens: int = 96
+    prompt_tokens: int = 64
     """Longer prompts are left out."""
-    human_tokens: int = 96
+    human_tokens: int = 64
     """Pairs with a longer response are left out."""
-    new_tokens: int = 48
+    new_tokens: int = 32
     """Longest answer."""
     explore: int = 4
     """Answers of which online methods compare the best and the worst, and RSO's proposals."""
     eval_samples: int = 2
-    draws: int = 16
+    draws: int = 8
     """Of pi0 at each judged prompt: best-of-n has n up to half of them."""
-    steps: int = 24
-    batch: int = 16
+    steps: int = 12
+    batch: int = 12
     rank: int = 8
     """Of the adapter."""
-    gold_components: int = 128
+    gold_components: int = 96
     proxy_components: int = 32
     members: int = 5
     spread: float = 1.0
@@ -74,12 +74,12 @@ class Config:
     workers: int = 1
     """Processes that seeds are divided over, each on its share of the cores; CPU only."""
     methods: tuple[str, ...] = tuple(METHODS)
-    coefficients: tuple[float, ...] = (0.3, 0.1)
+    coefficients: tuple[float, ...] = (0.1,)
     """kl_coef of the sweep."""
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     """Learning rates: each training objective takes the one of the least training loss."""
     small: bool = False
-    """A run of a quarter of an hour on two cores: one seed, one coefficient, few of everything."""
+    """To see every part run: one seed, coefficient and rate, few of everything."""
     sizes: Sizes = Sizes()
 
     def resized(self) -> "Config":
@@ -110,8 +110,9 @@ class Config:
 
 SMALL = {
     "seeds": 1,
+    "methods": tuple(METHODS)[:5],  # One RSO.
     "coefficients": (0.1,),
-    "rates": (3e-4, 1e-3),
+    "rates": (1e-3,),
     "sizes": Sizes(
         labels=32, rounds=2, train_prompts=16, held_out=12, human=48, judged=32, prompt_tokens=56,
         human_tokens=64, new_tokens=24, explore=4, eval_samples=2, draws=8, steps=4, batch=8,

@@ -48,7 +48,10 @@ def prefix(chunk, **options):
         pytest.param(8, {"learned_positions": True, "ropes": None}, marks=pytest.mark.slow),
         pytest.param(8, {"attention_softcap": 5.0}, marks=pytest.mark.slow),
         pytest.param(
-            8, {"attention": partial(attention.splash, interpret=True)}, marks=pytest.mark.slow
+            8,
+            {"attention": partial(attention.splash, interpret=True)},
+            marks=pytest.mark.slow,
+            id="splash",
         ),
     ],
     ids=str,
