@@ -126,7 +126,18 @@ def _outline(source: str) -> bool:
     )
 
 
-@pytest.mark.parametrize(("page", "source"), SNIPPETS, ids=_label)
+LONG = {"ask.md", "measure.md", "sample.md"}
+"""Pages whose programs take a quarter of a minute or more."""
+
+
+@pytest.mark.parametrize(
+    ("page", "source"),
+    [
+        pytest.param(*snippet, marks=pytest.mark.slow if snippet[0].name in LONG else ())
+        for snippet in SNIPPETS
+    ],
+    ids=_label,
+)
 def test_a_snippet_runs(page, source):
     if _outline(source):
         pytest.skip("an outline: the reader fills it in")

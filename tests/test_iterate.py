@@ -246,6 +246,7 @@ def test_hybrid_on_recorded_pairs_with_pi0_as_the_second_agent(place, tmp_path):
     assert any(name.startswith("round-2/preference/eval/") for name in metrics(tmp_path))
 
 
+@pytest.mark.slow
 def test_recorded_labels_are_asked_for_a_round_at_a_time(place, tmp_path):
     changed = {
         "reward": "recorded",

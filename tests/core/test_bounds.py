@@ -95,6 +95,7 @@ def test_masked_actions_are_deleted(x64):
     assert jnp.all(gradient[:, ACTIONS] == 0)
 
 
+@pytest.mark.slow
 def test_offline_bounds_hold_at_the_realized_radius(x64):
     """T1: with beta the realized error, J(pi) - J(pi_hat) + eta KL(pi || pi_hat) is bounded.
 

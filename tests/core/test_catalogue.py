@@ -51,6 +51,7 @@ def test_a_law_is_one_sentence():
     assert catalogue.law(test_every_entry_has_a_law_or_a_reason) is None
 
 
+@pytest.mark.slow
 def test_weighed_methods_are_those_that_read_importance():
     rng = np.random.default_rng(0)
     old, ref = jnp.asarray(-rng.exponential(size=(2, 2, 4)), jnp.float32)

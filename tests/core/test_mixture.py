@@ -66,6 +66,7 @@ def test_groups_are_found_by_who_said_what(fits):
     np.testing.assert_allclose(jnp.exp(known.log_responsibility).sum(-1), 1, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_step_of_em_is_bayes_rule_and_a_weighted_fit_and_its_likelihood_rises():
     _, _, user, z, y, key = population(jax.random.key(1))
     args = {"groups": 2, "users": USERS, "ridge": 1.0, "starts": 1}
@@ -188,6 +189,7 @@ def test_a_person_in_the_hull_is_found_from_few_labels_and_one_outside_is_not():
     assert (alone - hull).mean() > 5 * (alone - hull).std() / 8
 
 
+@pytest.mark.slow
 def test_prototypes_are_recovered_from_people_between_them():
     rng = np.random.default_rng(5)
     truth = 3 * rng.normal(size=(2, 3))

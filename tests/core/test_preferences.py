@@ -170,6 +170,7 @@ def test_the_fit_at_the_population_is_the_parameter_and_half_labels_shrink_it(la
     assert off < 1e-6 if model.merges else off > 0.1
 
 
+@pytest.mark.slow
 def test_a_rate_for_each_annotator_and_a_prior_against_scipy(x64):
     rng = np.random.default_rng(6)
     rate = np.array([0.02, 0.2, 0.4])[np.arange(40) % 3]

@@ -94,6 +94,7 @@ def test_no_other_policy_has_a_better_worst_member(solved):
         assert (value(near, rewards, ref) <= best + found.duality_gap[k][None] + 1e-5).all()
 
 
+@pytest.mark.slow
 def test_max_min_is_neither_the_pointwise_minimum_nor_harmless_to_the_majority(solved):
     """The worst group gains over both; and the majority mostly loses; never with equal groups."""
     rewards, ref, _ = solved

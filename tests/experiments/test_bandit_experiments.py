@@ -361,6 +361,7 @@ def test_benchmark(quick, tmp_path):
         assert found[f"time/{name}/ms per seed"] > 0
 
 
+@pytest.mark.slow
 def test_benchmark_notices_another_learner(quick, monkeypatch):
     """A plain program that computes something else is not timed against."""
     wrong = partial(benchmark.newton_counted, ridge=2.0)

@@ -63,13 +63,13 @@ def params():
 @pytest.mark.parametrize(
     ("slots", "options"),
     [
-        (5, {"admit": 1}),
         (8, {"admit": 3}),
+        pytest.param(5, {"admit": 1}, marks=pytest.mark.slow),
         pytest.param(8, {"admit": 8}, marks=pytest.mark.slow),
         pytest.param(24, {}, marks=pytest.mark.slow),
         pytest.param(100, {}, marks=pytest.mark.slow),
         (6, {"by": Warp(temperature=0.7, top_k=4)}),
-        (6, {"greedy": True, "samples": 1}),
+        pytest.param(6, {"greedy": True, "samples": 1}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -91,7 +91,7 @@ def test_responses_are_those_of_the_batch_sampler(params, slots, options):
     "options",
     [
         {"platform": "tpu"},  # one stack of caches, scanned
-        {"kv": "int8"},
+        pytest.param({"kv": "int8"}, marks=pytest.mark.slow),
         pytest.param({"windows": (3, None)}, marks=pytest.mark.slow),
         pytest.param({"learned_positions": True, "ropes": None}, marks=pytest.mark.slow),
     ],

@@ -18,6 +18,7 @@ RESPONSES = Ragged(
 )
 
 
+@pytest.mark.slow
 def test_each_head_is_its_own_reward_model_in_value_and_gradient():
     dim = single.features(MODEL, PARAMS, PROMPTS, RESPONSES).shape[-1]
     params = single.RewardParams(PARAMS, heads.init(jax.random.key(1), members=3, dim=dim))

@@ -91,6 +91,7 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, atol=1e-4 * max(1.0, np.abs(expected).max()))
 
 
+@pytest.mark.slow
 @example([0, 0, 0, 0, 4, *[0] * 19], 1194)
 @given(st.lists(st.integers(0, 100), min_size=24, max_size=24), st.integers(0, 2**16))
 def test_equals_the_rectangles(lengths, seed):

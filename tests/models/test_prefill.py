@@ -41,8 +41,8 @@ def prefix(chunk, **options):
     ("chunk", "options"),
     [
         (1, {}),
-        (7, {}),
-        (8, {}),  # three pieces, of which the last is cut
+        pytest.param(7, {}, marks=pytest.mark.slow),
+        pytest.param(8, {}, marks=pytest.mark.slow),  # three pieces, of which the last is cut
         (8, {"windows": (5, None)}),
         pytest.param(20, {}, marks=pytest.mark.slow),
         pytest.param(8, {"learned_positions": True, "ropes": None}, marks=pytest.mark.slow),

@@ -189,6 +189,7 @@ def test_one_trace_serves_a_bucket_and_every_value_of_a_warp():
     assert traces == [(2, 8), (2, 16)]
 
 
+@pytest.mark.slow
 def test_a_cache_that_grows_draws_the_same_from_less():
     """Rooms of 16, 32 and 40 tokens in turn, against room for 40 throughout."""
     config = models.ModelConfig(

@@ -156,6 +156,7 @@ def test_t2_control_and_batch_size():
     assert few < 2 * many + 4
 
 
+@pytest.mark.slow
 def test_t3_hybrid():
     """T3: hybrid GSHF obeys its bound, and gains where the offline data cover the optimum."""
     rounds, batch, offline = 10, 16, 200

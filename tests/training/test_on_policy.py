@@ -126,6 +126,7 @@ def test_the_exact_objective_rises(loss):
     assert found.metrics["reward/drawn"].n == 6
 
 
+@pytest.mark.slow
 def test_a_killed_fit_goes_on_to_the_same_bits(tmp_path):
     fitting = rounds.Fitting(optimizer=optax.adam(0.02), steps=2, batch_size=4, save_every=2)
     loss = group_losses.rloo(kl_coef=world.KL_COEF)
