@@ -17,19 +17,17 @@ from jax.sharding import Mesh
 from jax_klrlhf import placement
 from jax_klrlhf.errors import InputError
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "TPU v6 lite": {
-        "xla_enable_async_all_gather": True,
-        "xla_tpu_enable_async_collective_fusion": True,
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-    },
+_GATHERS = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
 }
-"""Of a training step, by the kind of device.
+OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(("TPU v5", "TPU v5p", "TPU v6 lite"), _GATHERS)
+"""Of a training step, by the kind of device; v5p goes by two names.
 
-On v5e libtpu gathers weights asynchronously by itself. On v6e it does not: with these three 26 of
-28 GB of the recipe's step at 8B are gathered behind its arithmetic (`experiments/llama3_8b`;
-compiled, not run). On v5p it does not either, and with them and two more of their kind libtpu
-0.0.42.1 did not finish 8B in 14 minutes.
+On v5e libtpu gathers weights asynchronously by itself. On v5p and v6e it does not: with these three
+25 to 26 of 27 GB of the recipe's step at 8B are gathered behind its arithmetic
+(`experiments/llama3_8b`; compiled, not run).
 """
 
 
