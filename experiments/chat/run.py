@@ -22,11 +22,11 @@ from jax_klrlhf.errors import InputError
 class Sizes:
     """How large everything is; a folder of results goes on only with the same sizes."""
 
-    labels: int = 144
+    labels: int = 120
     """Of each method, a multiple of twice the rounds."""
     rounds: int = 2
-    train_prompts: int = 72
-    held_out: int = 32
+    train_prompts: int = 60
+    held_out: int = 24
     """Prompts of each source that policies are judged on."""
     human: int = 400
     """Pairs of each source at most, that each of gold and the proxy learns from."""
@@ -43,7 +43,7 @@ class Sizes:
     eval_samples: int = 2
     draws: int = 8
     """Of pi0 at each judged prompt: best-of-n has n up to half of them."""
-    steps: int = 12
+    steps: int = 10
     batch: int = 12
     rank: int = 8
     """Of the adapter."""

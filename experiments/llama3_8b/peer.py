@@ -19,6 +19,7 @@ PYTHONPATH (MaxText's own requirements hold a good deal that this does not need)
 
 import dataclasses
 import os
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -110,7 +111,7 @@ def _trainer(config: Config) -> tuple[Any, Any, Any]:
 
     settings = [
         "run_name=peer",
-        "base_output_directory=/tmp/peer",
+        f"base_output_directory={tempfile.gettempdir()}",
         "model_name=llama3.1-8b",  # The shapes of 3; the adapter to Tunix does not know llama3-8b.
         "compile_topology=v5e-64",
         "compile_topology_num_slices=1",

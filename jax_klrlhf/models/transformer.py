@@ -26,7 +26,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jax_klrlhf.core.sequence import Ragged
-from jax_klrlhf.models import attention, in_place, packed, partition
+from jax_klrlhf.models import attention, chunked, in_place, packed, partition
 from jax_klrlhf.models.attention import EVERYTHING, Keys, Prompt
 from jax_klrlhf.models.base import LanguageModel, Prefix
 from jax_klrlhf.models.config import ModelConfig, wide
@@ -350,47 +350,24 @@ def language_model(
         hidden = jnp.take_along_axis(hidden[:, 0], last, axis=1)[:, 0]
         return Prefix(hidden=hidden, cache=cache, lengths=prompts.lengths.astype(jnp.int32))
 
-    def in_chunks(params, prompts: Ragged, most: int) -> Prefix:
-        """Each piece of the prompts after the keys of those before it: what a layer makes besides
-        keys exists for one piece at a time (Sarathi, arXiv 2308.16369)."""
-        rows, width = prompts.ids.shape
-        count = -(-width // most)
-        size = -(-width // count)
-        ids = jnp.pad(prompts.ids, ((0, 0), (0, count * size - width)))
-        last = jnp.maximum(prompts.lengths.astype(jnp.int32) - 1, 0)
-        shape = (config.layers, rows, config.kv_heads, count * size, config.head_dim)
-        zeros = jnp.zeros(shape, config.dtype)
-
+    def in_chunks(params, prompts: Ragged, chunk: int) -> Prefix:
         def attend(query, own, layer, cache, memory, before):
             out, _, _ = read(query, own, layer, None, memory, before)
             return out, cache, jax.tree.map(lambda x: x[:, 0], own)
 
-        def step(carry, number):
-            keys, hidden = carry
-            begin = number * size
-            mine = jax.lax.dynamic_slice_in_dim(ids, begin, size, axis=1)
-            positions = begin + jnp.arange(size, dtype=jnp.int32)[None, None]
-            positions = jnp.broadcast_to(positions, (rows, 1, size))
-            # Where a prompt has ended, nobody reads what stands here.
-            before = jnp.full(rows, begin)
-            out, _, new = run(params, attend, mine[:, None], positions, None, keys, before)
-            keys = jax.tree.map(
-                lambda whole, x: jax.lax.dynamic_update_slice_in_dim(whole, x, begin, axis=3),
-                keys, new,
-            )  # fmt: skip
-            at = last - begin
-            found = jnp.take_along_axis(
-                out[:, 0], jnp.clip(at, 0, size - 1)[:, None, None], axis=1
-            )[:, 0]
-            here = (at >= 0) & (at < size)
-            return (keys, jnp.where(here[:, None], found, hidden)), None
+        def piece(ids, positions, keys, before):
+            hidden, _, new = run(
+                params, attend, ids[:, None], positions[:, None], None, keys, before
+            )
+            return hidden[:, 0], new
 
-        begun = Keys(zeros, zeros), jnp.zeros((rows, config.hidden_size), config.dtype)
-        # Every piece looks at the whole room for keys. Loops that look at quarters of it would save
-        # attention; TPU's compiler took 395 s for them in place of 150, and 0.6 GiB more.
-        (keys, hidden), _ = jax.lax.scan(step, begun, jnp.arange(count, dtype=jnp.int32))
-        keys = jax.tree.map(lambda x: x[..., :width, :], keys)
-        return Prefix(hidden=hidden, cache=keys, lengths=prompts.lengths.astype(jnp.int32))
+        def room(size):
+            rows = prompts.ids.shape[0]
+            shape = (config.layers, rows, config.kv_heads, size, config.head_dim)
+            keys = jnp.zeros(shape, config.dtype)
+            return Keys(keys, keys), jnp.zeros((rows, config.hidden_size), config.dtype)
+
+        return chunked.prefill(piece, prompts, chunk=chunk, room=room)
 
     def extend(params, prefix: Prefix, ids: Int[Array, "B K C"]) -> Float[Array, "B K C E"]:
         steps = jnp.arange(ids.shape[-1], dtype=prefix.lengths.dtype)

@@ -22,9 +22,6 @@ from jax_klrlhf.results import write_results
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import optimizers
 
-PREFILL_CHUNK = 1024
-"""Tokens of a prompt that the advice is to read at one time."""
-
 
 def main(config: PlanConfig) -> list[report.Plan]:
     """Compile, print and return the plans.
@@ -154,8 +151,6 @@ def advice(config: PlanConfig, mesh: jax.sharding.Mesh) -> str:
         for option in ("sampling_weights", "sampling_kv"):
             if getattr(config, option) == "float":
                 found.append(f"--{option.replace('_', '-')} int8")
-        if config.sampling_prefill_chunk is None and config.prompt > PREFILL_CHUNK:
-            found.append(f"--sampling-prefill-chunk {PREFILL_CHUNK}")
     return f"Try {', '.join(found)}, shorter --prompt and --response, or more chips."
 
 

@@ -137,7 +137,7 @@ def _visit(
             if key is None or key not in seen:
                 seen.add(key)
                 total.collectives.append(_collective(module, name, line, opcode, times))
-                if _group(line) is None and not re.search(_EVERYONE, line.attributes):
+                if _group(line, module.partitions) is None:
                     total.unread.append(f"the groups of {line.name}: all devices are taken for one")
         elif opcode == "dot":
             total.flops += times * _dot_flops(computation, line)
@@ -210,7 +210,7 @@ def _collective(
     module: Module, where: str, line: Instruction, opcode: str, times: int
 ) -> Collective:
     computation = module.computations[where]
-    kind, group = opcode, _group(line) or module.partitions
+    kind, group = opcode, _group(line, module.partitions) or module.partitions
     taken = [s for name in line.operands for s in computation[name].shapes]
     made = list(line.shapes)
     if line.opcode.endswith("-start") and kind != "all-reduce":
@@ -232,12 +232,8 @@ def _collective(
     )
 
 
-_EVERYONE = r"^(?!.*replica_groups=)|replica_groups=\{\}"
-"""No groups: all devices."""
-
-
-def _group(line: Instruction) -> int | None:
-    """Devices in a group, from any of the ways in which groups are written; None: none is read."""
+def _group(line: Instruction, partitions: int) -> int | None:
+    """Devices in a group, from any of the ways in which groups are written; None: in another."""
     if line.opcode.startswith("collective-permute"):
         return 2
     text = line.attributes
@@ -251,7 +247,8 @@ def _group(line: Instruction) -> int | None:
         return int(found.group(1))
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return len(found.group(1).split(","))
-    return None
+    everyone = "replica_groups=" not in text or "replica_groups={}" in text
+    return partitions if everyone else None
 
 
 def _dot_flops(computation: dict[str, Instruction], line: Instruction) -> int:
