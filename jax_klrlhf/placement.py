@@ -14,10 +14,12 @@ order they were given in.
 Nothing here imports the rest of the library, so that every layer may ask.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import permutations
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -29,6 +31,8 @@ T = TypeVar("T")
 ROWS = ("data", "fsdp")
 """Axes of the mesh that the rows of a batch are cut along."""
 BATCH = PartitionSpec(ROWS)
+FEW = 16
+"""Devices of a mesh on CPUs whose every group is joined at once."""
 GATHERED = 256 * 2**20
 """Bytes of an array that are whole on a device at one time while it is gathered to the hosts."""
 
@@ -61,6 +65,57 @@ def meet(name: str) -> None:
     """Wait for the other processes."""
     if not alone():
         multihost_utils.sync_global_devices(name)
+
+
+def connect(mesh: Mesh) -> None:
+    """Let the processes on CPUs reach each other in every group of devices that ``mesh`` has.
+
+    Gloo joins a group where a collective first asks for it, on every device for itself, and gives
+    up after 30 seconds. Processes that compile at different speeds meet in so many groups at once
+    that one in a group waits for one in another. Here they take the groups in one order. All
+    processes must call it; on other platforms it does nothing.
+    """
+    if alone() or mesh.devices.flat[0].platform != "cpu":
+        return
+    for group in groups(mesh.devices):
+        if any(_mine(device) for device in group):
+            line = Mesh(np.array(group), ("group",))
+            ones = jax.make_array_from_callback(
+                (line.size,),
+                NamedSharding(line, PartitionSpec("group")),
+                lambda at: np.ones(line.size, np.float32)[at],  # noqa: B023 (called at once)
+            )
+            total = jax.jit(jnp.sum, out_shardings=NamedSharding(line, PartitionSpec()))
+            total(ones).block_until_ready()
+
+
+def groups(devices: np.ndarray) -> Iterator[tuple[Any, ...]]:
+    """Devices of a mesh that differ along some of its axes alone, each group once in every order
+    that a collective may number it in.
+
+    The compiler also cuts an axis in two, so that these are groups along the axes' prime factors;
+    of more than :data:`FEW` devices, where those would be thousands, along whole axes.
+    """
+    if devices.size <= FEW:
+        devices = devices.reshape([prime for size in devices.shape for prime in _primes(size)])
+    seen = set()
+    for size in range(1, devices.ndim + 1):
+        for axes in permutations(range(devices.ndim), size):
+            last = np.moveaxis(devices, axes, range(-size, 0))
+            length = int(np.prod(last.shape[-size:]))
+            for row in last.reshape(-1, length):
+                group = tuple(row)
+                if length > 1 and group not in seen:
+                    seen.add(group)
+                    yield group
+
+
+def _primes(number: int) -> list[int]:
+    """Prime factors, ascending."""
+    for prime in range(2, number + 1):
+        if number % prime == 0:
+            return [prime, *_primes(number // prime)]
+    return []
 
 
 def lead(write: Callable[[], Any]) -> None:

@@ -34,6 +34,33 @@ def test_a_process_has_the_rows_of_its_devices_and_no_others(shape, seed, monkey
         placement.own_rows(mesh, parts + 1)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_groups_are_all_that_differ_along_some_axes_or_parts_of_them(shape):
+    mesh = meshes.make(**dict(zip(meshes.AXES, shape, strict=True)))
+    found = list(placement.groups(mesh.devices))
+    assert len(set(found)) == len(found) == 3 * 4 + 3 * 2 * 2 + 6  # of two in 2 orders, 3 in 6
+    # Devices whose places differ in no bit beyond those of a mask.
+    place = dict(enumerate(mesh.devices.flat))
+    wanted = {
+        frozenset(device for at, device in place.items() if at | mask == begin | mask)
+        for mask in range(1, 8)
+        for begin in place
+    }
+    assert set(map(frozenset, found)) == wanted
+
+
+def test_of_many_devices_whole_axes_make_the_groups():
+    grid = lambda *shape: np.arange(np.prod(shape)).reshape(shape)  # noqa: E731
+    assert list(placement.groups(grid(1, 32, 1))) == [tuple(range(32))]
+    # Of one axis; of two, in two orders; of three, in six.
+    one, two, three = 8 + 8 + 16, 2 * (2 + 4 + 4), 6
+    assert len(list(placement.groups(grid(4, 4, 2)))) == one + two + three
+    # An axis of twelve is one of 2 x 2 x 3: of the first two, of the second and the third, ...
+    found = {frozenset(group) for group in placement.groups(grid(1, 12, 1))}
+    assert {frozenset({0, 6}), frozenset({0, 3, 6, 9}), frozenset(range(6))} <= found
+    assert frozenset({0, 4, 8}) not in found
+
+
 @pytest.mark.parametrize("count", [1, 5, 9, 17])
 def test_every_process_takes_as_many_batches_of_prompts(count):
     """Fill rows lie on one host alone, and the longest prompt on another."""

@@ -90,6 +90,9 @@ def reader(folder: Path, split: str) -> tuple[int, Callable[[Sequence[int]], lis
     if not paths:
         raise FileNotFoundError(f"no records of split {split!r}")
     source = ArrayRecordDataSource([str(path) for path in paths])
+    # Imported here: TFDS is lazy, and two threads that import it at once may wait for each other
+    # for ever (on Python 3.11, where ``cached_property`` has a lock).
+    _example_type()
 
     def fetch(numbers: Sequence[int]) -> list[Row]:
         return [from_bytes(record) for record in source.__getitems__(list(numbers))]

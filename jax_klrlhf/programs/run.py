@@ -100,7 +100,7 @@ def alone(program: Callable[..., T]) -> Callable[..., T]:
                 return program(config, console=console)
             except Exception as error:
                 if processes.lost(error):
-                    processes.leave()
+                    processes.leave(error)
                 raise
             finally:
                 _held.reset(token)

@@ -68,8 +68,7 @@ def make(
             f"mesh {named}: the sizes must multiply to the {count} devices there are; "
             "set one of them to -1 to let it take the rest."
         )
-    arranged = arrange(sizes, jax.devices() if devices is None else devices)
-    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
+    return _of(arrange(sizes, jax.devices() if devices is None else devices))
 
 
 def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
@@ -138,7 +137,14 @@ def for_sampling(
     if tensor < 0 or mesh.size % tensor:
         raise ValueError(f"tensor={tensor} for sampling does not divide the {mesh.size} devices.")
     devices = mesh.devices.reshape(mesh.size // tensor, 1, tensor)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    return _of(devices)
+
+
+def _of(devices: np.ndarray) -> Mesh:
+    """The mesh of devices in its shape, which reach each other."""
+    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    placement.connect(mesh)
+    return mesh
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -86,11 +86,12 @@ def lost(error: BaseException) -> bool:
     return not placement.alone() and any(word in str(error) for word in _GONE)
 
 
-def leave() -> None:
-    """End this process with the one line, at once: JAX would wait for the dead one, and then tell
-    of it at length."""
+def leave(error: BaseException) -> None:
+    """End this process with the one line and its cause, at once: JAX would wait for the dead one,
+    and then tell of it at length."""
     sys.stdout.flush()
-    print(LOST, file=sys.stderr, flush=True)
+    cause = " ".join(str(error).split())[:200]
+    print(f"{LOST} ({cause})", file=sys.stderr, flush=True)
     os._exit(3)
 
 

@@ -38,6 +38,28 @@ def encoded(tokenizer, records):
     return [item for item in items if isinstance(item, rows.Row)]
 
 
+def test_what_reads_rows_imports_nothing(byte_level, folder):
+    """Two threads that import what imports lazily can wait for each other for ever."""
+    prepare.build(RECORDS, byte_level, folder, **LENGTHS)
+    code = """
+import sys
+from pathlib import Path
+from jax_klrlhf.data import records
+path = Path(sys.argv[1])
+_, fetch = records.reader(path, sys.argv[2])
+before = set(sys.modules)
+assert fetch([0])[0].prompt
+print(sorted(set(sys.modules) - before))
+"""
+    (path,) = {file.parent for file in folder.rglob("*.array_record-*")}
+    split = next(path.glob("*.array_record-*")).name.split("-")[1].split(".")[0]
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(path), split],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert out.stdout == "[]\n"
+
+
 def test_rows_read_are_the_rows_written(byte_level, folder):
     records = [
         {"prompt": "p", "responses": [" a", " b", " c"], "scores": [1, 3, 2], "label": 0.75},

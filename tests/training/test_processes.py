@@ -5,6 +5,7 @@ the layouts that are run.
 """
 
 import functools
+import itertools
 import json
 import time
 from pathlib import Path
@@ -91,6 +92,26 @@ def run(folder: Path, steps: int, layout: str):
     return outcome
 
 
+def sums(mesh):
+    """Over each set of the mesh's axes, where they are longer than one."""
+    data = np.arange(8, dtype=np.float32)
+    cut = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+    laid = jax.make_array_from_callback(data.shape, cut, lambda at: data[at])
+    for size in (1, 2, 3):
+        for axes in itertools.combinations(mesh.axis_names, size):
+            if all(mesh.shape[axis] == 1 for axis in axes):
+                continue
+            total = jax.shard_map(
+                lambda x, axes=axes: jax.lax.psum(x, axes),
+                mesh=mesh, in_specs=cut.spec, out_specs=cut.spec, check_vma=False,
+            )  # fmt: skip
+            places = tuple(map(mesh.axis_names.index, axes))
+            want = data.reshape(mesh.devices.shape).sum(places, keepdims=True)
+            want = np.broadcast_to(want, mesh.devices.shape).ravel()
+            for shard in jax.jit(total)(laid).addressable_shards:
+                np.testing.assert_array_equal(np.asarray(shard.data), want[shard.index])
+
+
 def rows_back(mesh) -> dict[str, list[float]]:
     """Rows through a program that is mapped over them, a batch laid out, and a parameter."""
     times = mapped(lambda params, x: params * x, rows=8, mesh=mesh)
@@ -146,11 +167,16 @@ def main(index: int, count: int, address: str, folder: Path) -> None:
     jax.distributed.initialize(address, count, index)
     if count == 2:
         writes(folder, index)
+    placement.agreed(True)  # a group that is no mesh's
+    # Gloo says so of every group that it joins.
+    joined = lambda: (folder / f"said-{index}.txt").read_text().count("[Gloo]")  # noqa: E731
     facts = {}
     for number, layout in enumerate(LAYOUTS):
         if count == 4 and layout not in OF_FOUR:
             continue
-        facts[layout] = rows_back(mesh_of(layout))
+        mesh, begin = mesh_of(layout), joined()
+        sums(mesh)
+        facts[layout] = rows_back(mesh)
         run(folder / f"checkpoints-{number}", STEPS // 2, layout)
         outcome = run(folder / f"checkpoints-{number}", STEPS, layout)
         np.savez(
@@ -159,6 +185,7 @@ def main(index: int, count: int, address: str, folder: Path) -> None:
             loss=outcome.metrics["loss"].value,
             name=state.fingerprint_text(outcome.state.fingerprint),
         )
+        assert joined() == begin > 0, f"{layout}: a group was first joined in a program"
     (folder / f"facts-{index}.json").write_text(json.dumps(facts))
 
 
