@@ -104,6 +104,8 @@ def metrics(
             flat[f"rounds/{row.name}/learning_rate"] = Metric(row.rate)
         flat |= {f"rounds/{row.name}/{name.replace('/', '_')}": m for name, m in row.rounds.items()}
     for finding in found:
+        if not finding.compared:
+            continue
         flat[f"statement/{finding.statement}/difference"] = finding.difference
         flat[f"statement/{finding.statement}/from KL"] = Metric(finding.from_kl)
         flat[f"statement/{finding.statement}/to KL"] = Metric(finding.shared_kl)
@@ -172,9 +174,9 @@ def show(here: Study, place: Place, rows: Sequence[Row], said: Sequence[Finding]
         "What the paper expects",
         {
             f.statement: {
-                "difference": f.difference,
-                "95 % interval": f"[{f.low:.3f}, {f.high:.3f}]",
-                "at KL": f"{f.from_kl:.2f} to {f.shared_kl:.2f}",
+                "difference": f.difference if f.compared else "",
+                "95 % interval": f"[{f.low:.3f}, {f.high:.3f}]" if f.compared else "",
+                "at KL": f"{f.from_kl:.2f} to {f.shared_kl:.2f}" if f.compared else "",
                 "": f"{f.verdict}: {f.reason}" if f.reason else f.verdict,
             }
             for f in said

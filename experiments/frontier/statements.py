@@ -63,6 +63,8 @@ class Finding(NamedTuple):
     verdict: Verdict
     reason: str = ""
     """Why it is undecided."""
+    compared: bool = True
+    """False where they share too little KL: the numbers before say nothing then."""
 
 
 def compare(statement: str, better: Sequence[Curve], worse: Sequence[Curve]) -> Finding:
@@ -112,6 +114,7 @@ def compare(statement: str, better: Sequence[Curve], worse: Sequence[Curve]) -> 
         float(np.mean([top for _, top in shared])),
         verdict,
         reason,
+        least >= LEAST_KL,
     )
 
 

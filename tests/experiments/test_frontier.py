@@ -10,6 +10,8 @@ import math
 import os
 import re
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -444,7 +446,14 @@ def test_noise_one_seed_or_no_shared_kl_leave_a_statement_undecided():
     far = [Curve(c.kl + 10, c.gain) for c in noisy]
     apart = statements.compare("", far, noisy)
     assert apart.verdict == "undecided"
-    assert apart.difference.value == 0
+    assert not apart.compared
+    assert found.compared
+    # No number is published where nothing was compared.
+    nowhere: Any = SimpleNamespace(accuracy=None)
+    one: Any = {Name(report.PI0, 0.0, 0): SimpleNamespace(agreement=0.5)}
+    for finding, count in ((apart, 0), (found, 5)):
+        flat = report.metrics([], [finding], one, nowhere)
+        assert sum(name.startswith("statement/") for name in flat) == count
     still = [Curve(0 * c.kl, c.gain) for c in noisy]
     assert statements.compare("", still, noisy).verdict == "undecided"
     # Seeds that disagree widen the interval by Student's t: 12.7 of two seeds.
