@@ -1,4 +1,4 @@
-"""The decoder: one block, scanned over layers, behind the six functions of a `LanguageModel`.
+"""The decoder: one block, scanned over layers, behind the functions of a `LanguageModel`.
 
 Linen rather than NNX, decided by a measured probe (8 layers, per-layer constants, remat; jax 0.10
 and 0.12, warnings as errors). Neither warned; trace and compile times were equal within noise

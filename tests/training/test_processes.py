@@ -5,7 +5,6 @@ the layouts that are run.
 """
 
 import functools
-import itertools
 import json
 import time
 from pathlib import Path
@@ -92,26 +91,6 @@ def run(folder: Path, steps: int, layout: str):
     return outcome
 
 
-def sums(mesh):
-    """Over each set of the mesh's axes, where they are longer than one."""
-    data = np.arange(8, dtype=np.float32)
-    cut = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
-    laid = jax.make_array_from_callback(data.shape, cut, lambda at: data[at])
-    for size in (1, 2, 3):
-        for axes in itertools.combinations(mesh.axis_names, size):
-            if all(mesh.shape[axis] == 1 for axis in axes):
-                continue
-            total = jax.shard_map(
-                lambda x, axes=axes: jax.lax.psum(x, axes),
-                mesh=mesh, in_specs=cut.spec, out_specs=cut.spec, check_vma=False,
-            )  # fmt: skip
-            places = tuple(map(mesh.axis_names.index, axes))
-            want = data.reshape(mesh.devices.shape).sum(places, keepdims=True)
-            want = np.broadcast_to(want, mesh.devices.shape).ravel()
-            for shard in jax.jit(total)(laid).addressable_shards:
-                np.testing.assert_array_equal(np.asarray(shard.data), want[shard.index])
-
-
 def rows_back(mesh) -> dict[str, list[float]]:
     """Rows through a program that is mapped over them, a batch laid out, and a parameter."""
     times = mapped(lambda params, x: params * x, rows=8, mesh=mesh)
@@ -175,7 +154,6 @@ def main(index: int, count: int, address: str, folder: Path) -> None:
         if count == 4 and layout not in OF_FOUR:
             continue
         mesh, begin = mesh_of(layout), joined()
-        sums(mesh)
         facts[layout] = rows_back(mesh)
         run(folder / f"checkpoints-{number}", STEPS // 2, layout)
         outcome = run(folder / f"checkpoints-{number}", STEPS, layout)
