@@ -7,6 +7,7 @@ on prompts of another source. Source: arXiv 2312.11456, Algorithms 1 and 2 and s
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,7 +73,7 @@ class Config:
     seed: int = 0
     """The first of them."""
     workers: int = 1
-    """Processes that seeds are divided over, each on its share of the cores; CPU only."""
+    """Processes that cells are divided over, each on its share of the cores; CPU only."""
     methods: tuple[str, ...] = tuple(METHODS)
     coefficients: tuple[float, ...] = (0.1,)
     """kl_coef of the sweep."""
@@ -127,10 +128,10 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     config = here.config
     seeds = range(config.seed, config.seed + config.seeds)
     if config.workers > 1:
-        # Rates first, which all seeds share.
-        cells.Lab(config, console=Console(quiet=True)).prepare()
-        parts = [dataclasses.replace(config, seed=seed, seeds=1) for seed in seeds]
-        divided.over_processes(_cells, parts, workers=config.workers)
+        # Rates first, which all cells share.
+        cells.Lab(config, console=here.console).prepare()
+        parts = [(config, name) for name in names(config)]
+        divided.over_processes(_cell, parts, workers=config.workers)
     lab = cells.Lab(config, console=here.console)
     for name in names(config):
         lab.run(name)
@@ -150,11 +151,16 @@ def names(config: Config) -> Iterator[cells.Name]:
                     yield cells.Name(method, 0.0, seed)
 
 
-def _cells(config: Config) -> None:
-    """Make a seed's cells and leave them in the folder."""
-    lab = cells.Lab(config, console=Console(quiet=True))
-    for name in names(config):
-        lab.run(name)
+@functools.cache
+def _lab(config: Config) -> cells.Lab:
+    """A process's own: what it compiled serves all of its cells."""
+    return cells.Lab(config, console=Console())
+
+
+def _cell(part: tuple[Config, cells.Name]) -> None:
+    """Make a cell and leave it in the folder."""
+    config, name = part
+    _lab(config).run(name)
 
 
 cli = study.entry(main, Config, __doc__)
