@@ -23,7 +23,7 @@ SHOWN = {
 }  # fmt: skip
 """Columns of the table by metric; the last is the share of distinct pairs of tokens."""
 TEN = 10
-"""Pairs of answers on the page's first screen and in ``pairs.md``."""
+"""Pairs of answers in ``ten.html``."""
 CLAIMS = (
     ("online beats offline at equal labels", methods.ONLINE, methods.OFFLINE),
     ("hybrid beats offline at equal labels", methods.HYBRID, methods.OFFLINE),

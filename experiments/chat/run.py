@@ -130,7 +130,7 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     if config.workers > 1:
         # Rates first, which all cells share.
         cells.Lab(config, console=here.console).prepare()
-        parts = [(config, name) for name in names(config)]
+        parts = [(config, name, here.console.quiet) for name in names(config)]
         divided.over_processes(_cell, parts, workers=config.workers)
     lab = cells.Lab(config, console=here.console)
     for name in names(config):
@@ -152,15 +152,15 @@ def names(config: Config) -> Iterator[cells.Name]:
 
 
 @functools.cache
-def _lab(config: Config) -> cells.Lab:
+def _lab(config: Config, quiet: bool) -> cells.Lab:
     """A process's own: what it compiled serves all of its cells."""
-    return cells.Lab(config, console=Console())
+    return cells.Lab(config, console=Console(quiet=quiet))
 
 
-def _cell(part: tuple[Config, cells.Name]) -> None:
+def _cell(part: tuple[Config, cells.Name, bool]) -> None:
     """Make a cell and leave it in the folder."""
-    config, name = part
-    _lab(config).run(name)
+    config, name, quiet = part
+    _lab(config, quiet).run(name)
 
 
 cli = study.entry(main, Config, __doc__)

@@ -172,6 +172,21 @@ def test_a_run_goes_on_from_its_cells_and_refuses_those_of_another(made, toy, mo
         run.main(other, console=Console(quiet=True))
 
 
+@pytest.mark.slow
+def test_cells_are_divided_over_processes(toy, tmp_path, monkeypatch):
+    def nothing_left(*args):
+        raise AssertionError("left to the first process")
+
+    monkeypatch.setattr(cells.Lab, "_cell", nothing_left)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # Theirs too.
+    asked = dataclasses.replace(
+        toy, output=tmp_path, workers=2, methods=(methods.SFT,), rates=(1e-3,)
+    )
+    run.main(asked, console=Console(quiet=True))
+    there = {p.stem for p in (tmp_path / "cells").glob("*.json")}
+    assert there == {"accuracy", "pi0_0_0", "SFT-on-chosen_0_0"}
+
+
 def test_what_cannot_run_is_refused_before_any_compute(toy):
     for change, said in (
         ({"methods": ("PPO",)}, "PPO"),
