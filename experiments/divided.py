@@ -1,4 +1,4 @@
-"""Seeds divided over processes, each on its share of the cores.
+"""Work divided over processes, each on its share of the cores.
 
 A model of a few hundred thousand parameters does not fill a core: cores do more apart than
 together. What a process makes it leaves on disk; whoever divided the work reads it there.
@@ -15,12 +15,12 @@ import jax
 from jax_klrlhf.errors import InputError
 
 
-def over_processes(work: Callable[[Any], None], parts: Sequence[Any], *, workers: int) -> None:
-    """``work(part)`` for every part, in at most ``workers`` processes at a time.
+def over_processes(*stages: tuple[Callable[[Any], None], Sequence[Any]], workers: int) -> None:
+    """``work(part)`` for every part of a stage ``(work, parts)``, and then for those of the next,
+    in at most ``workers`` processes, which stay: what they compiled serves all stages.
 
     Args:
-        work: a function of a module, with an argument that can be pickled.
-        parts: what it is called with.
+        stages: ``work`` is a function of a module, a part can be pickled.
         workers: as ``--workers``.
 
     Raises:
@@ -32,7 +32,7 @@ def over_processes(work: Callable[[Any], None], parts: Sequence[Any], *, workers
             f"--workers {workers}: processes cannot share the {jax.default_backend()}; "
             "leave it out, or set JAX_PLATFORMS=cpu."
         )
-    workers = min(workers, len(parts))
+    workers = max(1, min(workers, max(len(parts) for _, parts in stages)))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     context = multiprocessing.get_context("spawn")  # A fork would inherit JAX's threads.
     places = context.Queue()
@@ -46,10 +46,11 @@ def over_processes(work: Callable[[Any], None], parts: Sequence[Any], *, workers
         with concurrent.futures.ProcessPoolExecutor(
             workers, context, initializer=_pin, initargs=(places,)
         ) as pool:
-            begun = [pool.submit(work, part) for part in parts]
             try:
-                for done in concurrent.futures.as_completed(begun):
-                    done.result()
+                for work, parts in stages:
+                    begun = [pool.submit(work, part) for part in parts]
+                    for done in concurrent.futures.as_completed(begun):
+                        done.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -112,7 +112,7 @@ class Lab:
         for path in (self.config.data, self.config.ood):
             kept = human.short(
                 self.encoder, human.read(path),
-                prompt=sizes.prompt_tokens, response=sizes.human_tokens,
+                prompt=sizes.human_prompt_tokens, response=sizes.human_tokens,
             )  # fmt: skip
             parts = human.divide(kept)
             rng = np.random.default_rng(0)
@@ -123,20 +123,24 @@ class Lab:
                 if len(cut[part]) < judges.FOLDS:
                     raise InputError(
                         f"{path}: {len(cut[part])} short pairs for {part}; raise "
-                        "--sizes.prompt-tokens or --sizes.human-tokens."
+                        "--sizes.human-prompt-tokens or --sizes.human-tokens."
                     )
             found.append(cut)
         return found[0], found[1]
 
     def _prompts(self, source: int, part: str, count: int, seed: int) -> list[Any]:
-        listed = list(dict.fromkeys(p.prompt for p in self.people[source][part]))
+        listed = [
+            prompt
+            for prompt in dict.fromkeys(pair.prompt for pair in self.people[source][part])
+            if len(human.prompt_ids(self.encoder, prompt)) <= self.sizes.prompt_tokens
+        ]
         order = np.random.default_rng([seed, source]).permutation(len(listed))[:count]
         return [listed[i] for i in order]
 
     def _tokens(self, listed: list[human.Pair]) -> human.Tokens:
         sizes = self.sizes
         return human.tokens(
-            self.encoder, listed, prompt=sizes.prompt_tokens, response=sizes.human_tokens
+            self.encoder, listed, prompt=sizes.human_prompt_tokens, response=sizes.human_tokens
         )
 
     def asked(self, prompts: list[Any]) -> Ragged:
@@ -247,35 +251,33 @@ class Lab:
         """By learning rate."""
         return {rate: self._fitting(rate) for rate in self.config.rates}
 
+    @property
+    def pilots(self) -> list[tuple[str, float]]:
+        """(Training objective, learning rate) to be tried; of a single rate nothing is chosen."""
+        asked = dict.fromkeys(methods.METHODS[m].objective for m in self.config.methods)
+        rates = self.config.rates
+        return [(objective, rate) for objective in asked for rate in rates if len(rates) > 1]
+
+    def pilot(self, objective: str, rate: float) -> float:
+        """Training loss at the end of a fit, nats; infinite where it is no number."""
+
+        def make() -> dict[str, Any]:
+            middle = self.config.coefficients[len(self.config.coefficients) // 2]
+            name = Name(methods.pilot(objective), middle, PILOT)
+            return {"loss": methods.loss(self._outcome(name, {objective: rate}))}
+
+        loss = self._json(f"rate_{objective.replace(' ', '-')}_{rate:g}", make)["loss"]
+        return loss if loss is not None and math.isfinite(loss) else math.inf
+
     @cached_property
     def rates(self) -> dict[str, float]:
-        """The learning rate of each training objective; of a single one nothing is chosen."""
-        asked = dict.fromkeys(methods.METHODS[m].objective for m in self.config.methods)
-        if len(self.config.rates) == 1:
-            return dict.fromkeys(asked, self.config.rates[0])
-        found = {}
-        middle = self.config.coefficients[len(self.config.coefficients) // 2]
-        for objective in asked:
-            losses = {
-                rate: self._json(
-                    f"rate_{objective.replace(' ', '-')}_{rate:g}",
-                    partial(self._pilot, objective, rate, middle),
-                )["loss"]
-                for rate in self.config.rates
-            }
-            losses = {r: v for r, v in losses.items() if v is not None and math.isfinite(v)}
-            found[objective] = min(losses, key=lambda rate: losses[rate])
-        return found
-
-    def _pilot(self, objective: str, rate: float, coefficient: float) -> dict[str, Any]:
-        name = Name(methods.pilot(objective), coefficient, PILOT)
-        outcome = self._outcome(name, {objective: rate})
-        return {"loss": methods.loss(outcome)}
-
-    def prepare(self) -> None:
-        """Make what all seeds share, before they are divided."""
-        self.accuracy()
-        _ = self.rates
+        """The learning rate of each training objective."""
+        losses: dict[str, dict[float, float]] = {}
+        for objective, rate in self.pilots:
+            losses.setdefault(objective, {})[rate] = self.pilot(objective, rate)
+        asked = (methods.METHODS[m].objective for m in self.config.methods)
+        one = dict.fromkeys(asked, self.config.rates[0])
+        return one | {name: min(found, key=found.__getitem__) for name, found in losses.items()}
 
     def _parts(self, fitting: rounds.Fitting) -> Parts:
         explore = self.draw(self.sizes.explore)

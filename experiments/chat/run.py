@@ -23,20 +23,22 @@ from jax_klrlhf.errors import InputError
 class Sizes:
     """How large everything is; a folder of results goes on only with the same sizes."""
 
-    labels: int = 120
+    labels: int = 96
     """Of each method, a multiple of twice the rounds."""
     rounds: int = 2
-    train_prompts: int = 60
+    train_prompts: int = 48
     held_out: int = 24
     """Prompts of each source that policies are judged on."""
-    human: int = 400
+    human: int = 500
     """Pairs of each source at most, that each of gold and the proxy learns from."""
-    judged: int = 200
+    judged: int = 400
     """Pairs of each source at most, that both are judged on."""
-    prompt_tokens: int = 64
-    """Longer prompts are left out."""
-    human_tokens: int = 64
+    human_prompt_tokens: int = 256
+    """Pairs with a longer prompt are left out."""
+    human_tokens: int = 128
     """Pairs with a longer response are left out."""
+    prompt_tokens: int = 64
+    """Longer prompts are not put to policies."""
     new_tokens: int = 32
     """Longest answer."""
     explore: int = 4
@@ -44,7 +46,7 @@ class Sizes:
     eval_samples: int = 2
     draws: int = 8
     """Of pi0 at each judged prompt: best-of-n has n up to half of them."""
-    steps: int = 10
+    steps: int = 8
     batch: int = 12
     rank: int = 8
     """Of the adapter."""
@@ -116,8 +118,8 @@ SMALL = {
     "rates": (1e-3,),
     "sizes": Sizes(
         labels=32, rounds=2, train_prompts=16, held_out=12, human=48, judged=32, prompt_tokens=56,
-        human_tokens=64, new_tokens=24, explore=4, eval_samples=2, draws=8, steps=4, batch=8,
-        gold_components=48, proxy_components=16, members=4,
+        human_prompt_tokens=64, human_tokens=64, new_tokens=24, explore=4, eval_samples=2, draws=8,
+        steps=4, batch=8, gold_components=48, proxy_components=16, members=4,
     ),
 }  # fmt: skip
 
@@ -128,10 +130,14 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     config = here.config
     seeds = range(config.seed, config.seed + config.seeds)
     if config.workers > 1:
-        # Rates first, which all cells share.
-        cells.Lab(config, console=here.console).prepare()
-        parts = [(config, name, here.console.quiet) for name in names(config)]
-        divided.over_processes(_cell, parts, workers=config.workers)
+        # What all cells share first; the rates before the cells, which take them.
+        lab, quiet = cells.Lab(config, console=here.console), here.console.quiet
+        lab.accuracy()
+        divided.over_processes(
+            (_pilot, [(config, *pilot, quiet) for pilot in lab.pilots]),
+            (_cell, [(config, name, quiet) for name in names(config)]),
+            workers=config.workers,
+        )
     lab = cells.Lab(config, console=here.console)
     for name in names(config):
         lab.run(name)
@@ -155,6 +161,12 @@ def names(config: Config) -> Iterator[cells.Name]:
 def _lab(config: Config, quiet: bool) -> cells.Lab:
     """A process's own: what it compiled serves all of its cells."""
     return cells.Lab(config, console=Console(quiet=quiet))
+
+
+def _pilot(part: tuple[Config, str, float, bool]) -> None:
+    """Make a pilot and leave it in the folder."""
+    config, objective, rate, quiet = part
+    _lab(config, quiet).pilot(objective, rate)
 
 
 def _cell(part: tuple[Config, cells.Name, bool]) -> None:

@@ -28,11 +28,12 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     if config.workers > 1:
         here.console.print(f"{len(seeds)} seeds in {config.workers} processes", highlight=False)
-        if len(config.rates) > 1:  # which all seeds share
-            parts = [dataclasses.replace(config, methods=(method,)) for method in config.methods]
-            divided.over_processes(_rates, parts, workers=config.workers)
-        parts = [dataclasses.replace(config, first_seed=seed, seeds=1) for seed in seeds]
-        divided.over_processes(_cells, parts, workers=config.workers)
+        chosen = [dataclasses.replace(config, methods=(method,)) for method in config.methods]
+        divided.over_processes(
+            (_rates, chosen if len(config.rates) > 1 else []),  # which all seeds share
+            (_cells, [dataclasses.replace(config, first_seed=seed, seeds=1) for seed in seeds]),
+            workers=config.workers,
+        )
     with Told(here.console) as progress:
         place = laboratory.place(config, progress)
         found = run(

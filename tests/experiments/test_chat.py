@@ -114,8 +114,8 @@ def toy(tmp_path_factory):
     models.save(folder / "model", facts, params, tokenizer)
     sizes = run.Sizes(
         labels=8, rounds=2, train_prompts=6, held_out=4, human=24, judged=12, prompt_tokens=64,
-        human_tokens=16, new_tokens=5, explore=2, eval_samples=2, draws=4, steps=2, batch=4,
-        rank=2, gold_components=6, proxy_components=4, members=2,
+        human_prompt_tokens=64, human_tokens=16, new_tokens=5, explore=2, eval_samples=2, draws=4,
+        steps=2, batch=4, rank=2, gold_components=6, proxy_components=4, members=2,
     )  # fmt: skip
     return run.Config(
         model=str(folder / "model"), data=folder / "a.jsonl", ood=folder / "b.jsonl",
