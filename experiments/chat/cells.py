@@ -5,6 +5,7 @@ each training objective, **the one of the least training loss at the end of a fi
 that is judged by nothing, at the middle coefficient. A rate never sees gold's rewards, only labels.
 """
 
+import itertools
 import json
 import math
 import time
@@ -125,15 +126,29 @@ class Lab:
                         f"{path}: {len(cut[part])} short pairs for {part}; raise "
                         "--sizes.human-prompt-tokens or --sizes.human-tokens."
                     )
+            wanted = {"judge": sizes.held_out}
+            if not found:  # Policies learn on prompts of the first source alone.
+                wanted["proxy"] = sizes.train_prompts
+            for part, count in wanted.items():
+                there = len(self._askable(cut[part]))
+                if there < count:
+                    raise InputError(
+                        f"{path}: {there} prompts of at most {sizes.prompt_tokens} tokens for "
+                        f"{part}, {count} wanted; raise --sizes.prompt-tokens or ask for fewer."
+                    )
             found.append(cut)
         return found[0], found[1]
 
-    def _prompts(self, source: int, part: str, count: int, seed: int) -> list[Any]:
-        listed = [
+    def _askable(self, listed: list[human.Pair]) -> list[Any]:
+        """The different prompts that are short enough for policies."""
+        return [
             prompt
-            for prompt in dict.fromkeys(pair.prompt for pair in self.people[source][part])
+            for prompt in dict.fromkeys(pair.prompt for pair in listed)
             if len(human.prompt_ids(self.encoder, prompt)) <= self.sizes.prompt_tokens
         ]
+
+    def _prompts(self, source: int, part: str, count: int, seed: int) -> list[Any]:
+        listed = self._askable(self.people[source][part])
         order = np.random.default_rng([seed, source]).permutation(len(listed))[:count]
         return [listed[i] for i in order]
 
@@ -252,11 +267,14 @@ class Lab:
         return {rate: self._fitting(rate) for rate in self.config.rates}
 
     @property
+    def _objectives(self) -> list[str]:
+        return list(dict.fromkeys(methods.METHODS[m].objective for m in self.config.methods))
+
+    @property
     def pilots(self) -> list[tuple[str, float]]:
-        """(Training objective, learning rate) to be tried; of a single rate nothing is chosen."""
-        asked = dict.fromkeys(methods.METHODS[m].objective for m in self.config.methods)
+        """(Training objective, learning rate) to be tried: none where there is a single rate."""
         rates = self.config.rates
-        return [(objective, rate) for objective in asked for rate in rates if len(rates) > 1]
+        return list(itertools.product(self._objectives, rates)) if len(rates) > 1 else []
 
     def pilot(self, objective: str, rate: float) -> float:
         """Training loss at the end of a fit, nats; infinite where it is no number."""
@@ -271,13 +289,19 @@ class Lab:
 
     @cached_property
     def rates(self) -> dict[str, float]:
-        """The learning rate of each training objective."""
-        losses: dict[str, dict[float, float]] = {}
-        for objective, rate in self.pilots:
-            losses.setdefault(objective, {})[rate] = self.pilot(objective, rate)
-        asked = (methods.METHODS[m].objective for m in self.config.methods)
-        one = dict.fromkeys(asked, self.config.rates[0])
-        return one | {name: min(found, key=found.__getitem__) for name, found in losses.items()}
+        """The learning rate of each training objective.
+
+        Raises:
+            InputError: where every rate diverged.
+        """
+        rates = self.config.rates
+        if len(rates) == 1:
+            return dict.fromkeys(self._objectives, rates[0])
+        found = {o: min(rates, key=partial(self.pilot, o)) for o in self._objectives}
+        for objective, rate in found.items():
+            if math.isinf(self.pilot(objective, rate)):
+                raise InputError(f"--rates: {objective} diverges at all of them; add smaller ones.")
+        return found
 
     def _parts(self, fitting: rounds.Fitting) -> Parts:
         explore = self.draw(self.sizes.explore)

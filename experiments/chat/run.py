@@ -117,9 +117,9 @@ SMALL = {
     "coefficients": (0.1,),
     "rates": (1e-3,),
     "sizes": Sizes(
-        labels=32, rounds=2, train_prompts=16, held_out=12, human=48, judged=32, prompt_tokens=56,
-        human_prompt_tokens=64, human_tokens=64, new_tokens=24, explore=4, eval_samples=2, draws=8,
-        steps=4, batch=8, gold_components=48, proxy_components=16, members=4,
+        labels=16, rounds=2, train_prompts=8, held_out=6, human=24, judged=16, prompt_tokens=56,
+        human_prompt_tokens=64, human_tokens=64, new_tokens=24, explore=4, eval_samples=2, draws=4,
+        steps=2, batch=8, gold_components=48, proxy_components=16, members=4,
     ),
 }  # fmt: skip
 
@@ -129,16 +129,15 @@ def main(config: Config, *, console: Console | None = None) -> Path:
     here = study.begin("chat", config, console=console)
     config = here.config
     seeds = range(config.seed, config.seed + config.seeds)
+    lab = cells.Lab(config, console=here.console)
+    lab.accuracy()  # makes what all cells share
     if config.workers > 1:
-        # What all cells share first; the rates before the cells, which take them.
-        lab, quiet = cells.Lab(config, console=here.console), here.console.quiet
-        lab.accuracy()
+        quiet = here.console.quiet  # The rates before the cells, which take them.
         divided.over_processes(
             (_pilot, [(config, *pilot, quiet) for pilot in lab.pilots]),
             (_cell, [(config, name, quiet) for name in names(config)]),
             workers=config.workers,
         )
-    lab = cells.Lab(config, console=here.console)
     for name in names(config):
         lab.run(name)
     metrics = report.write(lab, names(config), here.output, here.console)

@@ -177,14 +177,32 @@ def test_cells_are_divided_over_processes(toy, tmp_path, monkeypatch):
     def nothing_left(*args):
         raise AssertionError("left to the first process")
 
+    monkeypatch.setattr(cells.Lab, "_outcome", nothing_left)
     monkeypatch.setattr(cells.Lab, "_cell", nothing_left)
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # Theirs too.
     asked = dataclasses.replace(
-        toy, output=tmp_path, workers=2, methods=(methods.SFT,), rates=(1e-3,)
+        toy, output=tmp_path, workers=2, methods=(methods.SFT,), rates=(1e-3, 1e-2)
     )
     run.main(asked, console=Console(quiet=True))
     there = {p.stem for p in (tmp_path / "cells").glob("*.json")}
-    assert there == {"accuracy", "pi0_0_0", "SFT-on-chosen_0_0"}
+    pilots = {"rate_likelihood_0.001", "rate_likelihood_0.01"}
+    assert there == {"accuracy", "pi0_0_0", "SFT-on-chosen_0_0"} | pilots
+
+
+def test_too_few_short_prompts_are_refused_before_any_compute(toy, tmp_path):
+    sizes = dataclasses.replace(toy.sizes, prompt_tokens=5, human_prompt_tokens=64)
+    asked = dataclasses.replace(toy, sizes=sizes, output=tmp_path)
+    with pytest.raises(InputError, match=r"a\.jsonl: 0 prompts of at most 5 tokens for proxy, 6"):
+        run.main(asked, console=Console(quiet=True))
+
+
+def test_rates_that_all_diverge_are_refused(toy, tmp_path, monkeypatch):
+    asked = dataclasses.replace(toy, output=tmp_path)
+    lab = cells.Lab(asked, console=Console(quiet=True))
+    monkeypatch.setattr(cells.Lab, "_outcome", lambda *args: None)
+    monkeypatch.setattr(methods, "loss", lambda outcome: float("nan"))
+    with pytest.raises(InputError, match="likelihood diverges at all of them"):
+        _ = lab.rates
 
 
 def test_what_cannot_run_is_refused_before_any_compute(toy):
