@@ -192,7 +192,7 @@ def test_cells_are_divided_over_processes(toy, tmp_path, monkeypatch):
 def test_too_few_short_prompts_are_refused_before_any_compute(toy, tmp_path):
     sizes = dataclasses.replace(toy.sizes, prompt_tokens=5, human_prompt_tokens=64)
     asked = dataclasses.replace(toy, sizes=sizes, output=tmp_path)
-    with pytest.raises(InputError, match=r"a\.jsonl: 0 prompts of at most 5 tokens for proxy, 6"):
+    with pytest.raises(InputError, match=r"a\.jsonl: 0 prompts of at most 5 tokens for judge, 4"):
         run.main(asked, console=Console(quiet=True))
 
 
