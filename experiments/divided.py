@@ -14,13 +14,16 @@ import jax
 
 from jax_klrlhf.errors import InputError
 
+Parts = Sequence[Any] | Callable[[], Sequence[Any]]
 
-def over_processes(*stages: tuple[Callable[[Any], None], Sequence[Any]], workers: int) -> None:
+
+def over_processes(*stages: tuple[Callable[[Any], None], Parts], workers: int) -> None:
     """``work(part)`` for every part of a stage ``(work, parts)``, and then for those of the next,
     in at most ``workers`` processes, which stay: what they compiled serves all stages.
 
     Args:
-        stages: ``work`` is a function of a module, a part can be pickled.
+        stages: ``work`` is a function of a module, a part can be pickled; a function of no
+            argument gives a stage's parts once the stages before it are done.
         workers: as ``--workers``.
 
     Raises:
@@ -32,7 +35,9 @@ def over_processes(*stages: tuple[Callable[[Any], None], Sequence[Any]], workers
             f"--workers {workers}: processes cannot share the {jax.default_backend()}; "
             "leave it out, or set JAX_PLATFORMS=cpu."
         )
-    workers = max(1, min(workers, max(len(parts) for _, parts in stages)))
+    known = [len(parts) for _, parts in stages if not callable(parts)]
+    if len(known) == len(stages):
+        workers = max(1, min(workers, max(known)))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     context = multiprocessing.get_context("spawn")  # A fork would inherit JAX's threads.
     places = context.Queue()
@@ -48,7 +53,8 @@ def over_processes(*stages: tuple[Callable[[Any], None], Sequence[Any]], workers
         ) as pool:
             try:
                 for work, parts in stages:
-                    begun = [pool.submit(work, part) for part in parts]
+                    there = parts() if callable(parts) else parts
+                    begun = [pool.submit(work, part) for part in there]
                     for done in concurrent.futures.as_completed(begun):
                         done.result()
             except BaseException:

@@ -1,14 +1,16 @@
 """Cells: one method at one coefficient and seed, run, judged, and left on disk.
 
 What all cells share is made once: states of the human pairs, the judges, and the learning rate of
-each training objective, **the one of the least training loss at the end of a fit** on a pilot seed
-that is judged by nothing, at the middle coefficient. A rate never sees gold's rewards, only labels.
+each training objective, **the smallest whose loss of all training pairs after the fit is within one
+standard error of the least**, on a pilot seed that is judged by nothing, at the middle coefficient.
+A rate never sees gold's rewards, only labels.
 """
 
 import itertools
 import json
 import math
 import time
+from collections.abc import Mapping
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +29,7 @@ from jax_klrlhf.core.sequence import Ragged
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.models import lora
+from jax_klrlhf.results import Metric
 from jax_klrlhf.training import optimizers, rounds
 from jax_klrlhf.training.rounds.parts import Comparisons, Policies, join, ragged
 
@@ -40,17 +43,18 @@ PILOT = 10**6
 
 
 class Name(NamedTuple):
-    """Which cell; ``coefficient`` is 0 where there is none."""
+    """Which cell; ``coefficient`` and learning ``rate`` are 0 where there is none."""
 
     method: str
     coefficient: float
+    rate: float
     seed: int
 
     @property
     def stem(self) -> str:
         """Of its file."""
         method = self.method.replace(" ", "-").replace(",", "")
-        return f"{method}_{self.coefficient:g}_{self.seed}"
+        return f"{method}_{self.coefficient:g}_{self.rate:g}_{self.seed}"
 
 
 class Lab:
@@ -248,7 +252,7 @@ class Lab:
 
         return self._json("accuracy", make)
 
-    def _fitting(self, rate: float) -> rounds.Fitting:
+    def _fitting(self, rate: float, *, final_loss: bool = False) -> rounds.Fitting:
         sizes = self.sizes
         warmup = max(1, sizes.steps // 10)
         # The rate is a number in the optimizer's state: one program serves all.
@@ -259,6 +263,7 @@ class Lab:
         return rounds.Fitting(
             optimizer=optimizer, steps=sizes.steps, batch_size=sizes.batch,
             trainable=lambda path: path.startswith("lora/"), log_every=max(1, sizes.steps // 2),
+            final_loss=final_loss,
         )  # fmt: skip
 
     @cached_property
@@ -276,16 +281,19 @@ class Lab:
         rates = self.config.rates
         return list(itertools.product(self._objectives, rates)) if len(rates) > 1 else []
 
-    def pilot(self, objective: str, rate: float) -> float:
-        """Training loss at the end of a fit, nats; infinite where it is no number."""
+    def pilot(self, objective: str, rate: float) -> Metric:
+        """Loss of all training pairs after a fit, nats; infinite where it is no number."""
 
         def make() -> dict[str, Any]:
             middle = self.config.coefficients[len(self.config.coefficients) // 2]
-            name = Name(methods.pilot(objective), middle, PILOT)
-            return {"loss": methods.loss(self._outcome(name, {objective: rate}))}
+            name = Name(methods.pilot(objective), middle, rate, PILOT)
+            outcome = self._outcome(name, self._fitting(rate, final_loss=True))
+            return methods.loss(outcome, "loss/final")._asdict()
 
-        loss = self._json(f"rate_{objective.replace(' ', '-')}_{rate:g}", make)["loss"]
-        return loss if loss is not None and math.isfinite(loss) else math.inf
+        there = self._json(f"rate_{objective.replace(' ', '-')}_{rate:g}", make)
+        found = Metric(*(there[field] for field in Metric._fields))
+        finite = found.value is not None and math.isfinite(found.value)
+        return found if finite else Metric(math.inf)
 
     @cached_property
     def rates(self) -> dict[str, float]:
@@ -294,13 +302,14 @@ class Lab:
         Raises:
             InputError: where every rate diverged.
         """
-        rates = self.config.rates
+        rates, found = self.config.rates, {}
         if len(rates) == 1:
             return dict.fromkeys(self._objectives, rates[0])
-        found = {o: min(rates, key=partial(self.pilot, o)) for o in self._objectives}
-        for objective, rate in found.items():
-            if math.isinf(self.pilot(objective, rate)):
+        for objective in self._objectives:
+            losses = {rate: self.pilot(objective, rate) for rate in rates}
+            if all(math.isinf(loss.value) for loss in losses.values()):
                 raise InputError(f"--rates: {objective} diverges at all of them; add smaller ones.")
+            found[objective] = smallest(losses)
         return found
 
     def _parts(self, fitting: rounds.Fitting) -> Parts:
@@ -332,15 +341,11 @@ class Lab:
             self._offline[seed] = jax.tree.map(lambda x: x[: self.sizes.labels], join(found))
         return self._offline[seed]
 
-    def _outcome(self, name: Name, rates: dict[str, float]) -> Any:
-        chosen = self.fittings[rates[methods.METHODS[name.method].objective]]
+    def _outcome(self, name: Name, fitting: rounds.Fitting) -> Any:
         key = jax.random.fold_in(jax.random.key(13), name.seed)
         train = self.asked(self._prompts(0, "proxy", self.sizes.train_prompts, name.seed))
         cell = Cell(key, name.coefficient, train, self.offline(name.seed), None, list(name))
-        return methods.run(
-            name.method, self._parts(chosen), cell, proxies=self.judges.proxies,
-            fittings=dict.fromkeys(rates, chosen),
-        )  # fmt: skip
+        return methods.run(name.method, self._parts(fitting), cell, proxies=self.judges.proxies)
 
     @cached_property
     def _measure(self) -> measure.Measure:
@@ -356,9 +361,9 @@ class Lab:
             params = self.pi0
             found["curves"] = self._curves()
         else:
-            outcome = self._outcome(name, self.rates)
+            outcome = self._outcome(name, self.fittings[name.rate])
             params = outcome.policy
-            found["loss"] = methods.loss(outcome)
+            found["loss"] = methods.loss(outcome).value
         key = jax.random.fold_in(jax.random.key(14), name.seed)
         for number, (place, prompts) in enumerate(zip(PLACES, self.places, strict=True)):
             asked = self.asked(prompts)
@@ -394,6 +399,17 @@ class Lab:
                     found[f"{place}/{by}/{n}"] = {**at, "kl": measure.best_of_kl(n)}
                 n *= 2
         return found
+
+
+def smallest(losses: Mapping[float, Metric]) -> float:
+    """The smallest rate whose loss is within one standard error of the least.
+
+    Breiman et al. (1984), section 3.4.3: among rates that the loss does not tell apart, the one
+    that moves the policy least.
+    """
+    least = min(losses.values(), key=lambda loss: loss.value)
+    limit = least.value + (least.stderr or 0.0)
+    return min(rate for rate, loss in losses.items() if loss.value <= limit)
 
 
 def _texts(listed: list[human.Pair]) -> list[tuple[str, str]]:

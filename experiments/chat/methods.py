@@ -22,6 +22,7 @@ from experiments.frontier.methods import (
     offline,
     online,
 )
+from jax_klrlhf.results import Metric
 from jax_klrlhf.training import rounds, tasks
 from jax_klrlhf.training.rounds.fitting import deal
 from jax_klrlhf.training.rounds.improve import single_responses
@@ -83,13 +84,10 @@ def run(
     cell: Cell,
     *,
     proxies: Mapping[str, Reward],
-    fittings: Mapping[str, rounds.Fitting],
 ) -> Outcome:
-    """Run a method with what it believes and the learning rate of its objective."""
+    """Run a method with what it believes."""
     method = METHODS[name]
-    fitting = fittings[method.objective]
-    own = parts._replace(reward=proxies[method.proxy], fitting=fitting, short_fitting=fitting)
-    return method.run(own, cell)
+    return method.run(parts._replace(reward=proxies[method.proxy]), cell)
 
 
 def pilot(objective: str) -> str:
@@ -97,7 +95,7 @@ def pilot(objective: str) -> str:
     return next(name for name, method in METHODS.items() if method.objective == objective)
 
 
-def loss(outcome: Outcome) -> float:
-    """Training loss at the end of the last fit, nats."""
+def loss(outcome: Outcome, which: str = "loss") -> Metric:
+    """Of the last fit, nats: the mean of its last steps, or ``loss/final``."""
     metrics: Any = outcome.metrics[-1]
-    return float(metrics["loss"].value)
+    return metrics[which]

@@ -1,5 +1,6 @@
 """Tables, verdicts, the figure and the page of answers, from the cells there are."""
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,16 +44,12 @@ def write(lab: "Lab", names: Iterable["Name"], output: Path, console: Console) -
     """Everything but ``results.json``, whose metrics are returned."""
     found: Found = {name: lab.run(name) for name in names}
     metrics = _accuracy(lab.accuracy(), console)
-    for objective, rate in lab.rates.items():
-        metrics[f"learning rate/{objective}"] = Metric(rate)
-        console.print(f"learning rate of {objective}: {rate:g}", highlight=False)
+    metrics |= _rates(lab, console)
     for place in cells.PLACES:
         rows = {}
-        for method, coefficient in dict.fromkeys((n.method, n.coefficient) for n in found):
-            row = method if not coefficient else f"{method}, {coefficient:g}"
-            measured = {
-                metric: _over(found, method, coefficient, place, metric) for metric in SHOWN
-            }
+        for setting in dict.fromkeys(name[:3] for name in found):
+            row = _row(lab, *setting)
+            measured = {metric: _over(found, *setting, place, metric) for metric in SHOWN}
             rows[row] = {SHOWN[metric]: value for metric, value in measured.items()}
             metrics |= {f"{place}/{row}/{metric}": m for metric, m in measured.items()}
         results.print_table(f"Policies, {place}", rows, console=console, caption=_caption(found))
@@ -61,6 +58,13 @@ def write(lab: "Lab", names: Iterable["Name"], output: Path, console: Console) -
     _figure(found, output / "frontier.png")
     _page(lab, found, output)
     return metrics
+
+
+def _row(lab: "Lab", method: str, coefficient: float, rate: float) -> str:
+    """A method's name in tables; the learning rate where it is not the chosen one."""
+    said = [method] + [f"{coefficient:g}"] * (coefficient > 0)
+    other = rate and rate != lab.rates[methods.METHODS[method].objective]
+    return ", ".join(said + [f"rate {rate:g}"] * bool(other))
 
 
 def verdict(difference: Metric) -> str:
@@ -89,14 +93,34 @@ def _caption(found: Found) -> str:
     return f"± one standard error {unit}; gains are over pi0; nats"
 
 
-def _over(found: Found, method: str, coefficient: float, place: str, metric: str) -> Metric:
+def _over(
+    found: Found, method: str, coefficient: float, rate: float, place: str, metric: str
+) -> Metric:
     return together(
         [
             np.asarray(cell[place][metric])
             for name, cell in found.items()
-            if (name.method, name.coefficient) == (method, coefficient)
+            if name[:3] == (method, coefficient, rate)
         ]
     )
+
+
+def _rates(lab: "Lab", console: Console) -> dict[str, Metric]:
+    """The chosen ones, and the losses they were chosen by."""
+    metrics, rows = {}, {}
+    for objective, rate in lab.rates.items():
+        metrics[f"learning rate/{objective}"] = Metric(rate)
+        rows[objective] = {"chosen": f"{rate:g}"}
+        for objective_of, tried in lab.pilots:
+            if objective_of == objective:
+                loss = lab.pilot(objective, tried)
+                metrics[f"pilot/{objective}/{tried:g}"] = loss
+                rows[objective][f"loss at {tried:g}"] = loss
+    results.print_table(
+        "Learning rates", rows, console=console,
+        caption="of all training pairs after a pilot's fit; ± one standard error over them; nats",
+    )  # fmt: skip
+    return metrics
 
 
 def _accuracy(found: dict[str, Any], console: Console) -> dict[str, Metric]:
@@ -141,15 +165,17 @@ def _verdicts(lab: "Lab", found: Found, console: Console) -> dict[str, Metric]:
     metrics, rows = {}, {}
     for place in cells.PLACES:
         for said, one, other in CLAIMS:
-            for coefficient in lab.config.coefficients:
-                ours, theirs = (
-                    _objective(found, method, coefficient, place) for method in (one, other)
-                )
+            at = itertools.product(lab.config.coefficients, _compared(lab, found, one, other))
+            for coefficient, (rate, their) in at:
+                ours = _objective(found, one, coefficient, rate, place)
+                theirs = _objective(found, other, coefficient, their, place)
                 both = sorted(ours.keys() & theirs.keys())
                 if not both:
                     continue
                 difference = together([ours[seed] - theirs[seed] for seed in both])
                 key = f"{place}: {said}, kl_coef {coefficient:g}"
+                if rate != lab.rates[methods.METHODS[one].objective]:
+                    key += f", rate {rate:g}"
                 metrics[f"claims/{key}"] = difference
                 rows[key] = {"difference": difference, "": verdict(difference)}
     results.print_table(
@@ -159,12 +185,22 @@ def _verdicts(lab: "Lab", found: Found, console: Console) -> dict[str, Metric]:
     return metrics
 
 
-def _objective(found: Found, method: str, coefficient: float, place: str) -> dict[int, np.ndarray]:
+def _compared(lab: "Lab", found: Found, one: str, other: str) -> list[tuple[float, float]]:
+    """Rates at which two methods are compared: equal ones where they minimize the same, else every
+    one of the first against the chosen one of the second."""
+    objective, others = (methods.METHODS[method].objective for method in (one, other))
+    rates = sorted({name.rate for name in found if name.method == one})
+    return [(r, r if objective == others else lab.rates.get(others, 0.0)) for r in rates]
+
+
+def _objective(
+    found: Found, method: str, coefficient: float, rate: float, place: str
+) -> dict[int, np.ndarray]:
     own = coefficient if methods.METHODS[method].coefficient else 0.0
     return {
         name.seed: np.asarray(cell[place]["gold"]) - coefficient * np.asarray(cell[place]["kl"])
         for name, cell in found.items()
-        if (name.method, name.coefficient) == (method, own)
+        if name[:3] == (method, own, rate)
     }
 
 
@@ -175,10 +211,11 @@ def _figure(found: Found, target: Path) -> None:
         for column, metric in enumerate(("gold_gain", "proxy_gain")):
             ax = axes[row, column]
             for number, method in enumerate(dict.fromkeys(name.method for name in found)):
-                at = sorted({n.coefficient for n in found if n.method == method})
-                points = [
-                    [_over(found, method, c, place, name) for name in ("kl", metric)] for c in at
-                ]
+                at = {n[:3] for n in found if n.method == method}
+                points = sorted(
+                    ([_over(found, *s, place, name) for name in ("kl", metric)] for s in at),
+                    key=lambda point: point[0].value,
+                )
                 ax.errorbar(
                     [p[0].value for p in points], [p[1].value for p in points],
                     [1.96 * (p[1].stderr or 0.0) for p in points],
@@ -204,7 +241,7 @@ def _page(lab: "Lab", found: Found, output: Path) -> None:
     """
     first, least = lab.config.seed, min(lab.config.coefficients)
     kept = {
-        name.method: cell
+        _row(lab, name.method, 0.0, name.rate): cell
         for name, cell in found.items()
         if name.seed == first and name.coefficient in (0.0, least)
     }

@@ -8,7 +8,7 @@ on prompts of another source. Source: arXiv 2312.11456, Algorithms 1 and 2 and s
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -80,7 +80,10 @@ class Config:
     coefficients: tuple[float, ...] = (0.1,)
     """kl_coef of the sweep."""
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    """Learning rates: each training objective takes the one of the least training loss."""
+    """Learning rates: each training objective takes the smallest that its pilots don't tell from
+    the best."""
+    every_rate: tuple[str, ...] = ()
+    """Methods that run at each of the rates, beside the chosen one."""
     small: bool = False
     """To see every part run: one seed, coefficient and rate, few of everything."""
     sizes: Sizes = Sizes()
@@ -94,6 +97,8 @@ class Config:
         unknown = sorted(set(self.methods) - set(METHODS))
         if unknown or not self.methods:
             raise InputError(f"--methods {', '.join(unknown)}: choose from {', '.join(METHODS)}.")
+        if not set(self.every_rate) <= set(self.methods):
+            raise InputError(f"--every-rate: choose from {', '.join(self.methods)}.")
         for path, flag in ((self.data, "--data"), (self.ood, "--ood")):
             if not path.is_file():
                 raise InputError(f"{flag} {path}: no such file.")
@@ -135,25 +140,29 @@ def main(config: Config, *, console: Console | None = None) -> Path:
         quiet = here.console.quiet  # The rates before the cells, which take them.
         divided.over_processes(
             (_pilot, [(config, *pilot, quiet) for pilot in lab.pilots]),
-            (_cell, [(config, name, quiet) for name in names(config)]),
+            (_cell, lambda: [(config, name, quiet) for name in names(config, lab.rates)]),
             workers=config.workers,
         )
-    for name in names(config):
+    planned = list(names(config, lab.rates))
+    for name in planned:
         lab.run(name)
-    metrics = report.write(lab, names(config), here.output, here.console)
+    metrics = report.write(lab, planned, here.output, here.console)
     return here.end(metrics, seeds=seeds, beside="frontier.png and answers.html")
 
 
-def names(config: Config) -> Iterator[cells.Name]:
-    """Every cell, by seed: a part of a run is balanced."""
+def names(config: Config, chosen: Mapping[str, float]) -> Iterator[cells.Name]:
+    """Every cell, by seed: a part of a run is balanced. ``chosen`` are rates by objective."""
     for seed in range(config.seed, config.seed + config.seeds):
-        yield cells.Name(cells.PI0, 0.0, seed)
+        yield cells.Name(cells.PI0, 0.0, 0.0, seed)
         for number, coefficient in enumerate(config.coefficients):
-            for method in config.methods:
-                if METHODS[method].coefficient:
-                    yield cells.Name(method, coefficient, seed)
-                elif number == 0:
-                    yield cells.Name(method, 0.0, seed)
+            for name in config.methods:
+                method = METHODS[name]
+                every = name in config.every_rate
+                for rate in config.rates if every else (chosen[method.objective],):
+                    if method.coefficient:
+                        yield cells.Name(name, coefficient, rate, seed)
+                    elif number == 0:
+                        yield cells.Name(name, 0.0, rate, seed)
 
 
 @functools.cache

@@ -67,11 +67,11 @@ def make_evaluate(
                 out = rows(state.policy, state.ref_params, placement.put(batch, mesh))
             found.append(jax.device_get(out))
         losses, report, weights = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
-        metrics = {"eval/loss": _weighted(losses, weights)}
+        metrics = {"eval/loss": weighted(losses, weights)}
         for field, name in task.names.items():
             values = getattr(report, field)
             if values is not None:
-                metrics[f"eval/{name}"] = _weighted(values, weights)
+                metrics[f"eval/{name}"] = weighted(values, weights)
         if "margin" in task.names:
             kept = report.margin[weights > 0]
             metrics["eval/calibration_error"] = Metric(calibration_error(kept), None, kept.size)
@@ -209,7 +209,7 @@ def _under(mesh: Any) -> Any:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def _weighted(values: np.ndarray, weights: np.ndarray) -> Metric:
+def weighted(values: np.ndarray, weights: np.ndarray) -> Metric:
     """Weighted mean; the standard error of a ratio estimator, rows being independent."""
     keep = weights > 0
     x, w = values[keep].astype(np.float64), weights[keep].astype(np.float64)

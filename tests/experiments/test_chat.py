@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 
 import jax
 import numpy as np
@@ -120,7 +121,8 @@ def toy(tmp_path_factory):
     return run.Config(
         model=str(folder / "model"), data=folder / "a.jsonl", ood=folder / "b.jsonl",
         output=folder / "out", seeds=1, coefficients=(0.1,), rates=(1e-3, 1e-2), sizes=sizes,
-        methods=(methods.SFT, methods.ONLINE, "RSO, worst"),
+        methods=(methods.SFT, methods.OFFLINE, methods.ONLINE, "RSO, worst"),
+        every_rate=(methods.OFFLINE, methods.ONLINE),
     )  # fmt: skip
 
 
@@ -144,19 +146,54 @@ def test_the_whole_of_it(made, toy):
     assert (toy.output / "frontier.png").stat().st_size > 10_000
 
 
+def test_the_rate_is_the_smallest_within_one_standard_error_of_the_least():
+    losses = {1.0: Metric(0.9, 0.3, 9), 2.0: Metric(0.74, 0.1, 9), 3.0: Metric(0.7, 0.05, 9)}
+    assert cells.smallest(losses) == 2.0  # 0.9 is farther from 0.7 than 0.05, though not than 0.3.
+    assert cells.smallest(losses | {3.0: Metric(0.7, 0.03, 9)}) == 3.0
+    assert cells.smallest(losses | {4.0: Metric(0.6, None, 1)}) == 4.0
+    assert cells.smallest(losses | {1.0: Metric(math.inf)}) == 2.0
+
+
 @pytest.mark.slow
-def test_the_rate_is_that_of_the_least_training_loss(made, toy):
-    for objective, metric in (
-        (key.removeprefix("learning rate/"), metric)
+def test_rates_are_told_with_the_losses_they_were_chosen_by(made, toy):
+    chosen = {
+        key.removeprefix("learning rate/"): metric["value"]
         for key, metric in made.items()
         if key.startswith("learning rate/")
-    ):
-        stem = f"rate_{objective.replace(' ', '-')}"
-        losses = {
-            rate: json.loads((toy.output / "cells" / f"{stem}_{rate:g}.json").read_text())["loss"]
-            for rate in toy.rates
-        }
-        assert losses[metric["value"]] == min(losses.values())
+    }
+    assert set(chosen) == {methods.LIKELIHOOD, methods.GOLD, methods.PROXY}
+    for objective, rate in chosen.items():
+        losses = [made[f"pilot/{objective}/{r:g}"] for r in toy.rates]
+        assert losses[0] != losses[1]
+        assert all(loss["stderr"] > 0 for loss in losses)
+        least = min(losses, key=lambda loss: loss["value"])
+        near = [loss["value"] <= least["value"] + least["stderr"] for loss in losses]
+        assert rate == toy.rates[near.index(True)]
+
+
+@pytest.mark.slow
+def test_a_method_at_every_rate_is_compared_at_equal_rates(made, toy):
+    chosen = made[f"learning rate/{methods.GOLD}"]["value"]
+    (other,) = {*toy.rates} - {chosen}
+    claim = "held out: online beats offline at equal labels, kl_coef 0.1"
+    for rate, suffix in ((chosen, ""), (other, f", rate {other:g}")):
+        ours, theirs = (
+            json.loads((toy.output / "cells" / f"{stem}_0.1_{rate:g}_0.json").read_text())
+            for stem in ("online-GSHF-DPO", "offline-DPO")
+        )
+        value = [
+            np.mean(np.subtract(at["held out"]["gold"], np.multiply(0.1, at["held out"]["kl"])))
+            for at in (ours, theirs)
+        ]
+        found = made[f"claims/{claim}{suffix}"]["value"]
+        np.testing.assert_allclose(found, value[0] - value[1], rtol=1e-6)
+        assert f"held out/{methods.ONLINE}, 0.1{suffix}/kl" in made
+    # Of another objective than preferences', likelihood has its own rate.
+    assert (
+        f"claims/held out: preferences beat likelihood on the preferred, kl_coef 0.1{suffix}"
+        in made
+    )
+    assert f"rate {other:g}" in (toy.output / "answers.html").read_text()
 
 
 @pytest.mark.slow
@@ -181,12 +218,14 @@ def test_cells_are_divided_over_processes(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(cells.Lab, "_cell", nothing_left)
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # Theirs too.
     asked = dataclasses.replace(
-        toy, output=tmp_path, workers=2, methods=(methods.SFT,), rates=(1e-3, 1e-2)
+        toy, output=tmp_path, workers=2, methods=(methods.SFT,), every_rate=()
     )
     run.main(asked, console=Console(quiet=True))
     there = {p.stem for p in (tmp_path / "cells").glob("*.json")}
     pilots = {"rate_likelihood_0.001", "rate_likelihood_0.01"}
-    assert there == {"accuracy", "pi0_0_0", "SFT-on-chosen_0_0"} | pilots
+    (made,) = there - {"accuracy", "pi0_0_0_0"} - pilots
+    assert there > pilots
+    assert made in {"SFT-on-chosen_0_0.001_0", "SFT-on-chosen_0_0.01_0"}
 
 
 def test_too_few_short_prompts_are_refused_before_any_compute(toy, tmp_path):
@@ -200,7 +239,7 @@ def test_rates_that_all_diverge_are_refused(toy, tmp_path, monkeypatch):
     asked = dataclasses.replace(toy, output=tmp_path)
     lab = cells.Lab(asked, console=Console(quiet=True))
     monkeypatch.setattr(cells.Lab, "_outcome", lambda *args: None)
-    monkeypatch.setattr(methods, "loss", lambda outcome: float("nan"))
+    monkeypatch.setattr(methods, "loss", lambda outcome, which: Metric(math.nan))
     with pytest.raises(InputError, match="likelihood diverges at all of them"):
         _ = lab.rates
 
@@ -211,6 +250,7 @@ def test_what_cannot_run_is_refused_before_any_compute(toy):
         ({"data": toy.output / "no.jsonl"}, "no such file"),
         ({"sizes": dataclasses.replace(toy.sizes, labels=7)}, "multiple"),
         ({"rates": ()}, "positive"),
+        ({"every_rate": (methods.HYBRID,)}, "every-rate"),
     ):
         with pytest.raises(InputError, match=said):
             dataclasses.replace(toy, **change).check()

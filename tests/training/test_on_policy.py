@@ -37,6 +37,15 @@ def batch():
     )  # fmt: skip
 
 
+def test_a_loss_of_all_rows_is_not_asked_of_rows_that_are_drawn_anew():
+    fitting = rounds.Fitting(optimizer=FITTING.optimizer, steps=1, batch_size=4, final_loss=True)
+    with pytest.raises(ValueError, match="final_loss"):
+        rounds.on_policy(
+            world.MODEL, world.DRAW, loss=group_losses.grpo(kl_coef=0.2), fitting=fitting,
+            iterations=1,
+        )  # fmt: skip
+
+
 def test_the_task_is_the_core_loss_on_the_models_log_probabilities():
     made = jax.tree.map(jnp.asarray, batch())
     loss = group_losses.grpo(kl_coef=0.2)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_klrlhf.core import (
     choices,
@@ -547,6 +548,44 @@ def test_pessimistic_dpo_minimizes_the_pessimistic_objective(comparisons):
     certain = situation._replace(score=lambda *rows: score(*rows)._replace(uncertainty=0 * bonus))
     with pytest.raises(ValueError, match="uncertainty is 0 everywhere"):
         improve(jax.random.key(0), certain)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_final_loss_is_that_of_every_row_once_by_its_sources_share(comparisons, drawn, devices):
+    """Five and six pairs at 0.7 to 0.3: their losses by hand, at the parameters of the fit."""
+    more = compare(drawn, 7)
+    fewer = jax.tree.map(lambda x: x[:5], more)
+    laid = {}
+    if devices == 8:
+        over = mesh.make(data=2, fsdp=4)
+        whole = jax.tree.map(lambda x: NamedSharding(over, PartitionSpec()), world.PARAMS)
+        laid = {"mesh": over, "shardings": whole}
+    settled = rounds.Fitting(
+        optimizer=optax.adam(0.03), steps=3, batch_size=8, final_loss=True, **laid
+    )
+    given = rounds.Situation(
+        policies=world.policies(), start=world.PARAMS,
+        data=rounds.Mixture([fewer, comparisons], [0.7, 0.3]),
+        prompts=world.PROMPTS, score=None, folder=None,
+    )  # fmt: skip
+    found = rounds.dpo(world.MODEL, kl_coef=0.5, fitting=settled)(jax.random.key(0), given)
+
+    def losses(data):
+        ratio = [
+            np.asarray(scoring.log_prob(world.MODEL, p, *map(jax_rows, data[:2])), np.float64)
+            for p in (jax.device_get(found.params), world.PARAMS)
+        ]
+        margin = np.subtract(*(ratio[0] - ratio[1]).T) * (2 * data.label - 1)
+        return np.log1p(np.exp(-0.5 * margin))
+
+    one, two = losses(fewer), losses(comparisons)
+    expected = 0.7 * one.mean() + 0.3 * two.mean()
+    weights = np.repeat([0.7 / 5, 0.3 / 6], [5, 6])
+    spread = weights * (np.concatenate([one, two]) - expected)
+    final = found.metrics["loss/final"]
+    assert abs(expected - np.concatenate([one, two]).mean()) > 1e-3  # or shares were not seen
+    np.testing.assert_allclose(final.value, expected, rtol=1e-5)
+    np.testing.assert_allclose(final.stderr, np.sqrt(np.sum(spread**2) * 11 / 10), rtol=1e-4)
 
 
 def test_best_of_n_answers_with_the_best(drawn):

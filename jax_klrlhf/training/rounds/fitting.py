@@ -17,12 +17,13 @@ from rich.console import Console
 
 from jax_klrlhf import placement
 from jax_klrlhf.models.batch import Batch
-from jax_klrlhf.training import health, loop, step
+from jax_klrlhf.results import Metric
+from jax_klrlhf.training import evaluate, health, loop, step
 from jax_klrlhf.training import mesh as meshes
 from jax_klrlhf.training import state as states
 from jax_klrlhf.training.checkpoint import Checkpoints
 from jax_klrlhf.training.metrics import Metrics
-from jax_klrlhf.training.rounds.compute import narrowed
+from jax_klrlhf.training.rounds.compute import mapped, narrowed
 from jax_klrlhf.training.rounds.parts import Comparisons, Mixture, widen
 from jax_klrlhf.training.state import TrainState
 from jax_klrlhf.training.tasks import Task
@@ -60,6 +61,10 @@ class Fitting:
     evaluate_every: int | None = None
     evaluate: Callable[[TrainState], Metrics] | None = None
     """Metrics of the policy along the fit and at its end."""
+    final_loss: bool = False
+    """Whether a fit ends with ``loss/final``: the loss at the fitted parameters of all that it
+    learned from, each row once, and its standard error over rows; a source counts by its share.
+    (``loss`` is a mean over the last steps, each on its own batch and before its own update.)"""
     console: Console = field(default_factory=lambda: Console(quiet=True))
     _shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -121,6 +126,7 @@ class Fitting:
         ``pi0`` are the parameters of the reference, whose fingerprint the state carries.
         """
         begin = self.begin(task)
+        final = self._final_loss(task) if self.final_loss else None
 
         def fit(
             key: Any,
@@ -158,9 +164,28 @@ class Fitting:
             finally:
                 if store is not None:
                     store.close()
-            return Fitted(outcome.state.policy, outcome.metrics)
+            params, metrics = outcome.state.policy, outcome.metrics
+            if final is not None:
+                metrics = {**metrics, "loss/final": final(params, deal)}
+            return Fitted(params, metrics)
 
         return fit
+
+    def _final_loss(self, task: Task) -> Callable[[Any, "Deal"], Metric]:
+        def score(params: Any, rows: Any) -> Any:
+            losses, _, weights = step.per_row(
+                task, params, None, rows, compute_dtype=self.compute_dtype
+            )
+            return losses, weights
+
+        rows = max(1, self.batch_size // self.micro_batches)
+        program = mapped(score, rows=rows, mesh=self.mesh)
+
+        def measured(params: Any, deal: Deal) -> Metric:
+            losses, weights = program(params, deal.rows)
+            return evaluate.weighted(losses, weights * deal.weights())
+
+        return measured
 
 
 class Deal(NamedTuple):
@@ -173,6 +198,13 @@ class Deal(NamedTuple):
     """Rows of each group."""
     shares: Sequence[float] | None
     """None: all rows are one group."""
+
+    def weights(self) -> np.ndarray:
+        """How often a row is met, relative to the others; rounding of a batch's parts aside."""
+        if self.shares is None:
+            return np.ones(sum(self.sizes))
+        each = [share / max(size, 1) for share, size in zip(self.shares, self.sizes, strict=True)]
+        return np.repeat(each, self.sizes)
 
     def stream(self, key: Any, *, batch_size: int, mesh: Mesh | None = None) -> "Stream":
         """Batches without end, of each this process's rows."""
