@@ -1,7 +1,7 @@
 """Cells: one method at one coefficient and seed, run, judged, and left on disk.
 
 What all cells share is made once: states of the human pairs, the judges, and the learning rate of
-each training objective, **the smallest whose loss of all training pairs after the fit is within one
+each training objective, **the smallest whose loss on pairs that it did not learn from is within one
 standard error of the least**, on a pilot seed that is judged by nothing, at the middle coefficient.
 A rate never sees gold's rewards, only labels.
 """
@@ -40,6 +40,8 @@ PI0, BEST_OF = "pi0", "best-of-n"
 PLACES = ("held out", "other source")
 PILOT = 10**6
 """The seed of the pilot."""
+HELD_OUT = 1 / 3
+"""Share of a pilot's prompts that its fit does not learn from."""
 
 
 class Name(NamedTuple):
@@ -100,12 +102,16 @@ class Lab:
 
     @cached_property
     def model(self) -> Any:
-        """The chat model with an adapter."""
+        """The chat model, with an adapter if it has one."""
+        if not self.sizes.rank:
+            return self.loaded.model
         return lora.language_model(self.loaded.config, self.adapter)
 
     @cached_property
     def pi0(self) -> Any:
-        """Parameters: an adapter that changes nothing."""
+        """Parameters; an adapter changes nothing yet."""
+        if not self.sizes.rank:
+            return self.loaded.params
         fresh = lora.init(jax.random.key(5), self.loaded.config, self.adapter)
         return {"base": self.loaded.params, "lora": fresh}
 
@@ -252,7 +258,7 @@ class Lab:
 
         return self._json("accuracy", make)
 
-    def _fitting(self, rate: float, *, final_loss: bool = False) -> rounds.Fitting:
+    def _fitting(self, rate: float, *, held_out: float = 0.0) -> rounds.Fitting:
         sizes = self.sizes
         warmup = max(1, sizes.steps // 10)
         # The rate is a number in the optimizer's state: one program serves all.
@@ -262,8 +268,9 @@ class Lab:
         )
         return rounds.Fitting(
             optimizer=optimizer, steps=sizes.steps, batch_size=sizes.batch,
-            trainable=lambda path: path.startswith("lora/"), log_every=max(1, sizes.steps // 2),
-            final_loss=final_loss,
+            trainable=(lambda path: path.startswith("lora/")) if sizes.rank else None,
+            log_every=max(1, sizes.steps // 2),
+            held_out=held_out,
         )  # fmt: skip
 
     @cached_property
@@ -282,13 +289,14 @@ class Lab:
         return list(itertools.product(self._objectives, rates)) if len(rates) > 1 else []
 
     def pilot(self, objective: str, rate: float) -> Metric:
-        """Loss of all training pairs after a fit, nats; infinite where it is no number."""
+        """Training loss of a fit on the prompts held out of it, nats; infinite where it is no
+        number."""
 
         def make() -> dict[str, Any]:
             middle = self.config.coefficients[len(self.config.coefficients) // 2]
             name = Name(methods.pilot(objective), middle, rate, PILOT)
-            outcome = self._outcome(name, self._fitting(rate, final_loss=True))
-            return methods.loss(outcome, "loss/final")._asdict()
+            outcome = self._outcome(name, self._fitting(rate, held_out=HELD_OUT))
+            return methods.loss(outcome, "loss/held_out")._asdict()
 
         there = self._json(f"rate_{objective.replace(' ', '-')}_{rate:g}", make)
         found = Metric(*(there[field] for field in Metric._fields))

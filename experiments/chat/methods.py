@@ -96,6 +96,6 @@ def pilot(objective: str) -> str:
 
 
 def loss(outcome: Outcome, which: str = "loss") -> Metric:
-    """Of the last fit, nats: the mean of its last steps, or ``loss/final``."""
+    """Of the last fit, nats: the mean of its last steps, or ``loss/held_out``."""
     metrics: Any = outcome.metrics[-1]
     return metrics[which]

@@ -118,7 +118,7 @@ def _rates(lab: "Lab", console: Console) -> dict[str, Metric]:
                 rows[objective][f"loss at {tried:g}"] = loss
     results.print_table(
         "Learning rates", rows, console=console,
-        caption="of all training pairs after a pilot's fit; ± one standard error over them; nats",
+        caption="of pairs held out of a pilot's fit; ± one standard error over them; nats",
     )  # fmt: skip
     return metrics
 

@@ -49,7 +49,7 @@ class Sizes:
     steps: int = 8
     batch: int = 12
     rank: int = 8
-    """Of the adapter."""
+    """Of the adapter; 0: all parameters are trained, and there is none."""
     gold_components: int = 96
     proxy_components: int = 32
     members: int = 5
@@ -102,8 +102,11 @@ class Config:
         for path, flag in ((self.data, "--data"), (self.ood, "--ood")):
             if not path.is_file():
                 raise InputError(f"{flag} {path}: no such file.")
-        if min(self.seeds, self.workers, *dataclasses.astuple(self.sizes)) <= 0:
-            raise InputError("--seeds, --workers and every one of --sizes must be positive.")
+        sizes = dataclasses.asdict(self.sizes)
+        if sizes.pop("rank") < 0 or min(self.seeds, self.workers, *sizes.values()) <= 0:
+            raise InputError(
+                "--seeds, --workers and every one of --sizes must be positive (rank may be 0)."
+            )
         if not self.coefficients or not self.rates or min(self.coefficients + self.rates) <= 0:
             raise InputError("--coefficients and --rates: positive numbers.")
         sizes = self.sizes
@@ -112,8 +115,12 @@ class Config:
                 f"--sizes.labels {sizes.labels}: must be a multiple of twice the rounds, "
                 f"{2 * sizes.rounds}."
             )
-        if sizes.explore < 2 or sizes.draws < max(4, sizes.eval_samples) or sizes.members < 2:
-            raise InputError("--sizes: explore and members at least 2, draws at least 4.")
+        if min(sizes.explore, sizes.members, sizes.steps) < 2 or (
+            sizes.draws < max(4, sizes.eval_samples)
+        ):
+            raise InputError(
+                "--sizes: explore, members and steps at least 2, draws at least 4 and eval-samples."
+            )
 
 
 SMALL = {

@@ -160,7 +160,9 @@ def test_a_message_cannot_end_its_turn(request, name, attack):
         max_response_length=999,
     )
     assert isinstance(row, rows.Row)
-    assert [token for token in row.responses[0] if token in control] == [encoder.end]
+    # A chat answer ends as the template ends it, be the tokenizer's eos_token another.
+    (closing,) = [t for t in row.responses[0] if t in control]
+    assert closing == row.responses[0][-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert row.prompt == harmless
 
 

@@ -15,6 +15,7 @@ from jax_klrlhf import models
 from jax_klrlhf.data import tokenize
 from jax_klrlhf.errors import InputError
 from jax_klrlhf.results import Metric
+from jax_klrlhf.training.state import path_name
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -235,6 +236,25 @@ def test_too_few_short_prompts_are_refused_before_any_compute(toy, tmp_path):
         run.main(asked, console=Console(quiet=True))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_all_parameters_are_trained_or_the_adapter_alone(toy, tmp_path, rank):
+    sizes = dataclasses.replace(toy.sizes, rank=rank)
+    asked = dataclasses.replace(toy, output=tmp_path, sizes=sizes)
+    lab = cells.Lab(asked, console=Console(quiet=True))
+    name = cells.Name(methods.SFT, 0.0, 1e-2, 0)
+    after = lab._outcome(name, lab.fittings[1e-2]).policy
+    moved = {
+        path_name(path): bool(np.any(np.asarray(a) != np.asarray(b)))
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(lab.pi0), strict=True
+        )
+    }
+    assert any(moved.values())
+    assert rank == 0 or not any(m for path, m in moved.items() if path.startswith("base/"))
+    assert rank or not any(path.startswith("lora/") for path in moved)
+
+
 def test_rates_that_all_diverge_are_refused(toy, tmp_path, monkeypatch):
     asked = dataclasses.replace(toy, output=tmp_path)
     lab = cells.Lab(asked, console=Console(quiet=True))
@@ -251,6 +271,8 @@ def test_what_cannot_run_is_refused_before_any_compute(toy):
         ({"sizes": dataclasses.replace(toy.sizes, labels=7)}, "multiple"),
         ({"rates": ()}, "positive"),
         ({"every_rate": (methods.HYBRID,)}, "every-rate"),
+        ({"sizes": dataclasses.replace(toy.sizes, rank=-1)}, "rank may be 0"),
+        ({"sizes": dataclasses.replace(toy.sizes, steps=1)}, "steps at least 2"),
     ):
         with pytest.raises(InputError, match=said):
             dataclasses.replace(toy, **change).check()

@@ -37,9 +37,9 @@ def batch():
     )  # fmt: skip
 
 
-def test_a_loss_of_all_rows_is_not_asked_of_rows_that_are_drawn_anew():
-    fitting = rounds.Fitting(optimizer=FITTING.optimizer, steps=1, batch_size=4, final_loss=True)
-    with pytest.raises(ValueError, match="final_loss"):
+def test_rows_that_are_drawn_anew_are_not_held_out():
+    fitting = rounds.Fitting(optimizer=FITTING.optimizer, steps=1, batch_size=4, held_out=0.5)
+    with pytest.raises(ValueError, match="held_out"):
         rounds.on_policy(
             world.MODEL, world.DRAW, loss=group_losses.grpo(kl_coef=0.2), fitting=fitting,
             iterations=1,

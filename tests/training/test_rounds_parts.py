@@ -44,9 +44,9 @@ def comparisons(drawn):
     return compare(drawn, 0)
 
 
-def compare(drawn, seed):
-    """Every prompt's first response against its second, labelled by the gold reward."""
-    responses = pick(drawn.responses, np.tile([0, 1], (len(drawn.agent), 1)))
+def compare(drawn, seed, which=(0, 1)):
+    """Two of every prompt's responses, the first two unless asked, labelled by the gold reward."""
+    responses = pick(drawn.responses, np.tile(which, (len(drawn.agent), 1)))
     said = oracle.bradley_terry(world.gold)(jax.random.key(seed), drawn.prompts, responses)
     return Comparisons(drawn.prompts, responses, *said)
 
@@ -550,42 +550,85 @@ def test_pessimistic_dpo_minimizes_the_pessimistic_objective(comparisons):
         improve(jax.random.key(0), certain)
 
 
+def test_whole_prompts_are_held_out_and_the_same_for_a_key():
+    groups = [source(3, 1), source(5, 2), source(2, 3), source(4, 2), source(2, 4)]
+    dealt = fitting.deal(groups, [0.3, 0.2, 0.2, 0.2, 0.1])
+    kept, held = dealt.split(jax.random.key(0), 0.5)
+    prompts = [set(part.rows.prompts.ids[:, 0].tolist()) for part in (kept, held)]
+    assert (len(prompts[1]), prompts[0] & prompts[1], prompts[0] | prompts[1]) == (
+        2,
+        set(),
+        {1, 2, 3, 4},
+    )
+    for part, asked in ((kept, prompts[0]), (held, prompts[1])):
+        whole = [len(g.weight) if int(g.prompts.ids[0, 0]) in asked else 0 for g in groups]
+        assert part.sizes == whole
+        owners = np.repeat([1, 2, 3, 2, 4], whole).tolist()
+        assert part.rows.prompts.ids[:, 0].tolist() == owners
+    again = dealt.split(jax.random.key(0), 0.5)[1]
+    jax.tree.map(np.testing.assert_array_equal, again.rows, held.rows)
+    others = [dealt.split(jax.random.key(n), 0.5)[1] for n in range(1, 9)]
+    assert any(set(o.rows.prompts.ids[:, 0].tolist()) != prompts[1] for o in others)
+    with pytest.raises(ValueError, match="none on one side"):
+        dealt.split(jax.random.key(0), 0.05)
+
+
 @pytest.mark.parametrize("devices", [1, 8])
-def test_the_final_loss_is_that_of_every_row_once_by_its_sources_share(comparisons, drawn, devices):
-    """Five and six pairs at 0.7 to 0.3: their losses by hand, at the parameters of the fit."""
-    more = compare(drawn, 7)
-    fewer = jax.tree.map(lambda x: x[:5], more)
+def test_rows_held_out_teach_nothing_and_their_loss_is_by_hand(comparisons, drawn, devices):
+    """Six prompts in two sources, two held out; other labels there move no parameter."""
     laid = {}
     if devices == 8:
         over = mesh.make(data=2, fsdp=4)
         whole = jax.tree.map(lambda x: NamedSharding(over, PartitionSpec()), world.PARAMS)
         laid = {"mesh": over, "shardings": whole}
     settled = rounds.Fitting(
-        optimizer=optax.adam(0.03), steps=3, batch_size=8, final_loss=True, **laid
+        optimizer=optax.adam(0.03), steps=3, batch_size=8, held_out=1 / 3, **laid
     )
-    given = rounds.Situation(
-        policies=world.policies(), start=world.PARAMS,
-        data=rounds.Mixture([fewer, comparisons], [0.7, 0.3]),
-        prompts=world.PROMPTS, score=None, folder=None,
-    )  # fmt: skip
-    found = rounds.dpo(world.MODEL, kl_coef=0.5, fitting=settled)(jax.random.key(0), given)
+    fit = rounds.dpo(world.MODEL, kl_coef=0.5, fitting=settled)
+    key = jax.random.key(1)
 
-    def losses(data):
+    def run(*sources):
+        return fit(
+            key,
+            rounds.Situation(
+                policies=world.policies(), start=world.PARAMS,
+                data=rounds.Mixture(list(sources), [0.7, 0.3]),
+                prompts=world.PROMPTS, score=None, folder=None,
+            ),
+        )  # fmt: skip
+
+    more = jax.tree.map(lambda x: x[:5], compare(drawn, 7, (2, 3)))
+    found = run(more, comparisons)
+    dealt = fitting.comparisons_deal(rounds.Mixture([more, comparisons], [0.7, 0.3]))
+    held = dealt.split(jax.random.split(key)[1], 1 / 3)[1].rows.prompts.ids.tolist()
+    apart = [
+        np.array([p in held for p in data.prompts.ids.tolist()]) for data in (more, comparisons)
+    ]
+    assert (apart[1].sum(), 0 < apart[0].sum() < 5) == (2, True)
+    flipped = [
+        data._replace(label=np.where(at, 1 - data.label, data.label).astype(np.float32))
+        for data, at in zip((more, comparisons), apart, strict=True)
+    ]
+    other = run(*flipped)
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (other.params, found.params)))
+    assert other.metrics["loss/held_out"].value != found.metrics["loss/held_out"].value
+
+    def losses(data, at):
         ratio = [
             np.asarray(scoring.log_prob(world.MODEL, p, *map(jax_rows, data[:2])), np.float64)
             for p in (jax.device_get(found.params), world.PARAMS)
         ]
         margin = np.subtract(*(ratio[0] - ratio[1]).T) * (2 * data.label - 1)
-        return np.log1p(np.exp(-0.5 * margin))
+        return np.log1p(np.exp(-0.5 * margin))[at]
 
-    one, two = losses(fewer), losses(comparisons)
-    expected = 0.7 * one.mean() + 0.3 * two.mean()
-    weights = np.repeat([0.7 / 5, 0.3 / 6], [5, 6])
-    spread = weights * (np.concatenate([one, two]) - expected)
-    final = found.metrics["loss/final"]
-    assert abs(expected - np.concatenate([one, two]).mean()) > 1e-3  # or shares were not seen
+    one, two = losses(more, apart[0]), losses(comparisons, apart[1])
+    expected, both = 0.7 * one.mean() + 0.3 * two.mean(), np.concatenate([one, two])
+    weights = np.repeat([0.7 / len(one), 0.3 / len(two)], [len(one), len(two)])
+    spread, n = weights * (both - expected), len(both)
+    assert abs(expected - both.mean()) > 1e-4  # or shares were not seen
+    final = found.metrics["loss/held_out"]
     np.testing.assert_allclose(final.value, expected, rtol=1e-5)
-    np.testing.assert_allclose(final.stderr, np.sqrt(np.sum(spread**2) * 11 / 10), rtol=1e-4)
+    np.testing.assert_allclose(final.stderr, np.sqrt(np.sum(spread**2) * n / (n - 1)), rtol=1e-4)
 
 
 def test_best_of_n_answers_with_the_best(drawn):

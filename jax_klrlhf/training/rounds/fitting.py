@@ -61,10 +61,11 @@ class Fitting:
     evaluate_every: int | None = None
     evaluate: Callable[[TrainState], Metrics] | None = None
     """Metrics of the policy along the fit and at its end."""
-    final_loss: bool = False
-    """Whether a fit ends with ``loss/final``: the loss at the fitted parameters of all that it
-    learned from, each row once, and its standard error over rows; a source counts by its share.
-    (``loss`` is a mean over the last steps, each on its own batch and before its own update.)"""
+    held_out: float = 0.0
+    """Share of the prompts whose rows are not learned from. A fit then ends with ``loss/held_out``,
+    their loss at the fitted parameters, each row once, and its standard error over rows; a source
+    counts by its share. To choose a learning rate by: the loss of the rows that are learned from
+    falls with the rate, whether anything is learned or only remembered."""
     console: Console = field(default_factory=lambda: Console(quiet=True))
     _shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -75,6 +76,8 @@ class Fitting:
             )
         if (self.mesh is None) != (self.shardings is None):
             raise ValueError("mesh and the parameters' shardings go together: give both or none.")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out is a share of the prompts, in [0, 1): got {self.held_out}")
 
     def shared(self, key: Any, make: Callable[[], Any]) -> Any:
         """What ``make()`` returned when this fitting was first asked for ``key`` (hashable).
@@ -126,7 +129,7 @@ class Fitting:
         ``pi0`` are the parameters of the reference, whose fingerprint the state carries.
         """
         begin = self.begin(task)
-        final = self._final_loss(task) if self.final_loss else None
+        measure = self._loss(task) if self.held_out else None
 
         def fit(
             key: Any,
@@ -139,7 +142,10 @@ class Fitting:
             key_state, key_data = jax.random.split(key)
             compiled, carried = begin(key_state, params, pi0=pi0)
             deal = mixture if isinstance(mixture, Deal) else comparisons_deal(mixture)
-            stream = deal.stream(key_data, batch_size=self.batch_size, mesh=self.mesh)
+            learned, kept = deal, None
+            if self.held_out:
+                learned, kept = deal.split(key_data, self.held_out)
+            stream = learned.stream(key_data, batch_size=self.batch_size, mesh=self.mesh)
             store, log = None, None
             if folder is not None and self.save_every is not None:
                 store = Checkpoints(folder)
@@ -165,13 +171,13 @@ class Fitting:
                 if store is not None:
                     store.close()
             params, metrics = outcome.state.policy, outcome.metrics
-            if final is not None:
-                metrics = {**metrics, "loss/final": final(params, deal)}
+            if measure is not None and kept is not None:
+                metrics = {**metrics, "loss/held_out": measure(params, kept)}
             return Fitted(params, metrics)
 
         return fit
 
-    def _final_loss(self, task: Task) -> Callable[[Any, "Deal"], Metric]:
+    def _loss(self, task: Task) -> Callable[[Any, "Deal"], Metric]:
         def score(params: Any, rows: Any) -> Any:
             losses, _, weights = step.per_row(
                 task, params, None, rows, compute_dtype=self.compute_dtype
@@ -205,6 +211,32 @@ class Deal(NamedTuple):
             return np.ones(sum(self.sizes))
         each = [share / max(size, 1) for share, size in zip(self.shares, self.sizes, strict=True)]
         return np.repeat(each, self.sizes)
+
+    def split(self, key: Any, share: float) -> "tuple[Deal, Deal]":
+        """All but ``share`` of the prompts, with their rows, and the others; the same for a key.
+
+        Raises:
+            ValueError: where the prompts are too few for either to have one.
+        """
+        prompts = self.rows.prompts
+        lengths = np.asarray(prompts.lengths)
+        true = np.where(np.arange(prompts.ids.shape[-1]) < lengths[:, None], prompts.ids, -1)
+        _, which = np.unique(np.column_stack([lengths, true]), axis=0, return_inverse=True)
+        count = which.max() + 1
+        apart = round(share * count)
+        if not 0 < apart < count:
+            raise ValueError(
+                f"held_out={share:g} of {count} prompts leaves none on one side: give more prompts."
+            )
+        order = np.random.default_rng([*_seed(key), 1]).permutation(count)
+        held = np.isin(which.ravel(), order[:apart])
+        groups = np.repeat(np.arange(len(self.sizes)), self.sizes)
+
+        def part(at: np.ndarray) -> Deal:
+            sizes = np.bincount(groups[at], minlength=len(self.sizes)).tolist()
+            return Deal(jax.tree.map(lambda x: x[at], self.rows), sizes, self.shares)
+
+        return part(~held), part(held)
 
     def stream(self, key: Any, *, batch_size: int, mesh: Mesh | None = None) -> "Stream":
         """Batches without end, of each this process's rows."""
@@ -266,7 +298,7 @@ class Stream:
         self._rows, self._sizes, self._mesh = deal.rows, sizes, mesh
         self._starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(int)
         self._counts = _apportion(shares / shares.sum(), batch_size)
-        self._seed = np.asarray(jax.random.key_data(key)).ravel().tolist()
+        self._seed = _seed(key)
         self._next = 0
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
@@ -306,6 +338,10 @@ class Stream:
             order = np.random.default_rng([*self._seed, group, epoch])
             self._orders[group, epoch] = order.permutation(self._sizes[group])
         return self._orders[group, epoch]
+
+
+def _seed(key: Any) -> list[int]:
+    return np.asarray(jax.random.key_data(key)).ravel().tolist()
 
 
 def _apportion(shares: np.ndarray, total: int) -> list[int]:

@@ -78,7 +78,7 @@ def on_policy(
 
     Raises:
         ValueError: where the numbers are out of range, ``draw`` is of another law than the
-            policy's, ``fitting`` asks for a ``final_loss``, or no prompt is informative.
+            policy's, ``fitting`` holds rows out, or no prompt is informative.
     """
     for name, count in (("iterations", iterations), ("prompts", prompts), ("quantiles", quantiles)):
         if count is not None and count < 1:
@@ -92,8 +92,8 @@ def on_policy(
         )
     if importance_limit is not None and not importance_limit > 0:
         raise ValueError(f"importance_limit must be positive, got {importance_limit}")
-    if fitting.final_loss:
-        raise ValueError("final_loss is of data that stay; on_policy draws its own anew")
+    if fitting.held_out:
+        raise ValueError("held_out is a share of data that stay; on_policy draws its own anew")
     task = group(model, loss, importance_limit=importance_limit)
     begin = fitting.begin(task)
 
