@@ -298,7 +298,7 @@ class Lab:
             outcome = self._outcome(name, self._fitting(rate, held_out=HELD_OUT))
             return methods.loss(outcome, "loss/held_out")._asdict()
 
-        there = self._json(f"rate_{objective.replace(' ', '-')}_{rate:g}", make)
+        there = self._json(f"pilot_{objective.replace(' ', '-')}_{rate:g}", make)
         found = Metric(*(there[field] for field in Metric._fields))
         finite = found.value is not None and math.isfinite(found.value)
         return found if finite else Metric(math.inf)

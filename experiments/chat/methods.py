@@ -91,7 +91,7 @@ def run(
 
 
 def pilot(objective: str) -> str:
-    """The method whose training loss chooses the learning rate of an objective."""
+    """The method whose pilots choose the learning rate of an objective."""
     return next(name for name, method in METHODS.items() if method.objective == objective)
 
 

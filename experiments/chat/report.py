@@ -107,15 +107,12 @@ def _over(
 
 def _rates(lab: "Lab", console: Console) -> dict[str, Metric]:
     """The chosen ones, and the losses they were chosen by."""
-    metrics, rows = {}, {}
-    for objective, rate in lab.rates.items():
-        metrics[f"learning rate/{objective}"] = Metric(rate)
-        rows[objective] = {"chosen": f"{rate:g}"}
-        for objective_of, tried in lab.pilots:
-            if objective_of == objective:
-                loss = lab.pilot(objective, tried)
-                metrics[f"pilot/{objective}/{tried:g}"] = loss
-                rows[objective][f"loss at {tried:g}"] = loss
+    metrics = {f"learning rate/{objective}": Metric(rate) for objective, rate in lab.rates.items()}
+    rows: dict[str, Any] = {o: {"chosen": f"{rate:g}"} for o, rate in lab.rates.items()}
+    for objective, tried in lab.pilots:
+        loss = lab.pilot(objective, tried)
+        metrics[f"pilot/{objective}/{tried:g}"] = loss
+        rows[objective][f"loss at {tried:g}"] = loss
     results.print_table(
         "Learning rates", rows, console=console,
         caption="of pairs held out of a pilot's fit; ± one standard error over them; nats",

@@ -223,7 +223,7 @@ def test_cells_are_divided_over_processes(toy, tmp_path, monkeypatch):
     )
     run.main(asked, console=Console(quiet=True))
     there = {p.stem for p in (tmp_path / "cells").glob("*.json")}
-    pilots = {"rate_likelihood_0.001", "rate_likelihood_0.01"}
+    pilots = {"pilot_likelihood_0.001", "pilot_likelihood_0.01"}
     (made,) = there - {"accuracy", "pi0_0_0_0"} - pilots
     assert there > pilots
     assert made in {"SFT-on-chosen_0_0.001_0", "SFT-on-chosen_0_0.01_0"}
